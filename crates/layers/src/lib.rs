@@ -1,0 +1,1 @@
+//! Sequence-mixing layers and channel mixers for Burn

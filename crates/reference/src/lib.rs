@@ -1,0 +1,1 @@
+//! The f64 oracle: each recurrence written one token at a time, with its adjoint

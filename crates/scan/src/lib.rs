@@ -1,0 +1,1 @@
+//! Burn operations over the linear-recurrence kernels

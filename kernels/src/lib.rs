@@ -1,0 +1,1 @@
+//! Linear-recurrence kernels on plain slices: no framework, no Burn

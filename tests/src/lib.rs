@@ -1,0 +1,1 @@
+//! Tests that span crates: golden files, laws, gradients, decoding, learning
