@@ -1,1 +1,10 @@
-//! Linear-recurrence kernels on plain slices: no framework, no Burn
+//! Linear-recurrence kernels on plain slices: no framework, no Burn.
+
+mod element;
+mod error;
+mod native;
+mod sequences;
+
+pub use element::Element;
+pub use error::Error;
+pub use sequences::Sequences;

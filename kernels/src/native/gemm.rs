@@ -1,0 +1,199 @@
+//! Small dense matrix products in f32, the work-horse of every chunked kernel.
+//!
+//! `C (=, +=, -=) A B` with `B` and `C` row-major and `A` of any strides, so that `A^T B` costs nothing extra. The
+//! register block is `MR` rows by two vectors: each step broadcasts `MR` elements of `A` against two vectors of `B`.
+//! Operands are tiles that already sit in cache, hence no packing; `A B^T` transposes `B` first (`Tile::transpose_from`).
+
+use super::tile::{LINE, Tile};
+use pulp::{Arch, Simd, WithSimd};
+
+/// What a product does with the previous content of its output.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Mode {
+    Set,
+    Add,
+    Sub,
+}
+
+/// The left operand: element `(i, p)` is `data[i * row + p * col]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Lhs<'a> {
+    data: &'a [f32],
+    row: usize,
+    col: usize,
+}
+
+impl<'a> Lhs<'a> {
+    /// The block of `tile` that starts at `(row, col)`.
+    pub fn of(tile: &'a Tile, row: usize, col: usize) -> Self {
+        Self { data: &tile.data()[row * tile.stride() + col..], row: tile.stride(), col: 1 }
+    }
+
+    /// The transpose of the block of `tile` that starts at `(row, col)`.
+    pub fn transposed(tile: &'a Tile, row: usize, col: usize) -> Self {
+        Self { data: &tile.data()[row * tile.stride() + col..], row: 1, col: tile.stride() }
+    }
+}
+
+/// `C[c0.., d0..][m, n] mode= A[m, k] B[b0.., d0'..][k, n]`, where `B` starts at `(b_row, b_col)` and `C` at `(c_row, c_col)`.
+/// The columns are computed in whole cache lines, so `c_col`, `b_col` are multiples of 16 and the padding is written too.
+pub(crate) fn gemm(
+    mode: Mode,
+    [m, n, k]: [usize; 3],
+    a: Lhs,
+    (b, b_row, b_col): (&Tile, usize, usize),
+    (c, c_row, c_col): (&mut Tile, usize, usize),
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    let n = n.next_multiple_of(LINE);
+    assert!(b_col.is_multiple_of(LINE) && c_col.is_multiple_of(LINE));
+    assert!(c_row + m <= c.rows() && c_col + n <= c.stride());
+    assert!(k == 0 || (b_row + k <= b.rows() && b_col + n <= b.stride()));
+    assert!(k == 0 || a.data.len() > (m - 1) * a.row + (k - 1) * a.col);
+    let (ldb, ldc) = (b.stride(), c.stride());
+    let b = if k == 0 { b.data() } else { &b.data()[b_row * ldb + b_col..] };
+    let c = &mut c.data_mut()[c_row * ldc + c_col..];
+    Arch::new().dispatch(Product { mode, m, n, k, a, b: b.as_ptr(), ldb, c: c.as_mut_ptr(), ldc });
+}
+
+struct Product<'a> {
+    mode: Mode,
+    m: usize,
+    n: usize,
+    k: usize,
+    a: Lhs<'a>,
+    b: *const f32,
+    ldb: usize,
+    c: *mut f32,
+    ldc: usize,
+}
+
+impl WithSimd for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        // Safety: `gemm` has checked that every block lies inside its buffer.
+        unsafe {
+            let lanes = S::F32_LANES;
+            let mut j = 0;
+            while j + 2 * lanes <= self.n {
+                self.column::<S, 2>(simd, j);
+                j += 2 * lanes;
+            }
+            while j < self.n {
+                self.column::<S, 1>(simd, j);
+                j += lanes;
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    unsafe fn column<S: Simd, const NR: usize>(&self, simd: S, j: usize) {
+        let mut i = 0;
+        unsafe {
+            if S::REGISTER_COUNT >= 32 {
+                while i + 8 <= self.m {
+                    self.block::<S, 8, NR>(simd, i, j);
+                    i += 8;
+                }
+            }
+            while i + 4 <= self.m {
+                self.block::<S, 4, NR>(simd, i, j);
+                i += 4;
+            }
+            while i < self.m {
+                self.block::<S, 1, NR>(simd, i, j);
+                i += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn block<S: Simd, const MR: usize, const NR: usize>(&self, simd: S, i: usize, j: usize) {
+        unsafe {
+            let lanes = S::F32_LANES;
+            let mut acc = [[simd.splat_f32s(0.0); NR]; MR];
+            let mut a = self.a.data.as_ptr().add(i * self.a.row);
+            let mut b = self.b.add(j);
+            for _ in 0..self.k {
+                let mut rhs = [simd.splat_f32s(0.0); NR];
+                for (v, r) in rhs.iter_mut().enumerate() {
+                    *r = load::<S>(b.add(v * lanes));
+                }
+                for (r, row) in acc.iter_mut().enumerate() {
+                    let x = simd.splat_f32s(*a.add(r * self.a.row));
+                    for (v, sum) in row.iter_mut().enumerate() {
+                        *sum = simd.mul_add_e_f32s(x, rhs[v], *sum);
+                    }
+                }
+                a = a.add(self.a.col);
+                b = b.add(self.ldb);
+            }
+            for (r, row) in acc.iter().enumerate() {
+                for (v, &sum) in row.iter().enumerate() {
+                    let out = self.c.add((i + r) * self.ldc + j + v * lanes);
+                    let value = match self.mode {
+                        Mode::Set => sum,
+                        Mode::Add => simd.add_f32s(load::<S>(out), sum),
+                        Mode::Sub => simd.sub_f32s(load::<S>(out), sum),
+                    };
+                    (out as *mut S::f32s).write_unaligned(value);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn load<S: Simd>(p: *const f32) -> S::f32s {
+    unsafe { (p as *const S::f32s).read_unaligned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tile(rows: usize, cols: usize, seed: f32) -> Tile {
+        let mut t = Tile::new(rows, cols);
+        for i in 0..rows {
+            for (j, x) in t.row_mut(i).iter_mut().enumerate() {
+                *x = ((i * 31 + j * 17) as f32 * 0.37 + seed).sin();
+            }
+        }
+        t
+    }
+
+    /// Every register-block remainder, both orientations of the left operand, all modes.
+    #[test]
+    fn equals_the_triple_loop() {
+        for (m, n, k) in [(1, 1, 1), (8, 32, 16), (13, 20, 7), (64, 48, 33), (3, 130, 0)] {
+            let (a, b) = (tile(m, k, 0.1), tile(k, n, 0.7));
+            let mut at = Tile::new(k.max(1), m);
+            at.transpose_from(&a, m);
+            for mode in [Mode::Set, Mode::Add, Mode::Sub] {
+                for lhs in [Lhs::of(&a, 0, 0), Lhs::transposed(&at, 0, 0)] {
+                    let mut c = tile(m, n, 0.3);
+                    let before = c.clone();
+                    gemm(mode, [m, n, k], lhs, (&b, 0, 0), (&mut c, 0, 0));
+                    for i in 0..m {
+                        for j in 0..n {
+                            let dot: f64 = (0..k).map(|p| a.row(i)[p] as f64 * b.row(p)[j] as f64).sum();
+                            let old = before.row(i)[j] as f64;
+                            let want = match mode {
+                                Mode::Set => dot,
+                                Mode::Add => old + dot,
+                                Mode::Sub => old - dot,
+                            };
+                            assert!((c.row(i)[j] as f64 - want).abs() < 1e-4, "{m}x{n}x{k} {mode:?} at {i},{j}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
