@@ -1,2 +1,53 @@
 //! The `thalweg` command.
-fn main() {}
+//!
+//! Exit codes: 0 all is well; 1 a check that the user asked for failed; 2 the arguments or the data cannot be worked
+//! with, told in one line on stderr.
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// What a subcommand hands back: its exit code, or an error that becomes one line on stderr and exit code 2.
+type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
+
+/// Train, run and check sequence models built on linear recurrences.
+#[derive(Parser)]
+#[command(name = "thalweg", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => {
+            let _ = error.print(); // --help and --version
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(&usage(&error)),
+    };
+    run(cli.command).unwrap_or_else(|error| fail(&error.to_string()))
+}
+
+fn run(command: Command) -> Outcome {
+    match command {}
+}
+
+/// The message of a usage error on one line: clap puts names of missing arguments on lines of their own.
+fn usage(error: &clap::Error) -> String {
+    use clap::error::ErrorKind;
+    if matches!(error.kind(), ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand) {
+        return "which subcommand? `thalweg --help` lists them".into();
+    }
+    let text = error.to_string();
+    let message: Vec<_> = text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+    message.join(" ").trim_start_matches("error: ").to_string()
+}
+
+fn fail(message: &str) -> ExitCode {
+    eprintln!("thalweg: {}", message.replace('\n', "; "));
+    ExitCode::from(2)
+}
