@@ -1,1 +1,20 @@
-//! Burn operations over the linear-recurrence kernels
+//! Burn operations over the linear-recurrence kernels.
+//!
+//! Every operation takes Burn tensors laid out `[batch, time, heads, feature]`, an optional initial
+//! state and optional bounds of packed sequences, and returns its outputs and the final state; all of
+//! them are differentiable through Burn's autodiff, the states included. Gates are natural logs of
+//! decays, at most 0. On the Flex backend the native kernels of [`kernels`] run; on every other the
+//! chunked algorithm in Burn tensor operations ([`Path`] chooses).
+
+mod check;
+mod error;
+mod families;
+mod matrix;
+mod options;
+mod portable;
+
+pub use error::Error;
+pub use families::*;
+pub use matrix::Output;
+pub use options::{AttentionOptions, ComplexScanOptions, MatrixOptions, Path, ScanOptions, StepOptions};
+pub use thalweg_kernels as kernels;
