@@ -71,7 +71,7 @@ impl Error {
         if all {
             return Ok(());
         }
-        let position = g.iter().position(|&x| !(x <= 0.0)).unwrap_or(0);
+        let position = g.iter().position(|&x| x > 0.0 || x.is_nan()).unwrap_or(0);
         let expected = "a natural-log decay, at most 0 and not NaN";
         Err(Error::Element { argument, found: g[position], position, expected })
     }

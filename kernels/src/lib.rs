@@ -2,6 +2,7 @@
 
 mod element;
 mod error;
+pub mod matrix;
 mod native;
 mod sequences;
 

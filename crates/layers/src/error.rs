@@ -13,19 +13,13 @@ pub struct ConfigError {
 impl ConfigError {
     /// An error about `field`.
     pub fn new(field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self {
-            field: field.into(),
-            message: message.into(),
-        }
+        Self { field: field.into(), message: message.into() }
     }
 
     /// The same error with the field named from one level further out: `num_heads` becomes `mixer.num_heads`.
     #[must_use]
     pub fn within(self, outer: &str) -> Self {
-        Self {
-            field: format!("{outer}.{}", self.field),
-            ..self
-        }
+        Self { field: format!("{outer}.{}", self.field), ..self }
     }
 }
 
@@ -61,16 +55,8 @@ pub enum Error {
     Packing(String),
 }
 
-pub(crate) fn shape_error(
-    argument: &'static str,
-    actual: &[usize],
-    expected: impl Into<String>,
-) -> Error {
-    Error::Shape {
-        argument,
-        actual: actual.to_vec(),
-        expected: expected.into(),
-    }
+pub(crate) fn shape_error(argument: &'static str, actual: &[usize], expected: impl Into<String>) -> Error {
+    Error::Shape { argument, actual: actual.to_vec(), expected: expected.into() }
 }
 
 /// `Ok` if `value` is at least 1.
@@ -82,18 +68,10 @@ pub(crate) fn positive(field: &str, value: usize) -> Result<(), ConfigError> {
 }
 
 /// `Ok(value / parts)` if `parts` divides `value`.
-pub(crate) fn divide(
-    field: &str,
-    value: usize,
-    parts_name: &str,
-    parts: usize,
-) -> Result<usize, ConfigError> {
+pub(crate) fn divide(field: &str, value: usize, parts_name: &str, parts: usize) -> Result<usize, ConfigError> {
     positive(parts_name, parts)?;
     if value == 0 || !value.is_multiple_of(parts) {
-        return Err(ConfigError::new(
-            field,
-            format!("{value} is not a positive multiple of {parts_name} {parts}"),
-        ));
+        return Err(ConfigError::new(field, format!("{value} is not a positive multiple of {parts_name} {parts}")));
     }
     Ok(value / parts)
 }
@@ -101,10 +79,7 @@ pub(crate) fn divide(
 /// `Ok` if `value` is finite and greater than 0.
 pub(crate) fn positive_number(field: &str, value: f64) -> Result<(), ConfigError> {
     if !(value.is_finite() && value > 0.0) {
-        return Err(ConfigError::new(
-            field,
-            format!("must be a finite number above 0, got {value}"),
-        ));
+        return Err(ConfigError::new(field, format!("must be a finite number above 0, got {value}")));
     }
     Ok(())
 }
@@ -114,10 +89,7 @@ pub(crate) fn scaled(field: &str, size: usize, ratio: f64) -> Result<usize, Conf
     positive_number(field, ratio)?;
     let value = size as f64 * ratio;
     if value.fract() != 0.0 || value < 1.0 {
-        return Err(ConfigError::new(
-            field,
-            format!("{ratio} times {size} is not a whole number of features"),
-        ));
+        return Err(ConfigError::new(field, format!("{ratio} times {size} is not a whole number of features")));
     }
     Ok(value as usize)
 }

@@ -25,32 +25,19 @@ pub struct Site {
 impl Site {
     /// The only block of a model of width `hidden_size`.
     pub fn new(hidden_size: usize) -> Self {
-        Self {
-            hidden_size,
-            layer: 0,
-            layers: 1,
-            initializer_range: 0.02,
-            norm_eps: 1e-6,
-        }
+        Self { hidden_size, layer: 0, layers: 1, initializer_range: 0.02, norm_eps: 1e-6 }
     }
 
     /// The same site at block `layer` of `layers`.
     #[must_use]
     pub fn at(self, layer: usize, layers: usize) -> Self {
-        Self {
-            layer,
-            layers,
-            ..self
-        }
+        Self { layer, layers, ..self }
     }
 
     /// The same site with another initialisation scale.
     #[must_use]
     pub fn with_initializer_range(self, initializer_range: f64) -> Self {
-        Self {
-            initializer_range,
-            ..self
-        }
+        Self { initializer_range, ..self }
     }
 
     /// The same site with another epsilon for the norms.
@@ -75,19 +62,13 @@ impl Context {
     /// A context for packed documents.
     #[must_use]
     pub fn with_cu_seqlens(self, cu_seqlens: Vec<usize>) -> Self {
-        Self {
-            cu_seqlens: Some(cu_seqlens),
-            ..self
-        }
+        Self { cu_seqlens: Some(cu_seqlens), ..self }
     }
 
     /// A context with a lower bound of the forget gate.
     #[must_use]
     pub fn with_lower_bound(self, lower_bound: Option<Tensor<1>>) -> Self {
-        Self {
-            lower_bound,
-            ..self
-        }
+        Self { lower_bound, ..self }
     }
 
     /// Number of sequences in an input of `batch` rows: `batch`, or the number of packed documents.
@@ -104,20 +85,13 @@ impl Context {
             return Ok(());
         };
         if batch != 1 {
-            return Err(Error::Packing(format!(
-                "needs an input with batch 1, got batch {batch}"
-            )));
+            return Err(Error::Packing(format!("needs an input with batch 1, got batch {batch}")));
         }
         if cu.len() < 2 || cu[0] != 0 || cu.last() != Some(&time) {
-            return Err(Error::Packing(format!(
-                "must start with 0 and end with the length {time}, got {cu:?}"
-            )));
+            return Err(Error::Packing(format!("must start with 0 and end with the length {time}, got {cu:?}")));
         }
         match cu.windows(2).find(|pair| pair[0] >= pair[1]) {
-            Some(pair) => Err(Error::Packing(format!(
-                "must increase, got {} after {}",
-                pair[1], pair[0]
-            ))),
+            Some(pair) => Err(Error::Packing(format!("must increase, got {} after {}", pair[1], pair[0]))),
             None => Ok(()),
         }
     }
@@ -156,12 +130,7 @@ pub trait SequenceMixer: Module + Debug {
     ///
     /// # Errors
     /// If `x` or `state` do not fit the layer or each other.
-    fn step(
-        &self,
-        x: Tensor<2>,
-        state: Self::State,
-        context: &Context,
-    ) -> Result<(Tensor<2>, Self::State), Error>;
+    fn step(&self, x: Tensor<2>, state: Self::State, context: &Context) -> Result<(Tensor<2>, Self::State), Error>;
 }
 
 /// The options of a layer, as they stand in a config file.

@@ -120,10 +120,7 @@ pub trait LayerState: StatePart + Clone {
     fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self, Error> {
         let saved = SavedState::parse(bytes, device)?;
         if saved.kind() != Self::KIND {
-            return Err(Error::StateKind {
-                expected: Self::KIND,
-                actual: saved.kind().to_owned(),
-            });
+            return Err(Error::StateKind { expected: Self::KIND, actual: saved.kind().to_owned() });
         }
         Self::load("", &saved)
     }
@@ -166,17 +163,14 @@ impl Writer {
                 DType::F16 => Dtype::F16,
                 DType::F64 => Dtype::F64,
                 other => {
-                    return Err(Error::StateBytes(format!(
-                        "`{name}` has type {other:?}, which states do not hold"
-                    )));
+                    return Err(Error::StateBytes(format!("`{name}` has type {other:?}, which states do not hold")));
                 }
             };
             let view = TensorView::new(dtype, data.shape().to_vec(), data.as_bytes())
                 .map_err(|error| Error::StateBytes(format!("`{name}`: {error}")))?;
             views.push((name.as_str(), view));
         }
-        safetensors::serialize(views, Some(self.metadata))
-            .map_err(|error| Error::StateBytes(error.to_string()))
+        safetensors::serialize(views, Some(self.metadata)).map_err(|error| Error::StateBytes(error.to_string()))
     }
 }
 
@@ -193,21 +187,13 @@ impl<'a> SavedState<'a> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(bad)?;
         let metadata = header.metadata().clone().unwrap_or_default();
         if metadata.get("format").map(String::as_str) != Some(FORMAT) {
-            return Err(Error::StateBytes(format!(
-                "not a saved state (no `format` {FORMAT})"
-            )));
+            return Err(Error::StateBytes(format!("not a saved state (no `format` {FORMAT})")));
         }
         let version = metadata.get("version").map_or("none", String::as_str);
         if version != VERSION {
-            return Err(Error::StateBytes(format!(
-                "version {version}, this program reads version {VERSION}"
-            )));
+            return Err(Error::StateBytes(format!("version {version}, this program reads version {VERSION}")));
         }
-        Ok(Self {
-            tensors: SafeTensors::deserialize(bytes).map_err(bad)?,
-            metadata,
-            device: device.clone(),
-        })
+        Ok(Self { tensors: SafeTensors::deserialize(bytes).map_err(bad)?, metadata, device: device.clone() })
     }
 
     pub(crate) fn kind(&self) -> &str {
@@ -221,45 +207,29 @@ impl<'a> SavedState<'a> {
     }
 
     fn tensor<const D: usize>(&self, name: &str) -> Result<Tensor<D>, Error> {
-        let view = self
-            .tensors
-            .tensor(name)
-            .map_err(|error| Error::StateBytes(format!("`{name}`: {error}")))?;
+        let view = self.tensors.tensor(name).map_err(|error| Error::StateBytes(format!("`{name}`: {error}")))?;
         let dtype = match view.dtype() {
             Dtype::F32 => DType::F32,
             Dtype::BF16 => DType::BF16,
             Dtype::F16 => DType::F16,
             Dtype::F64 => DType::F64,
             other => {
-                return Err(Error::StateBytes(format!(
-                    "`{name}` has type {other:?}, which states do not hold"
-                )));
+                return Err(Error::StateBytes(format!("`{name}` has type {other:?}, which states do not hold")));
             }
         };
         if view.shape().len() != D {
-            return Err(Error::StateBytes(format!(
-                "`{name}` has shape {:?}, expected {D} axes",
-                view.shape()
-            )));
+            return Err(Error::StateBytes(format!("`{name}` has shape {:?}, expected {D} axes", view.shape())));
         }
         let data = TensorData::from_bytes_vec(view.data().to_vec(), view.shape().to_vec(), dtype);
         Ok(Tensor::from_data(data, (&self.device, dtype)))
     }
 
     fn counters(&self, name: &str) -> Result<Vec<usize>, Error> {
-        let text = self
-            .metadata
-            .get(name)
-            .ok_or_else(|| Error::StateBytes(format!("`{name}` is missing")))?;
+        let text = self.metadata.get(name).ok_or_else(|| Error::StateBytes(format!("`{name}` is missing")))?;
         let parse = |part: &str| {
-            part.parse().map_err(|_| {
-                Error::StateBytes(format!("`{name}` is not a list of counters: {text}"))
-            })
+            part.parse().map_err(|_| Error::StateBytes(format!("`{name}` is not a list of counters: {text}")))
         };
-        text.split(',')
-            .filter(|part| !part.is_empty())
-            .map(parse)
-            .collect()
+        text.split(',').filter(|part| !part.is_empty()).map(parse).collect()
     }
 }
 
@@ -308,11 +278,7 @@ impl<P: StatePart> StatePart for Option<P> {
 }
 
 pub(crate) fn join(outer: &str, name: &str) -> String {
-    if outer.is_empty() {
-        name.to_owned()
-    } else {
-        format!("{outer}.{name}")
-    }
+    if outer.is_empty() { name.to_owned() } else { format!("{outer}.{name}") }
 }
 
 /// Makes a struct of parts a [`StatePart`], and a [`LayerState`] if a kind is given.

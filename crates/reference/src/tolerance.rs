@@ -29,6 +29,9 @@ pub fn tolerance(precision: Precision, quantity: Quantity, extreme_gates: bool) 
     }
 }
 
+/// Differences below this are f32 underflow (`e^-88` times a state of some hundreds), not error.
+const UNDERFLOW: f64 = 1e-35;
+
 /// Largest absolute difference over the largest magnitude of `expected`; the absolute difference itself where that
 /// magnitude is 0. NaN anywhere, or lengths that differ, give infinity.
 pub fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
@@ -42,7 +45,9 @@ pub fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
         if d.is_nan() {
             return f64::INFINITY;
         }
-        difference = difference.max(d);
+        if d > UNDERFLOW {
+            difference = difference.max(d);
+        }
     }
     if largest > 0.0 { difference / largest } else { difference }
 }

@@ -35,27 +35,46 @@ impl<'a> Lhs<'a> {
     }
 }
 
-/// `C[c0.., d0..][m, n] mode= A[m, k] B[b0.., d0'..][k, n]`, where `B` starts at `(b_row, b_col)` and `C` at `(c_row, c_col)`.
-/// The columns are computed in whole cache lines, so `c_col`, `b_col` are multiples of 16 and the padding is written too.
-pub(crate) fn gemm(
-    mode: Mode,
-    [m, n, k]: [usize; 3],
-    a: Lhs,
-    (b, b_row, b_col): (&Tile, usize, usize),
-    (c, c_row, c_col): (&mut Tile, usize, usize),
-) {
+/// The right operand: row `p` begins at `data[p * stride]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Rhs<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
+}
+
+impl<'a> From<(&'a Tile, usize, usize)> for Rhs<'a> {
+    /// The block of a tile that starts at `(row, col)`.
+    fn from((tile, row, col): (&'a Tile, usize, usize)) -> Self {
+        Self { data: tile.data().get(row * tile.stride() + col..).unwrap_or_default(), stride: tile.stride() }
+    }
+}
+
+/// The output: row `i` begins at `data[i * stride]`.
+pub(crate) struct Out<'a> {
+    pub data: &'a mut [f32],
+    pub stride: usize,
+}
+
+impl<'a> From<(&'a mut Tile, usize, usize)> for Out<'a> {
+    /// The block of a tile that starts at `(row, col)`.
+    fn from((tile, row, col): (&'a mut Tile, usize, usize)) -> Self {
+        let stride = tile.stride();
+        Self { data: &mut tile.data_mut()[row * stride + col..], stride }
+    }
+}
+
+/// `C[m, n] mode= A[m, k] B[k, n]`. Columns are computed in whole cache lines, so the padding of `C` is written too.
+pub(crate) fn gemm<'b, 'c>(mode: Mode, [m, n, k]: [usize; 3], a: Lhs, b: impl Into<Rhs<'b>>, c: impl Into<Out<'c>>) {
     if m == 0 || n == 0 {
         return;
     }
+    let (b, c) = (b.into(), c.into());
     let n = n.next_multiple_of(LINE);
-    assert!(b_col.is_multiple_of(LINE) && c_col.is_multiple_of(LINE));
-    assert!(c_row + m <= c.rows() && c_col + n <= c.stride());
-    assert!(k == 0 || (b_row + k <= b.rows() && b_col + n <= b.stride()));
+    assert!(n <= c.stride && c.data.len() >= (m - 1) * c.stride + n);
+    assert!(k == 0 || (n <= b.stride && b.data.len() >= (k - 1) * b.stride + n));
     assert!(k == 0 || a.data.len() > (m - 1) * a.row + (k - 1) * a.col);
-    let (ldb, ldc) = (b.stride(), c.stride());
-    let b = if k == 0 { b.data() } else { &b.data()[b_row * ldb + b_col..] };
-    let c = &mut c.data_mut()[c_row * ldc + c_col..];
-    Arch::new().dispatch(Product { mode, m, n, k, a, b: b.as_ptr(), ldb, c: c.as_mut_ptr(), ldc });
+    let (b, ldb, c, ldc) = (b.data.as_ptr(), b.stride, c.data.as_mut_ptr(), c.stride);
+    Arch::new().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc });
 }
 
 struct Product<'a> {

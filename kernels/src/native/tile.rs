@@ -78,6 +78,12 @@ impl Tile {
         }
     }
 
+    /// The rows before `row`, and those from it on.
+    pub fn split(&mut self, row: usize) -> (&mut [f32], &mut [f32]) {
+        let at = row * self.stride;
+        self.data_mut().split_at_mut(at)
+    }
+
     pub fn fill(&mut self, value: f32) {
         self.data_mut().fill(value);
     }

@@ -1,0 +1,421 @@
+//! The backward pass: the chunks in reverse, each recomputed from its inputs and the state that entered it.
+//!
+//! Gate gradients need no pass of their own. A tensor meets the decay in one of two roles: on the left, multiplied by
+//! `e^{c_i}`, or on the right, by `e^{-c_j}`; so `dc = left (.) dleft - right (.) dright`, and `dg_t` is the sum of `dc`
+//! from `t` on. Pairs with `i = j` do not meet the decay at all and are kept apart, as is what a key at `j` leaves to the
+//! end of the chunk (it goes to the gates after `j`, summed forwards): under strong gates either would drown the rest.
+
+use super::super::gemm::{Lhs, Mode, gemm};
+use super::super::simd::vectorize;
+use super::super::tile::{Shared, Tile};
+use super::chunk::{Chunk, Place, Rule, Strides};
+use super::decay::{Decay, Reads};
+use super::lower;
+use super::rows::{add_rows, dot_rows, scale_rows};
+use crate::element::Element;
+use crate::matrix::{Gate, MatrixGradients, MatrixInputs, MatrixProblem};
+use crate::sequences::Sequences;
+use rayon::prelude::*;
+
+/// Gradients of the outputs.
+pub(crate) struct Cotangents<'a, E> {
+    pub o: &'a [E],
+    pub final_state: Option<&'a [f32]>,
+}
+
+pub(crate) fn backward<E: Element, D: Decay>(
+    p: &MatrixProblem,
+    sequences: &Sequences,
+    x: &MatrixInputs<E>,
+    decay: &D,
+    cotangents: Cotangents<E>,
+    chunk_states: &[f32],
+) -> MatrixGradients<E> {
+    let rule = Rule::of(&x.write);
+    let (size, tokens) = (p.key_dim * p.value_dim, p.batch * p.time);
+    let (delta, low, gated) = (rule == Rule::Delta, rule == Rule::LowRank, !matches!(x.gate, Gate::None));
+    let gate_len = match x.gate {
+        Gate::None => 0,
+        Gate::Constant(_) => sequences.count() * p.value_heads,
+        Gate::Head(g) | Gate::Key(g) => g.len(),
+    };
+    let values = Strides { heads: p.value_heads, dim: p.value_dim };
+    let mut dv = vec![E::default(); tokens * values.row()];
+    let mut dg = vec![0.0f32; gate_len];
+    let mut dbeta = vec![0.0f32; if delta { tokens * p.value_heads } else { 0 }];
+    let mut dh0 = vec![0.0f32; x.initial_state.map_or(0, <[f32]>::len)];
+    let (mut dq, mut dk) = (KeyGradient::new(p, true), KeyGradient::new(p, true));
+    let (mut da, mut db) = (KeyGradient::new(p, low), KeyGradient::new(p, low));
+    {
+        let (dq, dk, da, db) = (dq.sink(), dk.sink(), da.sink(), db.sink());
+        let (dv, dg, dbeta, dh0) =
+            (Shared::new(&mut dv), Shared::new(&mut dg), Shared::new(&mut dbeta), Shared::new(&mut dh0));
+        let work = || Work::new(p, rule, decay.sums(p.chunk, p.key_dim));
+        (0..sequences.count() * p.value_heads).into_par_iter().for_each_init(work, |w, task| {
+            let (n, head) = (task / p.value_heads, task % p.value_heads);
+            match cotangents.final_state {
+                Some(d) => w.dstate.load(d, task * size, p.value_dim, p.key_dim),
+                None => w.dstate.fill(0.0),
+            }
+            let mut constant = 0.0f64;
+            for at in Place::walk(sequences, n, p.chunk, head).into_iter().rev() {
+                w.state.load(chunk_states, (at.chunk * p.value_heads + head) * size, p.value_dim, p.key_dim);
+                w.chunk.load(p, x, decay, &mut w.sums, at);
+                w.do_.load(cotangents.o, values.offset(at.token, head), values.row(), at.rows);
+                w.run(rule, decay, at.rows);
+
+                // Safety (here and below): a task writes only the rows of its own tokens and head.
+                let row = |i: usize| (at.token + i) * p.value_heads + head;
+                if gated {
+                    decay.gate_gradient(&mut w.sums, &mut |i, gradient| match x.gate {
+                        Gate::Constant(_) => constant += gradient[0] as f64,
+                        _ => unsafe { dg.slice_mut(row(i) * gradient.len(), gradient.len()) }.copy_from_slice(gradient),
+                    });
+                }
+                if delta {
+                    for (i, &b) in w.dbeta[..at.rows].iter().enumerate() {
+                        unsafe { dbeta.slice_mut(row(i), 1)[0] = b };
+                    }
+                }
+                w.dv.store(&dv, values.offset(at.token, head), values.row(), at.rows);
+                w.finish(rule, at.rows, p.scale);
+                dq.store(&w.q_left, at);
+                dk.store(&w.k_right, at);
+                if low {
+                    da.store(&w.a_left, at);
+                    db.store(&w.b_right, at);
+                }
+            }
+            if x.initial_state.is_some() {
+                w.dstate.store(&dh0, task * size, p.value_dim, p.key_dim);
+            }
+            if let Gate::Constant(_) = x.gate {
+                unsafe { dg.slice_mut(task, 1)[0] = constant as f32 };
+            }
+        });
+    }
+    if let Gate::Constant(_) = x.gate {
+        dg = (0..p.value_heads).map(|h| dg.iter().skip(h).step_by(p.value_heads).sum()).collect();
+    }
+    MatrixGradients {
+        dq: dq.finish(),
+        dk: dk.finish(),
+        dv,
+        dg: gated.then_some(dg),
+        dbeta: delta.then_some(dbeta),
+        da: low.then(|| da.finish()),
+        db: low.then(|| db.finish()),
+        d_initial_state: x.initial_state.map(|_| dh0),
+    }
+}
+
+/// Scratch of one thread: a chunk, and the gradients of its tensors by role.
+struct Work<S> {
+    chunk: Chunk,
+    sums: S,
+    state: Tile,
+    state_t: Tile,
+    dstate: Tile,
+    dstate_t: Tile,
+    do_: Tile,
+    dv: Tile,
+    du: Tile,
+    q_left: Tile,
+    k_left: Tile,
+    k_right: Tile,
+    k_end: Tile,
+    a_left: Tile,
+    b_right: Tile,
+    b_end: Tile,
+    dbeta: Vec<f32>,
+    diagonal_k: Vec<f32>,
+    diagonal_b: Vec<f32>,
+    /// Gradients of the scores `P_a,k` and `P_a,b` of neighbours, between which no decay lies either.
+    next_k: Vec<f32>,
+    next_b: Vec<f32>,
+    s: Scratch,
+}
+
+struct Scratch {
+    /// `[chunk, key_dim]`.
+    unscaled: Tile,
+    key_out: Tile,
+    /// `[value_dim, chunk]`.
+    value_t: Tile,
+    /// `[chunk, chunk]`.
+    dp: Tile,
+}
+
+impl<S> Work<S> {
+    fn new(p: &MatrixProblem, rule: Rule, sums: S) -> Self {
+        let c = p.chunk;
+        let keys = |used: bool| Tile::new(if used { c } else { 1 }, p.key_dim);
+        let values = |used: bool| Tile::new(if used { c } else { 1 }, p.value_dim);
+        let (solved, low) = (rule != Rule::Additive, rule == Rule::LowRank);
+        Self {
+            chunk: Chunk::new(p, rule),
+            sums,
+            state: Tile::new(p.key_dim, p.value_dim),
+            state_t: Tile::new(p.value_dim, p.key_dim),
+            dstate: Tile::new(p.key_dim, p.value_dim),
+            dstate_t: Tile::new(p.value_dim, p.key_dim),
+            do_: values(true),
+            dv: values(true),
+            du: values(solved),
+            q_left: keys(true),
+            k_left: keys(rule == Rule::Delta),
+            k_right: keys(true),
+            k_end: keys(true),
+            a_left: keys(low),
+            b_right: keys(low),
+            b_end: keys(low),
+            dbeta: vec![0.0; c],
+            diagonal_k: vec![0.0; c],
+            diagonal_b: vec![0.0; c],
+            next_k: vec![0.0; c],
+            next_b: vec![0.0; c],
+            s: Scratch {
+                unscaled: keys(true),
+                key_out: keys(true),
+                value_t: Tile::new(p.value_dim, c),
+                dp: Tile::new(c, c),
+            },
+        }
+    }
+
+    /// From `do` and `dstate` (of the state that leaves the chunk) to the gradients by role, and `dstate` of the state
+    /// that enters it.
+    fn run<D: Decay<Sums = S>>(&mut self, rule: Rule, decay: &D, rows: usize) {
+        let Self { chunk: c, sums, state, state_t, dstate, dstate_t, do_, s, .. } = self;
+        let (k_dim, v_dim) = (state.rows(), state.cols());
+        c.solve(rule, decay, sums, rows, state);
+        decay.scale_from_start(sums, Reads::Decayed, Mode::Set, &c.q, &mut c.q_in);
+        state_t.transpose_from(state, k_dim);
+        dstate_t.transpose_from(dstate, k_dim);
+        decay.gradient_of_state(sums, state, dstate);
+        for tile in [&mut self.q_left, &mut self.k_left, &mut self.k_right, &mut self.a_left, &mut self.b_right] {
+            tile.fill(0.0);
+        }
+
+        // Through what the chunk wrote.
+        let mut write = Written { decay, do_, dstate, dstate_t, q_left: &mut self.q_left, q: &c.q, s };
+        let (k_right, k_end) = (&mut self.k_right, &mut self.k_end);
+        let mut by_k = Key { key: &c.k, right: k_right, end: k_end, diagonal: &mut self.diagonal_k };
+        match rule {
+            Rule::Additive => write.backward(sums, rows, &mut by_k, &c.v, &mut self.dv, &mut c.p_k),
+            Rule::Delta => write.backward(sums, rows, &mut by_k, &c.u, &mut self.du, &mut c.p_k),
+            Rule::LowRank => {
+                write.backward(sums, rows, &mut by_k, &c.v, &mut self.dv, &mut c.p_k);
+                let (b_right, b_end) = (&mut self.b_right, &mut self.b_end);
+                let mut by_b = Key { key: &c.b, right: b_right, end: b_end, diagonal: &mut self.diagonal_b };
+                write.backward(sums, rows, &mut by_b, &c.u, &mut self.du, &mut c.p_b);
+            }
+        }
+
+        // Through the queries' reading of the state.
+        gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(do_, 0, 0), (&*state_t, 0, 0), (&mut s.unscaled, 0, 0));
+        decay.scale_from_start(sums, Reads::Decayed, Mode::Add, &s.unscaled, &mut self.q_left);
+        decay.decay_state(sums, dstate);
+        gemm(Mode::Add, [k_dim, v_dim, rows], Lhs::transposed(&c.q_in, 0, 0), (&*do_, 0, 0), (&mut *dstate, 0, 0));
+
+        match rule {
+            Rule::Additive => {}
+            Rule::Delta => self.delta(decay, rows),
+            Rule::LowRank => self.low_rank(decay, rows),
+        }
+
+        let Self { chunk: c, sums, .. } = self;
+        decay.gradient_of_rows(sums, Reads::Decayed, 1.0, &c.q, &self.q_left);
+        decay.gradient_of_rows(sums, Reads::Decayed, -1.0, &c.k, &self.k_right);
+        match rule {
+            Rule::Additive => {}
+            Rule::Delta => decay.gradient_of_rows(sums, Reads::Decayed, 1.0, &c.k, &self.k_left),
+            Rule::LowRank => {
+                decay.gradient_of_rows(sums, Reads::Before, 1.0, &c.a, &self.a_left);
+                decay.gradient_of_rows(sums, Reads::Decayed, -1.0, &c.b, &self.b_right);
+            }
+        }
+    }
+
+    /// Through `(I + diag(beta) P) u = beta (v - (k e^c) S)`.
+    fn delta<D: Decay<Sums = S>>(&mut self, decay: &D, rows: usize) {
+        let Self { chunk: c, sums, state_t, dstate, du, dv, dbeta, s, k_left, k_right, .. } = self;
+        lower::solve_transposed(rows, &c.system, du);
+        s.value_t.transpose_from(&c.u, rows);
+        lower::outer(rows, du, &s.value_t, &mut s.dp);
+        dot_rows(du, &c.residual, &mut dbeta[..rows]);
+        for i in 0..rows {
+            let (dp, p) = (s.dp.row_mut(i), c.p_solve.row(i));
+            dbeta[i] -= dp[..i].iter().zip(&p[..i]).map(|(d, p)| d * p).sum::<f32>();
+            dp[..i].iter_mut().for_each(|d| *d *= -c.beta[i]);
+            dp[i..].fill(0.0);
+        }
+        decay.scores_backward(sums, &mut s.dp, (&c.k, Reads::Decayed), &c.k, k_left, k_right);
+        scale_rows(&c.beta[..rows], Mode::Set, du, dv);
+        let (k_dim, v_dim) = (dstate.rows(), dstate.cols());
+        gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(dv, 0, 0), (&*state_t, 0, 0), (&mut s.unscaled, 0, 0));
+        decay.scale_from_start(sums, Reads::Decayed, Mode::Sub, &s.unscaled, k_left);
+        gemm(Mode::Sub, [k_dim, v_dim, rows], Lhs::transposed(&c.read_in, 0, 0), (&*dv, 0, 0), (dstate, 0, 0));
+    }
+
+    /// Through `(I - P_a,b) u = (a e^{c-}) S + P_a,k v`.
+    fn low_rank<D: Decay<Sums = S>>(&mut self, decay: &D, rows: usize) {
+        let Self { chunk: c, sums, state_t, dstate, du, dv, s, a_left, b_right, k_right, next_k, next_b, .. } = self;
+        lower::solve_transposed(rows, &c.system, du);
+        for (key, value, right, next) in [(&c.b, &c.u, b_right, next_b), (&c.k, &c.v, k_right, next_k)] {
+            s.value_t.transpose_from(value, rows);
+            lower::outer(rows, du, &s.value_t, &mut s.dp);
+            clear_from_diagonal(rows, &mut s.dp);
+            for (i, d) in next[..rows].iter_mut().enumerate().skip(1) {
+                *d = std::mem::take(&mut s.dp.row_mut(i)[i - 1]);
+            }
+            decay.scores_backward(sums, &mut s.dp, (&c.a, Reads::Before), key, a_left, right);
+        }
+        lower::apply_transposed(Mode::Add, rows, &c.p_feed, du, dv);
+        let (k_dim, v_dim) = (dstate.rows(), dstate.cols());
+        gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(du, 0, 0), (&*state_t, 0, 0), (&mut s.unscaled, 0, 0));
+        decay.scale_from_start(sums, Reads::Before, Mode::Add, &s.unscaled, a_left);
+        gemm(Mode::Add, [k_dim, v_dim, rows], Lhs::transposed(&c.read_in, 0, 0), (&*du, 0, 0), (dstate, 0, 0));
+    }
+
+    /// Adds up the roles: `q_left` becomes `dq`, `k_right` `dk`, `b_right` `db`; `a_left` is `da` already.
+    fn finish(&mut self, rule: Rule, rows: usize, scale: f32) {
+        let Self { chunk: c, q_left, k_right, k_end, b_right, b_end, diagonal_k, diagonal_b, .. } = self;
+        scale_rows(&diagonal_k[..rows], Mode::Add, &c.k, q_left);
+        scale_rows(&diagonal_k[..rows], Mode::Add, &c.q, k_right);
+        add_rows(rows, k_end, k_right);
+        if rule == Rule::Delta {
+            add_rows(rows, &self.k_left, k_right);
+        }
+        if rule == Rule::LowRank {
+            scale_rows(&diagonal_b[..rows], Mode::Add, &c.b, q_left);
+            scale_rows(&diagonal_b[..rows], Mode::Add, &c.q, b_right);
+            add_rows(rows, b_end, b_right);
+            for (next, key, right) in [(&self.next_k, &c.k, k_right), (&self.next_b, &c.b, b_right)] {
+                for i in 1..rows {
+                    let d = next[i];
+                    self.a_left.row_mut(i).iter_mut().zip(key.row(i - 1)).for_each(|(x, k)| *x += d * k);
+                    right.row_mut(i - 1).iter_mut().zip(c.a.row(i)).for_each(|(x, a)| *x += d * a);
+                }
+            }
+        }
+        let data = q_left.data_mut();
+        vectorize(
+            #[inline(always)]
+            || data.iter_mut().for_each(|x| *x *= scale),
+        );
+    }
+}
+
+/// What every write shares: `o += tril(P_q,key) value` and `S += (key e^{c_n - c})^T value`.
+struct Written<'a, D> {
+    decay: &'a D,
+    do_: &'a Tile,
+    dstate: &'a Tile,
+    dstate_t: &'a Tile,
+    q: &'a Tile,
+    q_left: &'a mut Tile,
+    s: &'a mut Scratch,
+}
+
+impl<D: Decay> Written<'_, D> {
+    fn backward(
+        &mut self,
+        sums: &mut D::Sums,
+        rows: usize,
+        by: &mut Key,
+        value: &Tile,
+        dvalue: &mut Tile,
+        p: &mut Tile,
+    ) {
+        let Scratch { unscaled, key_out, value_t, dp, .. } = &mut *self.s;
+        let (k_dim, v_dim) = (self.dstate.rows(), self.dstate.cols());
+        self.decay.scale_to_end(sums, Mode::Set, by.key, key_out);
+        gemm(Mode::Set, [rows, v_dim, k_dim], Lhs::of(key_out, 0, 0), (self.dstate, 0, 0), (&mut *dvalue, 0, 0));
+        self.decay.scores(sums, (self.q, Reads::Decayed), by.key, true, p);
+        lower::apply_transposed(Mode::Add, rows, p, self.do_, dvalue);
+
+        gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(value, 0, 0), (self.dstate_t, 0, 0), (&mut *unscaled, 0, 0));
+        self.decay.scale_to_end(sums, Mode::Set, unscaled, by.end);
+        self.decay.gradient_of_end(sums, by.key, by.end);
+
+        value_t.transpose_from(value, rows);
+        lower::outer(rows, self.do_, value_t, dp);
+        for (i, d) in by.diagonal[..rows].iter_mut().enumerate() {
+            *d = dp.row(i)[i];
+        }
+        clear_from_diagonal(rows, dp);
+        self.decay.scores_backward(sums, dp, (self.q, Reads::Decayed), by.key, self.q_left, by.right);
+    }
+}
+
+/// The key of a write and its gradients: through the scores of later queries, through the state at the end of the
+/// chunk, and through the score with its own token's query.
+struct Key<'a> {
+    key: &'a Tile,
+    right: &'a mut Tile,
+    end: &'a mut Tile,
+    diagonal: &'a mut [f32],
+}
+
+fn clear_from_diagonal(rows: usize, p: &mut Tile) {
+    for i in 0..rows {
+        p.row_mut(i)[i..].fill(0.0);
+    }
+}
+
+/// Gradient of a tensor that has a query/key head for several value heads: kept per value head, then summed in order.
+enum KeyGradient<E> {
+    Direct { gradient: Vec<E>, strides: Strides },
+    Grouped { parts: Vec<f32>, strides: Strides, group: usize },
+}
+
+enum Sink<E> {
+    Direct(Shared<E>, Strides),
+    Grouped(Shared<f32>, Strides),
+}
+
+impl<E: Element> KeyGradient<E> {
+    fn new(p: &MatrixProblem, used: bool) -> Self {
+        let tokens = if used { p.batch * p.time } else { 0 };
+        let strides = Strides { heads: p.value_heads, dim: p.key_dim };
+        if p.heads == p.value_heads {
+            KeyGradient::Direct { gradient: vec![E::default(); tokens * strides.row()], strides }
+        } else {
+            let group = p.value_heads / p.heads;
+            KeyGradient::Grouped { parts: vec![0.0; tokens * strides.row()], strides, group }
+        }
+    }
+
+    fn sink(&mut self) -> Sink<E> {
+        match self {
+            KeyGradient::Direct { gradient, strides } => Sink::Direct(Shared::new(gradient), *strides),
+            KeyGradient::Grouped { parts, strides, .. } => Sink::Grouped(Shared::new(parts), *strides),
+        }
+    }
+
+    fn finish(self) -> Vec<E> {
+        match self {
+            KeyGradient::Direct { gradient, .. } => gradient,
+            KeyGradient::Grouped { parts, strides, group } => {
+                let mut out = vec![E::default(); parts.len() / group];
+                let sum = |(out, parts): (&mut [E], &[f32])| {
+                    for (i, o) in out.iter_mut().enumerate() {
+                        *o = E::from_f32(parts.iter().skip(i).step_by(strides.dim).sum());
+                    }
+                };
+                out.par_chunks_mut(strides.dim).zip(parts.par_chunks(strides.dim * group)).for_each(sum);
+                out
+            }
+        }
+    }
+}
+
+impl<E: Element> Sink<E> {
+    fn store(&self, tile: &Tile, at: Place) {
+        match self {
+            Sink::Direct(out, s) => tile.store(out, s.offset(at.token, at.value_head), s.row(), at.rows),
+            Sink::Grouped(out, s) => tile.store(out, s.offset(at.token, at.value_head), s.row(), at.rows),
+        }
+    }
+}

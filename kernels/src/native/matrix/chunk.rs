@@ -1,0 +1,220 @@
+//! One chunk of one head in scratch tiles: loading, and the values that the chunk writes.
+
+use super::super::gemm::{Lhs, Mode, gemm};
+use super::super::simd::vectorize;
+use super::super::tile::Tile;
+use super::decay::{Decay, Reads};
+use super::lower;
+use crate::element::Element;
+use crate::matrix::{MatrixInputs, MatrixProblem, Write};
+use crate::sequences::Sequences;
+
+/// Where one chunk of one value head lies in the tensors.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    /// First token of the chunk, counted over all sequences.
+    pub token: usize,
+    pub rows: usize,
+    pub value_head: usize,
+    /// Index of the chunk over all sequences.
+    pub chunk: usize,
+}
+
+impl Place {
+    /// The chunks of a sequence, in order.
+    pub fn walk(sequences: &Sequences, n: usize, chunk: usize, value_head: usize) -> Vec<Place> {
+        let range = sequences.range(n);
+        let first: usize = (0..n).map(|m| sequences.range(m).len().div_ceil(chunk)).sum();
+        (range.start..range.end)
+            .step_by(chunk)
+            .enumerate()
+            .map(|(i, token)| Place { token, rows: chunk.min(range.end - token), value_head, chunk: first + i })
+            .collect()
+    }
+}
+
+/// A tensor's `[tokens, heads, dim]` layout.
+#[derive(Clone, Copy)]
+pub(crate) struct Strides {
+    pub heads: usize,
+    pub dim: usize,
+}
+
+impl Strides {
+    pub fn row(self) -> usize {
+        self.heads * self.dim
+    }
+
+    pub fn offset(self, token: usize, head: usize) -> usize {
+        token * self.row() + head * self.dim
+    }
+}
+
+/// The inputs of a chunk, and what the forward pass computes of them.
+pub(crate) struct Chunk {
+    /// `scale * q`.
+    pub q: Tile,
+    pub k: Tile,
+    pub v: Tile,
+    /// Low-rank write only.
+    pub a: Tile,
+    pub b: Tile,
+    /// `q e^c`, and `k e^c` (delta) or `a e^{c-}` (low rank).
+    pub q_in: Tile,
+    pub read_in: Tile,
+    /// `key e^{c_n - c}` of a write.
+    pub key_out: Tile,
+    /// The solved values, and `v - (k e^c) S` of the delta rule.
+    pub u: Tile,
+    pub residual: Tile,
+    pub beta: Vec<f32>,
+    /// `P_k,k` or `P_a,b`; with `diag(beta)` or the sign of the solve applied in `system`.
+    pub p_solve: Tile,
+    pub system: Tile,
+    /// `P_a,k`.
+    pub p_feed: Tile,
+    /// `P_q,k`, and `P_q,b`.
+    pub p_k: Tile,
+    pub p_b: Tile,
+}
+
+/// Which of the two solved writes, or none.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rule {
+    Additive,
+    Delta,
+    LowRank,
+}
+
+impl Rule {
+    pub fn of<E>(write: &Write<E>) -> Self {
+        match write {
+            Write::Additive => Rule::Additive,
+            Write::Delta { .. } => Rule::Delta,
+            Write::LowRank { .. } => Rule::LowRank,
+        }
+    }
+}
+
+impl Chunk {
+    pub fn new(p: &MatrixProblem, rule: Rule) -> Self {
+        let c = p.chunk;
+        // Tiles that a rule does not use stay empty.
+        let size = |used: bool, n: usize| if used { n } else { 1 };
+        let (solved, low) = (rule != Rule::Additive, rule == Rule::LowRank);
+        let keys = |used| Tile::new(size(used, c), p.key_dim);
+        let values = |used| Tile::new(size(used, c), p.value_dim);
+        let square = |used| Tile::new(size(used, c), size(used, c));
+        Self {
+            q: keys(true),
+            k: keys(true),
+            v: values(true),
+            a: keys(low),
+            b: keys(low),
+            q_in: keys(true),
+            read_in: keys(solved),
+            key_out: keys(true),
+            u: values(solved),
+            residual: values(rule == Rule::Delta),
+            beta: vec![0.0; c],
+            p_solve: square(solved),
+            system: square(solved),
+            p_feed: square(low),
+            p_k: square(true),
+            p_b: square(low),
+        }
+    }
+
+    /// Reads the chunk's part of every input, and sums its gates.
+    pub fn load<E: Element, D: Decay>(
+        &mut self,
+        p: &MatrixProblem,
+        x: &MatrixInputs<E>,
+        decay: &D,
+        sums: &mut D::Sums,
+        at: Place,
+    ) {
+        let keys = Strides { heads: p.heads, dim: p.key_dim };
+        let values = Strides { heads: p.value_heads, dim: p.value_dim };
+        let head = at.value_head * p.heads / p.value_heads;
+        let load_key = |tile: &mut Tile, src: &[E]| tile.load(src, keys.offset(at.token, head), keys.row(), at.rows);
+        load_key(&mut self.q, x.q);
+        load_key(&mut self.k, x.k);
+        self.v.load(x.v, values.offset(at.token, at.value_head), values.row(), at.rows);
+        match x.write {
+            Write::Additive => {}
+            Write::Delta { beta } => {
+                for (i, b) in self.beta[..at.rows].iter_mut().enumerate() {
+                    *b = beta[(at.token + i) * p.value_heads + at.value_head];
+                }
+            }
+            Write::LowRank { a, b } => {
+                load_key(&mut self.a, a);
+                load_key(&mut self.b, b);
+            }
+        }
+        let (scale, q) = (p.scale, self.q.data_mut());
+        vectorize(
+            #[inline(always)]
+            || q.iter_mut().for_each(|x| *x *= scale),
+        );
+        decay.load(sums, at.token, at.rows, at.value_head);
+    }
+
+    /// Solves for the values `u` that the chunk writes, given the state that enters it.
+    pub fn solve<D: Decay>(&mut self, rule: Rule, decay: &D, sums: &mut D::Sums, rows: usize, state: &Tile) {
+        let (k_dim, v_dim) = (state.rows(), state.cols());
+        match rule {
+            Rule::Additive => {}
+            Rule::Delta => {
+                decay.scale_from_start(sums, Reads::Decayed, Mode::Set, &self.k, &mut self.read_in);
+                self.residual.copy_rows(&self.v, rows);
+                gemm(
+                    Mode::Sub,
+                    [rows, v_dim, k_dim],
+                    Lhs::of(&self.read_in, 0, 0),
+                    (state, 0, 0),
+                    (&mut self.residual, 0, 0),
+                );
+                super::rows::scale_rows(&self.beta[..rows], Mode::Set, &self.residual, &mut self.u);
+                decay.scores(sums, (&self.k, Reads::Decayed), &self.k, false, &mut self.p_solve);
+                super::rows::scale_rows(&self.beta[..rows], Mode::Set, &self.p_solve, &mut self.system);
+                lower::solve(rows, &self.system, &mut self.u);
+            }
+            Rule::LowRank => {
+                decay.scale_from_start(sums, Reads::Before, Mode::Set, &self.a, &mut self.read_in);
+                gemm(Mode::Set, [rows, v_dim, k_dim], Lhs::of(&self.read_in, 0, 0), (state, 0, 0), (&mut self.u, 0, 0));
+                decay.scores(sums, (&self.a, Reads::Before), &self.k, false, &mut self.p_feed);
+                lower::apply(Mode::Add, rows, &self.p_feed, &self.v, &mut self.u);
+                decay.scores(sums, (&self.a, Reads::Before), &self.b, false, &mut self.p_solve);
+                negate(rows, &self.p_solve, &mut self.system);
+                lower::solve(rows, &self.system, &mut self.u);
+            }
+        }
+    }
+
+    /// `state = Diag(e^{c_n}) state + (key e^{c_n - c})^T value`, summed over the writes.
+    pub fn update_state<D: Decay>(&mut self, rule: Rule, decay: &D, sums: &D::Sums, rows: usize, state: &mut Tile) {
+        let (k_dim, v_dim) = (state.rows(), state.cols());
+        decay.decay_state(sums, state);
+        let Self { k, b, v, u, key_out, .. } = self;
+        let mut add = |key: &Tile, value: &Tile| {
+            decay.scale_to_end(sums, Mode::Set, key, key_out);
+            gemm(Mode::Add, [k_dim, v_dim, rows], Lhs::transposed(key_out, 0, 0), (value, 0, 0), (&mut *state, 0, 0));
+        };
+        match rule {
+            Rule::Additive => add(k, v),
+            Rule::Delta => add(k, u),
+            Rule::LowRank => {
+                add(k, v);
+                add(b, u);
+            }
+        }
+    }
+}
+
+fn negate(rows: usize, src: &Tile, dst: &mut Tile) {
+    for i in 0..rows {
+        dst.row_mut(i).iter_mut().zip(src.row(i)).for_each(|(d, s)| *d = -s);
+    }
+}

@@ -1,0 +1,76 @@
+//! The forward pass.
+
+use super::super::gemm::{Lhs, Mode, gemm};
+use super::super::tile::{Shared, Tile};
+use super::chunk::{Chunk, Place, Rule, Strides};
+use super::decay::{Decay, Reads};
+use super::{chunk_count, lower};
+use crate::element::Element;
+use crate::matrix::{KeepStates, MatrixInputs, MatrixOutputs, MatrixProblem};
+use crate::sequences::Sequences;
+use rayon::prelude::*;
+
+/// Scratch of one thread.
+struct Work<S> {
+    chunk: Chunk,
+    sums: S,
+    state: Tile,
+    o: Tile,
+}
+
+pub(crate) fn forward<E: Element, D: Decay>(
+    p: &MatrixProblem,
+    sequences: &Sequences,
+    x: &MatrixInputs<E>,
+    decay: &D,
+    keep: KeepStates,
+) -> MatrixOutputs<E> {
+    let rule = Rule::of(&x.write);
+    let size = p.key_dim * p.value_dim;
+    let values = Strides { heads: p.value_heads, dim: p.value_dim };
+    let mut o = vec![E::default(); p.value_shape().iter().product()];
+    let mut final_state = vec![0.0; p.state_shape().iter().product()];
+    let kept = if keep == KeepStates::Yes { chunk_count(sequences, p.chunk) * p.value_heads * size } else { 0 };
+    let mut chunk_states = vec![0.0; kept];
+    {
+        let (o, final_state) = (Shared::new(&mut o), Shared::new(&mut final_state));
+        let chunk_states = Shared::new(&mut chunk_states);
+        let work = || Work {
+            chunk: Chunk::new(p, rule),
+            sums: decay.sums(p.chunk, p.key_dim),
+            state: Tile::new(p.key_dim, p.value_dim),
+            o: Tile::new(p.chunk, p.value_dim),
+        };
+        (0..sequences.count() * p.value_heads).into_par_iter().for_each_init(work, |w, task| {
+            let (n, head) = (task / p.value_heads, task % p.value_heads);
+            match x.initial_state {
+                Some(h) => w.state.load(h, task * size, p.value_dim, p.key_dim),
+                None => w.state.fill(0.0),
+            }
+            for at in Place::walk(sequences, n, p.chunk, head) {
+                if keep == KeepStates::Yes {
+                    w.state.store(&chunk_states, (at.chunk * p.value_heads + head) * size, p.value_dim, p.key_dim);
+                }
+                w.chunk.load(p, x, decay, &mut w.sums, at);
+                w.chunk.solve(rule, decay, &mut w.sums, at.rows, &w.state);
+                output(&mut w.chunk, rule, decay, &mut w.sums, at.rows, &w.state, &mut w.o);
+                w.chunk.update_state(rule, decay, &w.sums, at.rows, &mut w.state);
+                w.o.store(&o, values.offset(at.token, head), values.row(), at.rows);
+            }
+            w.state.store(&final_state, task * size, p.value_dim, p.key_dim);
+        });
+    }
+    MatrixOutputs { o, final_state, chunk_states: (keep == KeepStates::Yes).then_some(chunk_states) }
+}
+
+/// `o = (q e^c) S + sum over writes of tril(P_q,key) value`.
+fn output<D: Decay>(c: &mut Chunk, rule: Rule, decay: &D, sums: &mut D::Sums, rows: usize, state: &Tile, o: &mut Tile) {
+    decay.scale_from_start(sums, Reads::Decayed, Mode::Set, &c.q, &mut c.q_in);
+    gemm(Mode::Set, [rows, state.cols(), state.rows()], Lhs::of(&c.q_in, 0, 0), (state, 0, 0), (&mut *o, 0, 0));
+    decay.scores(sums, (&c.q, Reads::Decayed), &c.k, true, &mut c.p_k);
+    lower::apply(Mode::Add, rows, &c.p_k, if rule == Rule::Delta { &c.u } else { &c.v }, o);
+    if rule == Rule::LowRank {
+        decay.scores(sums, (&c.q, Reads::Decayed), &c.b, true, &mut c.p_b);
+        lower::apply(Mode::Add, rows, &c.p_b, &c.u, o);
+    }
+}

@@ -1,0 +1,71 @@
+//! Element-wise passes over the rows of tiles.
+
+use super::super::gemm::Mode;
+use super::super::simd::vectorize;
+use super::super::tile::Tile;
+
+/// `dst_i (=, +=, -=) factors[i] * src_i` for each factor.
+pub(crate) fn scale_rows(factors: &[f32], mode: Mode, src: &Tile, dst: &mut Tile) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for (i, &f) in factors.iter().enumerate() {
+                let pairs = dst.row_mut(i).iter_mut().zip(src.row(i));
+                match mode {
+                    Mode::Set => pairs.for_each(|(d, s)| *d = f * s),
+                    Mode::Add => pairs.for_each(|(d, s)| *d += f * s),
+                    Mode::Sub => pairs.for_each(|(d, s)| *d -= f * s),
+                }
+            }
+        },
+    );
+}
+
+/// `dst_i (=, +=, -=) factors_{offset + i} (.) src_i` for `rows` rows.
+pub(crate) fn multiply_rows(factors: &Tile, offset: usize, mode: Mode, rows: usize, src: &Tile, dst: &mut Tile) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for i in 0..rows {
+                let pairs = dst.row_mut(i).iter_mut().zip(src.row(i)).zip(factors.row(offset + i));
+                match mode {
+                    Mode::Set => pairs.for_each(|((d, s), f)| *d = f * s),
+                    Mode::Add => pairs.for_each(|((d, s), f)| *d += f * s),
+                    Mode::Sub => pairs.for_each(|((d, s), f)| *d -= f * s),
+                }
+            }
+        },
+    );
+}
+
+/// `dst_i += src_i` for `rows` rows.
+pub(crate) fn add_rows(rows: usize, src: &Tile, dst: &mut Tile) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for i in 0..rows {
+                dst.row_mut(i).iter_mut().zip(src.row(i)).for_each(|(d, s)| *d += s);
+            }
+        },
+    );
+}
+
+/// `dots[i] = <a_i, b_i>`, summed in eight lanes in a fixed order.
+pub(crate) fn dot_rows(a: &Tile, b: &Tile, dots: &mut [f32]) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for (i, d) in dots.iter_mut().enumerate() {
+                let (x, y) = (a.row(i).chunks_exact(8), b.row(i).chunks_exact(8));
+                let rest: f32 = x.remainder().iter().zip(y.remainder()).map(|(x, y)| x * y).sum();
+                let mut lanes = [0.0f32; 8];
+                for (x, y) in x.zip(y) {
+                    for l in 0..8 {
+                        lanes[l] += x[l] * y[l];
+                    }
+                }
+                *d = lanes.iter().sum::<f32>() + rest;
+            }
+        },
+    );
+}
