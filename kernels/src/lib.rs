@@ -1,11 +1,16 @@
 //! Linear-recurrence kernels on plain slices: no framework, no Burn.
 
+mod channels;
 mod element;
+pub mod elementwise_scan;
 mod error;
 pub mod matrix;
 mod native;
 mod sequences;
+#[cfg(test)]
+mod testing;
 
+pub use channels::ScanProblem;
 pub use element::Element;
 pub use error::Error;
 pub use sequences::Sequences;

@@ -1,5 +1,8 @@
 //! The kernels on the CPU.
+pub(crate) mod elementwise_scan;
 pub(crate) mod gemm;
 pub(crate) mod matrix;
+pub(crate) mod plan;
+pub(crate) mod rows;
 pub(crate) mod simd;
 pub(crate) mod tile;

@@ -1,0 +1,47 @@
+//! What the element-wise kernels have in common: `[batch, time, channels]` tensors and the sequences in them.
+
+use crate::{error::Error, sequences::Sequences};
+
+/// Sizes of an element-wise op: tensors are `[batch, time, channels]`, states `[sequences, channels]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScanProblem {
+    /// Sequences of equal length; 1 for packed ones.
+    pub batch: usize,
+    /// Tokens of each sequence, or of all packed ones together.
+    pub time: usize,
+    /// Independent channels.
+    pub channels: usize,
+    /// Boundaries `[0, .., time]` of packed sequences (`batch` is then 1); see [`Sequences`].
+    pub cu_seqlens: Option<Vec<usize>>,
+}
+
+impl ScanProblem {
+    /// A batch of sequences of equal length.
+    pub fn new(batch: usize, time: usize, channels: usize) -> Self {
+        Self { batch, time, channels, cu_seqlens: None }
+    }
+
+    /// Sequences packed one after another: `cu_seqlens = [0, .., total]`.
+    pub fn packed(channels: usize, cu_seqlens: Vec<usize>) -> Self {
+        Self { batch: 1, time: cu_seqlens.last().copied().unwrap_or(0), channels, cu_seqlens: Some(cu_seqlens) }
+    }
+
+    /// Checks the sizes and finds the sequences.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a size of zero, [`Error::Sequences`] for bad boundaries.
+    pub fn sequences(&self) -> Result<Sequences, Error> {
+        Error::check_positive("channels", self.channels)?;
+        Sequences::new(self.batch, self.time, self.cu_seqlens.as_deref())
+    }
+
+    /// Checks a `[batch, time, channels]` argument.
+    pub(crate) fn check_tokens<E>(&self, argument: &'static str, x: &[E]) -> Result<(), Error> {
+        Error::check_len(argument, x.len(), &[self.batch, self.time, self.channels])
+    }
+
+    /// Checks an optional `[sequences, channels]` state.
+    pub(crate) fn check_state(&self, argument: &'static str, sequences: usize, x: Option<&[f32]>) -> Result<(), Error> {
+        x.map_or(Ok(()), |x| Error::check_len(argument, x.len(), &[sequences, self.channels]))
+    }
+}

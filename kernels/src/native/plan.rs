@@ -1,0 +1,120 @@
+//! How an element-wise recurrence is cut into tasks: by sequence, by channel slice and, where those are too few for the
+//! threads, by time in two passes (summarise the segments, then run each from its true initial state).
+
+use super::rows::{BLOCK, Block, to_blocks};
+use crate::sequences::Sequences;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// A run of a sequence's tokens and a slice of the channels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Task {
+    pub sequence: usize,
+    /// The sequence's tokens, or those of one segment of it.
+    pub tokens: Range<usize>,
+    pub channels: Range<usize>,
+}
+
+impl Task {
+    /// Where the task's part of a `[sequences, channels]` state begins, and its length.
+    pub fn state(&self, channels: usize) -> Range<usize> {
+        let at = self.sequence * channels;
+        at + self.channels.start..at + self.channels.end
+    }
+
+    /// The task's part of an optional state; zeros where there is none.
+    pub fn load_state(&self, state: Option<&[f32]>, channels: usize) -> Vec<Block> {
+        let blocks = self.channels.len().div_ceil(BLOCK);
+        state.map_or_else(|| vec![[0.0; BLOCK]; blocks], |s| to_blocks(&s[self.state(channels)]))
+    }
+
+    /// The blocks of the row of token `t`: which one, where it begins in a `[tokens, channels]` tensor, its length.
+    #[inline(always)]
+    pub fn blocks(&self, t: usize, channels: usize) -> impl DoubleEndedIterator<Item = (usize, usize, usize)> + use<> {
+        let (start, len) = (t * channels + self.channels.start, self.channels.len());
+        (0..len.div_ceil(BLOCK)).map(move |j| (j, start + j * BLOCK, BLOCK.min(len - j * BLOCK)))
+    }
+}
+
+/// Rows of a slice should be read in whole pages; the state of a much wider one would leave L1.
+const MAX_CHANNELS: usize = 1024;
+/// Shorter segments do not pay for being read twice.
+const MIN_SEGMENT: usize = 512;
+
+/// The tasks of one (sequence, channel slice) in order of time: one, unless the time is cut.
+pub(crate) type Group = Vec<Task>;
+
+/// Cuts a problem for `threads` threads; `cut_time` says whether the op can start in the middle of a sequence.
+pub(crate) fn plan(sequences: &Sequences, channels: usize, threads: usize, cut_time: bool) -> Vec<Group> {
+    let n = sequences.count();
+    let wanted = if n >= 2 * threads { 1 } else { threads.div_ceil(n) };
+    let count = wanted.min(channels / BLOCK).max(channels.div_ceil(MAX_CHANNELS)).max(1);
+    let width = channels.div_ceil(count).next_multiple_of(BLOCK);
+    let slices: Vec<_> = (0..channels).step_by(width).map(|c| c..(c + width).min(channels)).collect();
+    let segments = if cut_time { threads.div_ceil(n * slices.len()) } else { 1 };
+    let mut groups = Vec::with_capacity(n * slices.len());
+    for sequence in 0..n {
+        let tokens = sequences.range(sequence);
+        let length = tokens.len().div_ceil(segments.min(tokens.len() / MIN_SEGMENT).max(1));
+        for slice in &slices {
+            let cut = tokens.clone().step_by(length);
+            let tokens = |at: usize| at..(at + length).min(tokens.end);
+            groups.push(cut.map(|at| Task { sequence, tokens: tokens(at), channels: slice.clone() }).collect());
+        }
+    }
+    groups
+}
+
+/// A segment as the affine map that it applies to a state, per channel: `state -> product * state + sum`.
+pub(crate) struct Summary {
+    pub product: Vec<Block>,
+    pub sum: Vec<Block>,
+}
+
+/// Gives each task the state it starts from. A recurrence that runs backwards in time has its `groups` reversed.
+pub(crate) fn with_states(
+    groups: Vec<Group>,
+    initial: impl Fn(&Task) -> Vec<Block> + Sync,
+    summary: impl Fn(&Task) -> Summary + Sync,
+) -> Vec<(Task, Vec<Block>)> {
+    let mut tasks = Vec::new();
+    for group in groups {
+        let summaries: Vec<_> = group[..group.len() - 1].par_iter().with_max_len(1).map(&summary).collect();
+        let mut state = initial(&group[0]);
+        let mut summaries = summaries.into_iter();
+        for task in group {
+            tasks.push((task, state.clone()));
+            if let Some(s) = summaries.next() {
+                let maps = s.product.as_flattened().iter().zip(s.sum.as_flattened());
+                for (h, (p, b)) in state.as_flattened_mut().iter_mut().zip(maps) {
+                    *h = p * *h + b;
+                }
+            }
+        }
+    }
+    tasks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn covers_everything_once() {
+        for (batch, time, channels) in [(1, 5000, 3), (1, 700, 200), (4, 4096, 1024), (1, 9, 2560), (40, 3, 5000)] {
+            let sequences = Sequences::new(batch, time, None).unwrap();
+            for threads in [1, 2, 7] {
+                let mut seen = vec![0; batch * time * channels];
+                for task in plan(&sequences, channels, threads, true).concat() {
+                    assert!(sequences.range(task.sequence).contains(&task.tokens.start));
+                    for t in task.tokens {
+                        seen[t * channels + task.channels.start..t * channels + task.channels.end]
+                            .iter_mut()
+                            .for_each(|n| *n += 1);
+                    }
+                }
+                assert!(seen.iter().all(|&n| n == 1));
+            }
+        }
+    }
+}
