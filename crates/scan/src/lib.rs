@@ -16,5 +16,7 @@ mod portable;
 pub use error::Error;
 pub use families::*;
 pub use matrix::Output;
-pub use options::{AttentionOptions, ComplexScanOptions, MatrixOptions, Path, ScanOptions, StepOptions};
+pub use options::{
+    AttentionOptions, ComplexScanOptions, MatrixOptions, Path, ScanOptions, ShortConvOptions, StepOptions,
+};
 pub use thalweg_kernels as kernels;

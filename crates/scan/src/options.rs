@@ -3,6 +3,8 @@
 
 use burn::Tensor;
 
+use crate::ConvActivation;
+
 /// Which implementation runs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Path {
@@ -165,6 +167,50 @@ impl ComplexScanOptions {
     /// Sets the state before the first token.
     pub fn with_initial_state(mut self, re: Tensor<2>, im: Tensor<2>) -> Self {
         self.initial_state = Some((re, im));
+        self
+    }
+
+    /// Sets the boundaries of packed sequences.
+    pub fn with_cu_seqlens(mut self, cu_seqlens: Vec<usize>) -> Self {
+        self.cu_seqlens = Some(cu_seqlens);
+        self
+    }
+
+    /// Chooses the implementation.
+    pub fn with_path(mut self, path: Path) -> Self {
+        self.path = path;
+        self
+    }
+}
+
+/// Options of [`short_conv`](crate::short_conv).
+#[derive(Debug, Clone, Default)]
+pub struct ShortConvOptions {
+    /// What follows the convolution.
+    pub activation: ConvActivation,
+    /// The `W - 1` inputs before the first token, oldest first, `[N, channels, W - 1]`; zero if absent.
+    pub initial_state: Option<Tensor<3>>,
+    /// Boundaries `0 = c_0 < ... < c_N = time` of packed sequences; the batch size must then be 1.
+    pub cu_seqlens: Option<Vec<usize>>,
+    /// Which implementation runs.
+    pub path: Path,
+}
+
+impl ShortConvOptions {
+    /// The defaults: no activation, zero state, no packing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets what follows the convolution.
+    pub fn with_activation(mut self, activation: ConvActivation) -> Self {
+        self.activation = activation;
+        self
+    }
+
+    /// Sets the inputs before the first token.
+    pub fn with_initial_state(mut self, state: Tensor<3>) -> Self {
+        self.initial_state = Some(state);
         self
     }
 

@@ -1,5 +1,7 @@
 //! One short file per recurrence: its equation, its arguments, and which decay and write it composes.
 
+mod attention;
+mod complex_scan;
 mod delta_rule;
 mod dplr;
 mod gated_delta_rule;
@@ -7,8 +9,13 @@ mod gla;
 mod hgrn2;
 mod kda;
 mod linear_attention;
+pub(crate) mod linear_scan;
+mod rg_lru;
+mod short_conv;
 mod simple_gla;
 
+pub use attention::{attention, attention_step};
+pub use complex_scan::{ComplexScanOutput, complex_scan, complex_scan_step};
 pub use delta_rule::{delta_rule, delta_rule_step};
 pub use dplr::{dplr, dplr_step};
 pub use gated_delta_rule::{gated_delta_rule, gated_delta_rule_step};
@@ -19,4 +26,7 @@ pub use linear_attention::{
     NormalizedOutput, linear_attention, linear_attention_step, normalized_linear_attention,
     normalized_linear_attention_step,
 };
+pub use linear_scan::{ScanOutput, hgrn, hgrn_step, linear_scan, linear_scan_step};
+pub use rg_lru::{rg_lru, rg_lru_step};
+pub use short_conv::{ConvActivation, ShortConvOutput, short_conv, short_conv_step};
 pub use simple_gla::{retention, retention_step, simple_gla, simple_gla_step};

@@ -4,8 +4,11 @@
 
 use burn::Tensor;
 
+pub(crate) mod attention;
+pub(crate) mod conv;
 pub(crate) mod decay;
 pub(crate) mod matrix;
+pub(crate) mod scan;
 mod scores;
 pub(crate) mod step;
 mod wy;

@@ -40,8 +40,8 @@ fn invert_diagonal(lower: &Tensor<4>) -> Vec<Tensor<4>> {
     let diagonal = Tensor::cat(diagonal, 0).reshape([blocks * p, SUB_BLOCK, SUB_BLOCK]);
 
     let unit = |i: usize| {
-        let zero = |size| Tensor::<3>::zeros([blocks * p, 1, size], options.clone());
-        let one = Tensor::<3>::ones([blocks * p, 1, 1], options.clone());
+        let zero = |size| Tensor::<3>::zeros([blocks * p, 1, size], options);
+        let one = Tensor::<3>::ones([blocks * p, 1, 1], options);
         match i {
             0 => Tensor::cat(vec![one, zero(SUB_BLOCK - 1)], 2),
             _ if i + 1 == SUB_BLOCK => Tensor::cat(vec![zero(i), one], 2),

@@ -1,0 +1,68 @@
+//! Causal softmax attention: full or windowed, with grouped key and value heads.
+
+use burn::Tensor;
+
+use crate::matrix::state_type;
+use crate::{AttentionOptions, Error, check, portable};
+
+/// Causal softmax attention (Vaswani et al. 2017, arXiv 1706.03762):
+///
+/// `o_i = sum_j softmax_j(scale q_i . k_j) v_j` over the tokens `j <= i`, or with a window
+/// `i - window < j <= i`.
+///
+/// | argument | shape |
+/// |---|---|
+/// | `q` | `[B, T, H, D]` |
+/// | `k` | `[B, S, HK, D]`, `H` a multiple of `HK` |
+/// | `v` | `[B, S, HK, V]` |
+///
+/// Query head `h` uses key head `h / (H / HK)`. `S` may exceed `T`: the queries are then the last `T` of
+/// `S` tokens, as when a prompt or a single token continues a cache. Returns `[B, T, H, V]`.
+///
+/// # Errors
+/// A shape, element type or option that does not fit; see [`Error`].
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOptions) -> Result<Tensor<4>, Error> {
+    check::not_empty("q", &q)?;
+    check::not_empty("v", &v)?;
+    let [batch, time, heads, dim] = q.dims();
+    let [_, source, kv_heads, value_dim] = v.dims();
+    check::shape("k", &k, [("batch", batch), ("time", source), ("kv_heads", kv_heads), ("head_dim", dim)])?;
+    let axes = [("batch", batch), ("time", source), ("kv_heads", kv_heads), ("value_dim", value_dim)];
+    check::shape("v", &v, axes)?;
+    check::same_type("k", &k, "q", q.dtype())?;
+    check::same_type("v", &v, "q", q.dtype())?;
+    check::grouped("q", q.dims().to_vec(), heads, kv_heads)?;
+    check::positive("window", options.window)?;
+    if source < time || (options.cu_seqlens.is_some() && source != time) {
+        let found = k.dims().to_vec();
+        return Err(Error::Shape { argument: "k", found, expected: format!("the {time} tokens of `q`") });
+    }
+    check::sequences(options.cu_seqlens.as_deref(), batch, time)?;
+
+    let (dtype, float) = (q.dtype(), state_type(q.dtype()));
+    let scale = options.scale.unwrap_or((dim as f64).powf(-0.5));
+    let q = q.cast(float).mul_scalar(scale);
+    let (k, v) = (k.cast(float), v.cast(float));
+    let o = match &options.cu_seqlens {
+        None => portable::attention::forward(q, k, v, options.window),
+        Some(bounds) => {
+            let parts = bounds.windows(2).map(|b| {
+                let part = |x: &Tensor<4>| x.clone().narrow(1, b[0], b[1] - b[0]);
+                portable::attention::forward(part(&q), part(&k), part(&v), options.window)
+            });
+            Tensor::cat(parts.collect(), 1)
+        }
+    };
+    Ok(o.cast(dtype))
+}
+
+/// Attention of one new token over a cache that already holds it: `q: [B, H, D]`, `k: [B, S, HK, D]`,
+/// `v: [B, S, HK, V]` `-> [B, H, V]`. The order of the cached tokens does not matter, so the slots of a
+/// ring buffer may be passed as they lie; all of them are seen, whatever `options.window`.
+///
+/// # Errors
+/// As [`attention`].
+pub fn attention_step(q: Tensor<3>, k: Tensor<4>, v: Tensor<4>, options: AttentionOptions) -> Result<Tensor<3>, Error> {
+    let options = AttentionOptions { window: None, cu_seqlens: None, ..options };
+    Ok(attention(q.unsqueeze_dim(1), k, v, options)?.squeeze_dim(1))
+}

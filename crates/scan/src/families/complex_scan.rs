@@ -1,0 +1,96 @@
+//! The element-wise linear recurrence over complex numbers.
+
+use burn::Tensor;
+
+use crate::matrix::state_type;
+use crate::portable::scan::{Complex, forward};
+use crate::{ComplexScanOptions, Error, check};
+
+/// What [`complex_scan`] returns.
+#[derive(Debug, Clone)]
+pub struct ComplexScanOutput {
+    /// Real part of the states of all tokens, `[B, T, D]`.
+    pub re: Tensor<3>,
+    /// Imaginary part of the states of all tokens, `[B, T, D]`.
+    pub im: Tensor<3>,
+    /// Real part of the state after the last token of each sequence, `[N, D]`.
+    pub final_re: Tensor<2>,
+    /// Imaginary part of the state after the last token of each sequence, `[N, D]`.
+    pub final_im: Tensor<2>,
+}
+
+/// Complex element-wise recurrence (LRU, Orvieto et al. 2023, arXiv 2303.06349; S5; complex RG-LRU):
+///
+/// `h_t = lambda_t h_{t-1} + b_t`, `lambda_t = exp(log_a_t + i theta_t)`
+///
+/// | argument | shape | range |
+/// |---|---|---|
+/// | `log_a` | `[B, T, D]`, or `[1, 1, D]` if constant in time | at most 0 |
+/// | `theta` | as `log_a`, radians | |
+/// | `b_re`, `b_im` | `[B, T, D]` | |
+///
+/// Gradients treat real and imaginary parts as separate real numbers.
+///
+/// # Errors
+/// A shape, option or gate that does not fit; see [`Error`].
+pub fn complex_scan(
+    log_a: Tensor<3>,
+    theta: Tensor<3>,
+    b_re: Tensor<3>,
+    b_im: Tensor<3>,
+    options: ComplexScanOptions,
+) -> Result<ComplexScanOutput, Error> {
+    check::not_empty("b_re", &b_re)?;
+    let [batch, time, channels] = b_re.dims();
+    let axes = [("batch", batch), ("time", time), ("channels", channels)];
+    check::shape("b_im", &b_im, axes)?;
+    if log_a.dims() != [1, 1, channels] {
+        check::shape("log_a", &log_a, axes)?;
+    }
+    let [gate_batch, gate_time, _] = log_a.dims();
+    check::shape("theta", &theta, [("batch", gate_batch), ("time", gate_time), ("channels", channels)])?;
+    let count = check::sequences(options.cu_seqlens.as_deref(), batch, time)?;
+    if let Some((re, im)) = &options.initial_state {
+        check::shape("initial_state.re", re, [("sequences", count), ("channels", channels)])?;
+        check::shape("initial_state.im", im, [("sequences", count), ("channels", channels)])?;
+    }
+
+    let (dtype, float) = (b_re.dtype(), state_type(b_re.dtype()));
+    let lambda = lambda(log_a.cast(float), theta.cast(float));
+    let lambda =
+        Complex { re: lambda.re.expand([batch, time, channels]), im: lambda.im.expand([batch, time, channels]) };
+    let b = Complex { re: b_re.cast(float), im: b_im.cast(float) };
+    let initial = options
+        .initial_state
+        .map(|(re, im)| Complex { re: re.cast(float).unsqueeze_dim(1), im: im.cast(float).unsqueeze_dim(1) });
+    let (h, last) = forward(lambda, b, initial, options.cu_seqlens.as_deref());
+    Ok(ComplexScanOutput {
+        re: h.re.cast(dtype),
+        im: h.im.cast(dtype),
+        final_re: last.re.squeeze_dim(1),
+        final_im: last.im.squeeze_dim(1),
+    })
+}
+
+/// One token of [`complex_scan`]: all arguments `[B, D]`, `log_a` and `theta` also `[1, D]`. Returns the
+/// new state's parts, which are the output.
+///
+/// # Errors
+/// As [`complex_scan`].
+pub fn complex_scan_step(
+    log_a: Tensor<2>,
+    theta: Tensor<2>,
+    b_re: Tensor<2>,
+    b_im: Tensor<2>,
+    state: (Tensor<2>, Tensor<2>),
+) -> Result<(Tensor<2>, Tensor<2>), Error> {
+    let options = ComplexScanOptions::new().with_initial_state(state.0, state.1);
+    let [log_a, theta, b_re, b_im] = [log_a, theta, b_re, b_im].map(|x| x.unsqueeze_dim(1));
+    let out = complex_scan(log_a, theta, b_re, b_im, options)?;
+    Ok((out.final_re, out.final_im))
+}
+
+fn lambda(log_a: Tensor<3>, theta: Tensor<3>) -> Complex {
+    let radius = log_a.exp();
+    Complex { re: radius.clone() * theta.clone().cos(), im: radius * theta.sin() }
+}

@@ -1,0 +1,154 @@
+//! Element-wise linear recurrences `h_t = a_t h_{t-1} + b_t`, real or complex, over `[B, T, D]`.
+//!
+//! Blocks of 32 tokens are scanned by doubling (Hillis & Steele 1986), then the same scan runs over
+//! the blocks' totals. Only products and sums of the coefficients appear, never their logarithms or
+//! quotients, so a coefficient of exactly 0 is an ordinary input.
+
+use burn::Tensor;
+
+/// Tokens per block.
+const BLOCK: usize = 32;
+
+/// What a scan needs of its numbers, laid out `[B, T, D]`.
+pub(crate) trait Numbers: Clone {
+    fn dims(&self) -> [usize; 3];
+    /// `self * x + y`
+    fn mul_add(self, x: Self, y: Self) -> Self;
+    fn mul(self, x: Self) -> Self;
+    /// Applies an operation that only moves elements.
+    fn map(self, f: impl Fn(Tensor<3>) -> Tensor<3>) -> Self;
+    fn cat(parts: Vec<Self>) -> Self;
+    fn zeros(&self, shape: [usize; 3]) -> Self;
+
+    fn tokens(&self, start: usize, length: usize) -> Self {
+        self.clone().map(|x| x.narrow(1, start, length))
+    }
+}
+
+impl Numbers for Tensor<3> {
+    fn dims(&self) -> [usize; 3] {
+        Tensor::dims(self)
+    }
+
+    fn mul_add(self, x: Self, y: Self) -> Self {
+        self * x + y
+    }
+
+    fn mul(self, x: Self) -> Self {
+        self * x
+    }
+
+    fn map(self, f: impl Fn(Tensor<3>) -> Tensor<3>) -> Self {
+        f(self)
+    }
+
+    fn cat(parts: Vec<Self>) -> Self {
+        Tensor::cat(parts, 1)
+    }
+
+    fn zeros(&self, shape: [usize; 3]) -> Self {
+        Tensor::zeros(shape, (&self.device(), self.dtype()))
+    }
+}
+
+/// Real and imaginary parts.
+#[derive(Clone)]
+pub(crate) struct Complex {
+    pub re: Tensor<3>,
+    pub im: Tensor<3>,
+}
+
+impl Numbers for Complex {
+    fn dims(&self) -> [usize; 3] {
+        Tensor::dims(&self.re)
+    }
+
+    fn mul_add(self, x: Self, y: Self) -> Self {
+        let product = self.mul(x);
+        Self { re: product.re + y.re, im: product.im + y.im }
+    }
+
+    fn mul(self, x: Self) -> Self {
+        Self {
+            re: self.re.clone() * x.re.clone() - self.im.clone() * x.im.clone(),
+            im: self.re * x.im + self.im * x.re,
+        }
+    }
+
+    fn map(self, f: impl Fn(Tensor<3>) -> Tensor<3>) -> Self {
+        Self { re: f(self.re), im: f(self.im) }
+    }
+
+    fn cat(parts: Vec<Self>) -> Self {
+        let (re, im) = parts.into_iter().map(|p| (p.re, p.im)).unzip();
+        Self { re: Tensor::cat(re, 1), im: Tensor::cat(im, 1) }
+    }
+
+    fn zeros(&self, shape: [usize; 3]) -> Self {
+        Self { re: Numbers::zeros(&self.re, shape), im: Numbers::zeros(&self.im, shape) }
+    }
+}
+
+/// Runs the recurrence over a batch, or over packed sequences one after the other.
+/// `a, b: [B, T, D]`, `initial: [N, 1, D]` `->` all states `[B, T, D]` and the last ones `[N, 1, D]`.
+pub(crate) fn forward<N: Numbers>(a: N, b: N, initial: Option<N>, cu_seqlens: Option<&[usize]>) -> (N, N) {
+    let [batch, time, d] = b.dims();
+    let Some(bounds) = cu_seqlens else {
+        let initial = initial.unwrap_or_else(|| b.zeros([batch, 1, d]));
+        let h = scan(a, b, initial);
+        let last = h.tokens(time - 1, 1);
+        return (h, last);
+    };
+    let (mut all, mut last) = (Vec::new(), Vec::new());
+    for (n, bound) in bounds.windows(2).enumerate() {
+        let (start, length) = (bound[0], bound[1] - bound[0]);
+        let initial = initial.as_ref().map(|h| h.clone().map(|x| x.narrow(0, n, 1)));
+        let (h, end) = forward(a.tokens(start, length), b.tokens(start, length), initial, None);
+        all.push(h);
+        last.push(end);
+    }
+    let count = last.len();
+    (N::cat(all), N::cat(last).map(|x| x.reshape([count, 1, d])))
+}
+
+/// `[B, T, D]`, `initial: [B, 1, D] -> [B, T, D]`
+fn scan<N: Numbers>(a: N, b: N, initial: N) -> N {
+    let [batch, time, d] = b.dims();
+    if time <= BLOCK {
+        let (a, b) = within_block(a, b);
+        return a.mul_add(initial, b);
+    }
+    let n = time.div_ceil(BLOCK);
+    let split = |x: N| {
+        let missing = n * BLOCK - time;
+        let x = if missing > 0 {
+            let zeros = x.zeros([batch, missing, d]);
+            N::cat(vec![x, zeros])
+        } else {
+            x
+        };
+        x.map(|x| x.reshape([batch * n, BLOCK, d]))
+    };
+    let (a, b) = within_block(split(a), split(b));
+    let total = |x: &N| x.tokens(BLOCK - 1, 1).map(|x| x.reshape([batch, n, d]));
+    let ends = scan(total(&a), total(&b), initial.clone());
+    let entering = N::cat(vec![initial, ends.tokens(0, n - 1)]);
+    a.mul_add(entering.map(|x| x.reshape([batch * n, 1, d])), b)
+        .map(|x| x.reshape([batch, n * BLOCK, d]).narrow(1, 0, time))
+}
+
+/// Composes each token's map `h -> a h + b` with all earlier ones of its block.
+fn within_block<N: Numbers>(mut a: N, mut b: N) -> (N, N) {
+    let [_, time, _] = b.dims();
+    let mut reach = 1;
+    while reach < time {
+        let rest = time - reach;
+        let later = a.tokens(reach, rest);
+        let next = later.clone().mul_add(b.tokens(0, rest), b.tokens(reach, rest));
+        b = N::cat(vec![b.tokens(0, reach), next]);
+        let next = later.mul(a.tokens(0, rest));
+        a = N::cat(vec![a.tokens(0, reach), next]);
+        reach *= 2;
+    }
+    (a, b)
+}
