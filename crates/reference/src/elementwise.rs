@@ -48,10 +48,10 @@ pub fn scan_forward(shape: &Shape, gate: Gate<'_>, b: &[f64], initial_state: Opt
     for (n, tokens) in shape.sequences().into_iter().enumerate() {
         let state = &mut state[n * channels..][..channels];
         for t in tokens {
-            for d in 0..channels {
+            for (d, state) in state.iter_mut().enumerate() {
                 let at = t * channels + d;
-                state[d] = gate.factor(at) * state[d] + b[at];
-                h[at] = state[d];
+                *state = gate.factor(at) * *state + b[at];
+                h[at] = *state;
             }
         }
     }
