@@ -121,6 +121,24 @@ impl Tile {
     }
 }
 
+/// Asks for `rows` rows of `cols` elements ahead of their use. The rows of one head lie far apart in memory, too far for
+/// the hardware to guess the next.
+pub(crate) fn prefetch<E>(src: &[E], offset: usize, row_stride: usize, [rows, cols]: [usize; 2]) {
+    #[cfg(target_arch = "x86_64")]
+    for i in 0..rows {
+        let Some(row) = src.get(offset + i * row_stride..offset + i * row_stride + cols) else { return };
+        for line in (0..size_of_val(row)).step_by(64) {
+            // Safety: a prefetch has no effect but on the cache, and the address lies in `row`.
+            unsafe {
+                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                _mm_prefetch::<_MM_HINT_T1>(row.as_ptr().cast::<i8>().add(line));
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (src, offset, row_stride, rows, cols);
+}
+
 /// An output buffer written by several tasks, each to its own rows.
 pub(crate) struct Shared<E> {
     ptr: *mut E,

@@ -7,7 +7,7 @@
 
 use super::super::gemm::{Lhs, Mode, gemm};
 use super::super::simd::vectorize;
-use super::super::tile::{Shared, Tile};
+use super::super::tile::{Shared, Tile, prefetch};
 use super::chunk::{Chunk, Place, Rule, Strides};
 use super::decay::{Decay, Reads};
 use super::lower;
@@ -58,10 +58,17 @@ pub(crate) fn backward<E: Element, D: Decay>(
                 None => w.dstate.fill(0.0),
             }
             let mut constant = 0.0f64;
-            for at in Place::walk(sequences, n, p.chunk, head).into_iter().rev() {
+            let walk = Place::walk(sequences, n, p.chunk, head);
+            for (i, &at) in walk.iter().enumerate().rev() {
                 w.state.load(chunk_states, (at.chunk * p.value_heads + head) * size, p.value_dim, p.key_dim);
                 w.chunk.load(p, x, decay, &mut w.sums, at);
                 w.do_.load(cotangents.o, values.offset(at.token, head), values.row(), at.rows);
+                if i > 0 {
+                    let next = walk[i - 1];
+                    Chunk::prefetch(p, x, next);
+                    prefetch(cotangents.o, values.offset(next.token, head), values.row(), [next.rows, p.value_dim]);
+                    prefetch(chunk_states, (next.chunk * p.value_heads + head) * size, size, [1, size]);
+                }
                 w.run(rule, decay, at.rows);
 
                 // Safety (here and below): a task writes only the rows of its own tokens and head.

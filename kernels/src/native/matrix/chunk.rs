@@ -2,11 +2,11 @@
 
 use super::super::gemm::{Lhs, Mode, gemm};
 use super::super::simd::vectorize;
-use super::super::tile::Tile;
+use super::super::tile::{Tile, prefetch};
 use super::decay::{Decay, Reads};
 use super::lower;
 use crate::element::Element;
-use crate::matrix::{MatrixInputs, MatrixProblem, Write};
+use crate::matrix::{Gate, MatrixInputs, MatrixProblem, Write};
 use crate::sequences::Sequences;
 
 /// Where one chunk of one value head lies in the tensors.
@@ -159,6 +159,20 @@ impl Chunk {
             || q.iter_mut().for_each(|x| *x *= scale),
         );
         decay.load(sums, at.token, at.rows, at.value_head);
+    }
+
+    /// Asks for the inputs of a chunk that will be loaded next.
+    pub fn prefetch<E: Element>(p: &MatrixProblem, x: &MatrixInputs<E>, next: Place) {
+        let keys = Strides { heads: p.heads, dim: p.key_dim };
+        let values = Strides { heads: p.value_heads, dim: p.value_dim };
+        let key = keys.offset(next.token, next.value_head * p.heads / p.value_heads);
+        prefetch(x.q, key, keys.row(), [next.rows, p.key_dim]);
+        prefetch(x.k, key, keys.row(), [next.rows, p.key_dim]);
+        prefetch(x.v, values.offset(next.token, next.value_head), values.row(), [next.rows, p.value_dim]);
+        if let Gate::Key(g) = x.gate {
+            let gates = Strides { heads: p.value_heads, dim: p.key_dim };
+            prefetch(g, gates.offset(next.token, next.value_head), gates.row(), [next.rows, p.key_dim]);
+        }
     }
 
     /// Solves for the values `u` that the chunk writes, given the state that enters it.

@@ -47,11 +47,15 @@ pub(crate) fn forward<E: Element, D: Decay>(
                 Some(h) => w.state.load(h, task * size, p.value_dim, p.key_dim),
                 None => w.state.fill(0.0),
             }
-            for at in Place::walk(sequences, n, p.chunk, head) {
+            let walk = Place::walk(sequences, n, p.chunk, head);
+            for (i, &at) in walk.iter().enumerate() {
                 if keep == KeepStates::Yes {
                     w.state.store(&chunk_states, (at.chunk * p.value_heads + head) * size, p.value_dim, p.key_dim);
                 }
                 w.chunk.load(p, x, decay, &mut w.sums, at);
+                if let Some(&next) = walk.get(i + 1) {
+                    Chunk::prefetch(p, x, next);
+                }
                 w.chunk.solve(rule, decay, &mut w.sums, at.rows, &w.state);
                 output(&mut w.chunk, rule, decay, &mut w.sums, at.rows, &w.state, &mut w.o);
                 w.chunk.update_state(rule, decay, &w.sums, at.rows, &mut w.state);

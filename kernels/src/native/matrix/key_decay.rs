@@ -35,6 +35,8 @@ pub(crate) struct KeySums {
     to_end: Tile,
     /// `c_i - c_mid` of the block at hand, in rows `0..=len`.
     local: Tile,
+    /// Whether one product covers the chunk, and the factors of tokens that read after their decay are up to date.
+    whole: bool,
     /// Factors and scaled operands of the block.
     factor_x: Tile,
     factor_y: Tile,
@@ -42,6 +44,8 @@ pub(crate) struct KeySums {
     y: Tile,
     y_transposed: Tile,
     block: Tile,
+    dots: Vec<f32>,
+    row: Vec<f32>,
     /// Of the sums `c_i`; and, in row `j + 1`, what all gates after token `j` get.
     gradient: Tile,
     ending: Tile,
@@ -58,12 +62,15 @@ impl Decay for KeyDecay<'_> {
             from_start: tile(chunk + 1),
             to_end: tile(chunk),
             local: tile(chunk + 1),
+            whole: false,
             factor_x: tile(chunk),
             factor_y: tile(chunk),
             x: tile(chunk),
             y: tile(chunk),
             y_transposed: Tile::new(key_dim, chunk),
             block: Tile::new(chunk, chunk),
+            dots: vec![0.0; chunk],
+            row: vec![0.0; key_dim],
             gradient: tile(chunk + 1),
             ending: tile(chunk + 1),
         }
@@ -74,14 +81,34 @@ impl Decay for KeyDecay<'_> {
         let key_dim = s.g.cols();
         let stride = self.value_heads * key_dim;
         s.g.load(self.g, token * stride + head * key_dim, stride, rows);
-        let KeySums { g, from_start, to_end, local, .. } = s;
+        let KeySums { g, from_start, to_end, local, factor_x, factor_y, whole, row, .. } = s;
         vectorize(
             #[inline(always)]
             || {
-                sums(g, 0, rows, 0, local);
-                exp_rows(local, 0, 1.0, rows + 1, from_start);
-                sums(g, 0, rows, rows, local);
-                exp_rows(local, 1, -1.0, rows, to_end);
+                let mid = rows / 2;
+                sums(g, 0, rows, mid, local);
+                *whole = steepest(local, rows) <= SPAN;
+                if *whole {
+                    // The usual case: the factors of the one product, times one row each, are the other two as well.
+                    exp_rows(local, 1, 1.0, rows, factor_x);
+                    exp_rows(local, 1, -1.0, rows, factor_y);
+                    from_start.row_mut(0).fill(1.0);
+                    row.iter_mut().zip(local.row(0)).for_each(|(r, first)| *r = exp(-first));
+                    for i in 0..rows {
+                        let pairs = from_start.row_mut(i + 1).iter_mut().zip(factor_x.row(i)).zip(&*row);
+                        pairs.for_each(|((f, x), r)| *f = x * r);
+                    }
+                    row.copy_from_slice(factor_x.row(rows - 1));
+                    for i in 0..rows {
+                        let pairs = to_end.row_mut(i).iter_mut().zip(factor_y.row(i)).zip(&*row);
+                        pairs.for_each(|((f, y), r)| *f = y * r);
+                    }
+                } else {
+                    sums(g, 0, rows, 0, local);
+                    exp_rows(local, 0, 1.0, rows + 1, from_start);
+                    sums(g, 0, rows, rows, local);
+                    exp_rows(local, 1, -1.0, rows, to_end);
+                }
             },
         );
     }
@@ -112,8 +139,9 @@ impl Decay for KeyDecay<'_> {
         }
         scores(s, 0, s.rows, (x, reads), y, p);
         if diagonal {
+            dot_rows(x, y, &mut s.dots[..s.rows]);
             for i in 0..s.rows {
-                p.row_mut(i)[i] = x.row(i).iter().zip(y.row(i)).map(|(a, b)| a * b).sum();
+                p.row_mut(i)[i] = s.dots[i];
             }
         }
     }
@@ -203,6 +231,12 @@ fn sums(g: &Tile, lo: usize, hi: usize, mid: usize, local: &mut Tile) {
     }
 }
 
+/// Largest exponent of the `len` tokens around their middle; the sums are monotone, so it is at one of the ends.
+#[inline(always)]
+fn steepest(local: &Tile, len: usize) -> f32 {
+    local.row(0).iter().chain(local.row(len)).fold(0.0f32, |m, v| m.max(v.abs()))
+}
+
 /// `dst[i] = e^{sign * src[offset + i]}`.
 #[inline(always)]
 fn exp_rows(src: &Tile, offset: usize, sign: f32, rows: usize, dst: &mut Tile) {
@@ -226,19 +260,26 @@ struct Block {
 /// as the rectangle of the tokens after the middle against those before it.
 fn factor(s: &mut KeySums, lo: usize, hi: usize, (x, reads): (&Tile, Reads), y: &Tile) -> Block {
     let mid = lo + (hi - lo) / 2;
-    let KeySums { g, local, factor_x, factor_y, x: xs, y: ys, .. } = s;
+    let all = lo == 0 && hi == s.rows;
+    let KeySums { g, local, factor_x, factor_y, x: xs, y: ys, whole, .. } = s;
     vectorize(
         #[inline(always)]
         || {
-            sums(g, lo, hi, mid, local);
-            let steepest = local.row(0).iter().chain(local.row(hi - lo)).fold(0.0f32, |m, v| m.max(v.abs()));
-            let block = if steepest <= SPAN {
+            let ready = *whole && all && reads == Reads::Decayed;
+            if !ready {
+                sums(g, lo, hi, mid, local);
+                // The factors are about to be overwritten.
+                *whole = false;
+            }
+            let block = if ready || steepest(local, hi - lo) <= SPAN {
                 Block { x: (lo, hi), y: (lo, hi), triangular: true }
             } else {
                 Block { x: (mid, hi), y: (lo, mid), triangular: false }
             };
-            exp_rows(local, block.x.0 - lo + reads.offset(), 1.0, block.x.1 - block.x.0, factor_x);
-            exp_rows(local, block.y.0 - lo + 1, -1.0, block.y.1 - block.y.0, factor_y);
+            if !ready {
+                exp_rows(local, block.x.0 - lo + reads.offset(), 1.0, block.x.1 - block.x.0, factor_x);
+                exp_rows(local, block.y.0 - lo + 1, -1.0, block.y.1 - block.y.0, factor_y);
+            }
             for (range, src, factor, dst) in [(block.x, x, factor_x, xs), (block.y, y, factor_y, ys)] {
                 for i in 0..range.1 - range.0 {
                     for ((d, s), f) in dst.row_mut(i).iter_mut().zip(src.row(range.0 + i)).zip(factor.row(i)) {
