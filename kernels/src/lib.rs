@@ -7,6 +7,7 @@ mod error;
 pub mod matrix;
 mod native;
 mod sequences;
+pub mod short_conv;
 #[cfg(test)]
 mod testing;
 

@@ -1,7 +1,7 @@
 //! Loops of the element-wise scan: one task walks over the rows of a channel slice with the state in L1.
 
 use super::{
-    plan::{Summary, Task, plan, with_states},
+    plan::{Summary, Task, each, plan, with_states},
     rows::{AHEAD, BLOCK, Block, Output, Rows, block, fence, prefetch},
     simd::{exp, vectorize},
     tile::Shared,
@@ -11,7 +11,6 @@ use crate::{
     elementwise_scan::{ScanGate, ScanGradients, ScanInputs, ScanOutputs},
     sequences::Sequences,
 };
-use rayon::prelude::*;
 
 /// `None` if a gate is out of range.
 pub(crate) fn forward<E: Element>(
@@ -60,22 +59,18 @@ fn run_forward<E: Element, const LOG: bool>(
         |task| task.load_state(inputs.initial_state, channels),
         |task| summarise::<E, LOG>(task, task.tokens.clone(), channels, gate, x, false),
     );
-    let valid = tasks
-        .into_par_iter()
-        .with_max_len(1)
-        .map(|(task, mut h)| {
-            let valid = forward_task::<E, LOG>(&task, channels, gate, x, &rows, &mut h);
-            if task.tokens.end == sequences.range(task.sequence).end {
-                let at = task.state(channels);
-                // Safety: the last task of this sequence and slice is the only one to write its final state.
-                unsafe { finals.slice_mut(at.start, at.len()) }.copy_from_slice(&h.as_flattened()[..at.len()]);
-            }
-            valid
-        })
-        .reduce(|| true, |a, b| a & b);
+    let valid = each(tasks, x.len(), |(task, mut h)| {
+        let valid = forward_task::<E, LOG>(&task, channels, gate, x, &rows, &mut h);
+        if task.tokens.end == sequences.range(task.sequence).end {
+            let at = task.state(channels);
+            // Safety: the last task of this sequence and slice is the only one to write its final state.
+            unsafe { finals.slice_mut(at.start, at.len()) }.copy_from_slice(&h.as_flattened()[..at.len()]);
+        }
+        valid
+    });
     // Safety: the tasks cover all rows.
     let o = unsafe { o.finish() };
-    valid.then_some(ScanOutputs { o, final_state })
+    valid.iter().all(|&v| v).then_some(ScanOutputs { o, final_state })
 }
 
 /// Whether all gates are in range.
@@ -169,7 +164,7 @@ fn run_backward<E: Element, const LOG: bool>(
         |task| task.load_state(d_final_state, channels),
         |task| summarise::<E, LOG>(task, task.tokens.clone().rev(), channels, gate, do_, true),
     );
-    tasks.into_par_iter().with_max_len(1).for_each(|(task, mut carry)| {
+    each(tasks, gate.len(), |(task, mut carry)| {
         let first = task.tokens.start == sequences.range(task.sequence).start;
         // Zeros, or the initial state: what came before the sequence's first token.
         let before = task.load_state(inputs.initial_state, channels);

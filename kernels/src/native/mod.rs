@@ -4,5 +4,6 @@ pub(crate) mod gemm;
 pub(crate) mod matrix;
 pub(crate) mod plan;
 pub(crate) mod rows;
+pub(crate) mod short_conv;
 pub(crate) mod simd;
 pub(crate) mod tile;

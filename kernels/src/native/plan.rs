@@ -95,6 +95,17 @@ pub(crate) fn with_states(
     tasks
 }
 
+/// Below this many elements waking the threads takes longer than the work: one token is decoded on the caller's thread.
+const SERIAL: usize = 16 << 10;
+
+/// Runs tasks that together have `elements` elements; the results come in the order of the tasks.
+pub(crate) fn each<T: Send, R: Send>(tasks: Vec<T>, elements: usize, run: impl Fn(T) -> R + Sync + Send) -> Vec<R> {
+    if tasks.len() == 1 || elements < SERIAL {
+        return tasks.into_iter().map(run).collect();
+    }
+    tasks.into_par_iter().with_max_len(1).map(run).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -44,6 +44,13 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { p * scale }
 }
 
+/// The logistic function `1 / (1 + e^-x)` for any `x`; the exponential's argument is never positive.
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    let e = exp(-x.abs());
+    (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
+}
+
 /// `dst[j, i] = src[i, j]` for an `[rows, cols]` block, in 8x8 squares.
 pub(crate) fn transpose(src: &[f32], src_stride: usize, dst: &mut [f32], dst_stride: usize, rows: usize, cols: usize) {
     if rows == 0 || cols == 0 {
@@ -122,6 +129,15 @@ mod tests {
             assert_eq!(exp(x), 0.0);
         }
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sigmoid_has_both_tails() {
+        for x in [-100.0f32, -87.0, -20.0, -1.0, -1e-3, 0.0, 0.5, 17.0, 100.0] {
+            let want = 1.0 / (1.0 + (-x as f64).exp());
+            assert!((sigmoid(x) as f64 - want).abs() <= 3e-7 * want + 1e-38, "{x}");
+        }
+        assert!(sigmoid(f32::NAN).is_nan());
     }
 
     #[test]
