@@ -3,6 +3,8 @@
 //! Exit codes: 0 all is well; 1 a check that the user asked for failed; 2 the arguments or the data cannot be worked
 //! with, told in one line on stderr.
 
+mod conform;
+
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -18,7 +20,9 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Conform(conform::Args),
+}
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -33,7 +37,9 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Outcome {
-    match command {}
+    match command {
+        Command::Conform(args) => conform::run(&args),
+    }
 }
 
 /// The message of a usage error on one line: clap puts names of missing arguments on lines of their own.

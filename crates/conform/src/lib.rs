@@ -5,6 +5,7 @@
 //! `window`. [`load`] finds the cases of a folder, a [`Runner`] computes what they ask for, [`check`] compares.
 
 mod case;
+mod engine;
 mod error;
 mod options;
 mod parse;
@@ -12,6 +13,7 @@ mod reference;
 mod report;
 
 pub use case::{Case, Found, Tensor, load};
+pub use engine::Engine;
 pub use error::Error;
 pub use reference::Reference;
 pub use report::{CaseReport, TensorError, check};
