@@ -10,6 +10,7 @@ mod check;
 mod error;
 mod families;
 mod matrix;
+mod native;
 mod options;
 mod portable;
 

@@ -3,6 +3,9 @@
 use burn::Tensor;
 use burn::tensor::{DType, FloatDType};
 
+use thalweg_kernels::matrix::{DEFAULT_CHUNK, MatrixProblem};
+
+use crate::native::{self, GateKind, Operation, WriteKind};
 use crate::{Error, MatrixOptions, StepOptions, check, portable};
 
 /// What an operation over a matrix state returns.
@@ -30,6 +33,7 @@ pub(crate) enum Decay {
 
 /// How a token writes to the state.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // built once per call
 pub(crate) enum Write {
     /// `S += k v^T`
     Additive,
@@ -64,9 +68,6 @@ pub(crate) struct Problem {
 /// Added under the root of the l2 norm of queries and keys.
 const L2_EPSILON: f64 = 1e-6;
 
-/// Tokens per chunk unless the caller says otherwise.
-const CHUNK: usize = 64;
-
 /// Checks everything that can be checked without reading a tensor, then runs the chosen path.
 pub(crate) fn forward(
     q: Tensor<4>,
@@ -76,7 +77,11 @@ pub(crate) fn forward(
     write: Write,
     options: MatrixOptions,
 ) -> Result<Output, Error> {
+    let path = options.path;
     let problem = Problem::new(q, k, v, decay, write, options)?;
+    if native::available(path, &problem.q) {
+        return problem.native();
+    }
     Ok(portable::matrix::forward(problem))
 }
 
@@ -97,7 +102,12 @@ pub(crate) fn step(
         path: options.path,
         ..MatrixOptions::default()
     };
+    let path = options.path;
     let problem = Problem::new(q, k, v, decay, write, options)?;
+    if native::available(path, &problem.q) {
+        let Output { o, final_state } = problem.native()?;
+        return Ok((o.squeeze_dim(1), final_state));
+    }
     Ok(portable::step::step(problem))
 }
 
@@ -129,9 +139,42 @@ impl Problem {
                 other => other,
             },
             initial_state: options.initial_state.map(|s| s.cast(state)),
-            chunk: options.chunk.unwrap_or(CHUNK),
+            chunk: options.chunk.unwrap_or(DEFAULT_CHUNK),
             cu_seqlens: options.cu_seqlens,
         })
+    }
+
+    /// Runs the kernel.
+    fn native(self) -> Result<Output, Error> {
+        let [batch, time, heads, key_dim] = self.q.dims();
+        let [_, _, value_heads, value_dim] = self.v.dims();
+        let problem = MatrixProblem {
+            batch,
+            time,
+            heads,
+            value_heads,
+            key_dim,
+            value_dim,
+            chunk: self.chunk,
+            scale: self.scale as f32,
+            cu_seqlens: self.cu_seqlens,
+        };
+        let (gate, g) = match self.decay {
+            Decay::None => (GateKind::None, None),
+            Decay::Constant(g) => (GateKind::Constant, Some(g.into())),
+            Decay::Head(g) => (GateKind::Head, Some(g.into())),
+            Decay::Key(g) => (GateKind::Key, Some(g.into())),
+        };
+        let (write, x4, x5) = match self.write {
+            Write::Additive => (WriteKind::Additive, None, None),
+            Write::Delta { beta } => (WriteKind::Delta, Some(beta.into()), None),
+            Write::LowRank { a, b } => (WriteKind::LowRank, Some(a.into()), Some(b.into())),
+        };
+        let operation = Operation::Matrix { problem, gate, write };
+        let state = self.initial_state.map(Into::into);
+        let rest = [Some(self.k.into()), Some(self.v.into()), g, x4, x5, state];
+        let (o, final_state) = native::run(operation, self.q, rest)?;
+        Ok(Output { o, final_state })
     }
 }
 

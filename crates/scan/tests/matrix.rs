@@ -83,6 +83,23 @@ impl Inputs {
         }
     }
 
+    /// Without gradients, on the same values.
+    fn detached(&self) -> Self {
+        let x = self.clone();
+        Self {
+            q: x.q.inner(),
+            k: x.k.inner(),
+            v: x.v.inner(),
+            head: x.head.inner(),
+            key: x.key.inner(),
+            constant: x.constant.inner(),
+            beta: x.beta.inner(),
+            a: x.a.inner(),
+            b: x.b.inner(),
+            state: x.state.inner(),
+        }
+    }
+
     fn run(&self, op: Op, options: MatrixOptions) -> Output {
         let Self { q, k, v, head, key, constant, beta, a, b, state } = self.clone();
         let options = options.with_initial_state(state);
@@ -101,7 +118,7 @@ impl Inputs {
     }
 
     /// The recurrence token by token, sequence by sequence.
-    fn steps(&self, op: Op, bounds: Option<&[usize]>, l2: bool) -> Output {
+    fn steps(&self, op: Op, bounds: Option<&[usize]>, l2: bool, path: Path) -> Output {
         let time = self.q.dims()[1];
         let whole = [0, time];
         let packed = bounds.is_some();
@@ -117,7 +134,7 @@ impl Inputs {
                 let (q, k, v) = (four(&self.q), four(&self.k), four(&self.v));
                 let (head, key, beta) = (three(&self.head), four(&self.key), three(&self.beta));
                 let (a, b) = (four(&self.a), four(&self.b));
-                let options = StepOptions::new().with_qk_l2norm(l2).with_path(Path::Portable);
+                let options = StepOptions::new().with_qk_l2norm(l2).with_path(path);
                 let (out, next) = match op {
                     Op::Linear => scan::linear_attention_step(q, k, v, state, options),
                     Op::Retention => scan::retention_step(q, k, v, self.constant.clone(), state, options),
@@ -198,23 +215,25 @@ fn chunked_equals_steps_in_f64() {
         for op in OPS {
             let (x, y) = (inputs.fresh(), inputs.fresh());
             let chunked = x.run(op, MatrixOptions::new().with_chunk(chunk).with_path(Path::Portable));
-            let steps = y.steps(op, None, false);
+            let steps = y.steps(op, None, false, Path::Portable);
             x.compare(&y, op, &chunked, &steps, 1e-11, &format!("T={time} {gates:?}"));
         }
     }
 }
 
-/// Single precision, with gates from 0 to -1e4 mixed: the tolerance of the design.
+/// Single precision on both paths, with gates from 0 to -1e4 mixed: the tolerance of the design.
 #[test]
-fn chunked_is_safe_in_f32_with_extreme_gates() {
-    for gates in [Gates::Ordinary, Gates::Mixed] {
-        let shape = Shape { batch: 1, time: 130, heads: 1, value_heads: 1, key: 16, value: 8, sequences: 1 };
+fn both_paths_are_safe_in_f32_with_extreme_gates() {
+    for (time, gates) in [(1, Gates::Ordinary), (65, Gates::Strong), (130, Gates::Ordinary), (130, Gates::Mixed)] {
+        let shape = Shape { batch: 2, time, heads: 1, value_heads: 1, key: 16, value: 8, sequences: 2 };
         let inputs = Inputs::new(&shape, gates, DType::F32);
         for op in OPS {
-            let (x, y) = (inputs.fresh(), inputs.fresh());
-            let chunked = x.run(op, MatrixOptions::new().with_path(Path::Portable));
-            let steps = y.steps(op, None, false);
-            x.compare(&y, op, &chunked, &steps, 2e-5, &format!("f32 {gates:?}"));
+            for path in [Path::Auto, Path::Portable] {
+                let (x, y) = (inputs.fresh(), inputs.fresh());
+                let chunked = x.run(op, MatrixOptions::new().with_path(path));
+                let steps = y.steps(op, None, false, Path::Portable);
+                x.compare(&y, op, &chunked, &steps, 2e-5, &format!("{path:?} T={time} {gates:?}"));
+            }
         }
     }
 }
@@ -224,17 +243,67 @@ fn chunked_is_safe_in_f32_with_extreme_gates() {
 fn packed_grouped_and_normalised() {
     let bounds = vec![0, 1, 34, 51];
     let shape = Shape { batch: 1, time: 51, heads: 2, value_heads: 4, key: 4, value: 6, sequences: 3 };
-    let inputs = Inputs::new(&shape, Gates::Ordinary, DType::F64);
-    for op in [Op::Linear, Op::Retention, Op::Simple, Op::Gla, Op::Delta, Op::GatedDelta, Op::Kda] {
+    for (path, dtype, tolerance) in [(Path::Portable, DType::F64, 1e-11), (Path::Auto, DType::F32, 2e-5)] {
+        let inputs = Inputs::new(&shape, Gates::Ordinary, dtype);
+        for op in [Op::Linear, Op::Retention, Op::Simple, Op::Gla, Op::Delta, Op::GatedDelta, Op::Kda] {
+            let (x, y) = (inputs.fresh(), inputs.fresh());
+            let options = MatrixOptions::new()
+                .with_cu_seqlens(bounds.clone())
+                .with_qk_l2norm(true)
+                .with_chunk(32)
+                .with_path(path);
+            let chunked = x.run(op, options);
+            let steps = y.steps(op, Some(&bounds), true, Path::Portable);
+            x.compare(&y, op, &chunked, &steps, tolerance, &format!("packed {path:?}"));
+        }
+    }
+}
+
+/// Native single steps, with and without a graph, equal the portable ones.
+#[test]
+fn native_steps_equal_portable_steps() {
+    let shape = Shape { batch: 3, time: 5, heads: 2, value_heads: 2, key: 8, value: 4, sequences: 3 };
+    let inputs = Inputs::new(&shape, Gates::Ordinary, DType::F32);
+    for op in OPS {
         let (x, y) = (inputs.fresh(), inputs.fresh());
-        let options = MatrixOptions::new()
-            .with_cu_seqlens(bounds.clone())
-            .with_qk_l2norm(true)
-            .with_chunk(32)
-            .with_path(Path::Portable);
-        let chunked = x.run(op, options);
-        let steps = y.steps(op, Some(&bounds), true);
-        x.compare(&y, op, &chunked, &steps, 1e-11, "packed");
+        let native = x.steps(op, None, false, Path::Auto);
+        let portable = y.steps(op, None, false, Path::Portable);
+        x.compare(&y, op, &native, &portable, 1e-5, "steps");
+        let plain = inputs.detached().steps(op, None, false, Path::Auto);
+        assert_close("untracked o", &values(&plain.o), &values(&portable.o), 1e-5);
+        assert_close("untracked state", &values(&plain.final_state), &values(&portable.final_state), 1e-5);
+        // A step must not write into a state that the caller still holds.
+        assert_eq!(values(&inputs.state), values(&x.state));
+    }
+}
+
+/// bf16 tensors: the paths round the same inputs and accumulate in f32.
+#[test]
+fn bf16_paths_agree() {
+    let shape = Shape { batch: 1, time: 70, heads: 2, value_heads: 2, key: 8, value: 8, sequences: 1 };
+    let inputs = Inputs::new(&shape, Gates::Ordinary, DType::BF16);
+    for op in OPS {
+        let (x, y) = (inputs.fresh(), inputs.fresh());
+        let native = x.run(op, MatrixOptions::new());
+        let portable = y.run(op, MatrixOptions::new().with_path(Path::Portable));
+        assert_eq!((native.o.dtype(), native.final_state.dtype()), (DType::BF16, DType::F32));
+        x.compare(&y, op, &native, &portable, 2e-2, "bf16");
+    }
+}
+
+/// Only one of the two outputs in the loss: the other one's gradient is zero, not missing.
+#[test]
+fn either_output_alone_has_gradients() {
+    let shape = Shape { batch: 1, time: 20, heads: 1, value_heads: 1, key: 4, value: 4, sequences: 1 };
+    let inputs = Inputs::new(&shape, Gates::Ordinary, DType::F32);
+    let losses: [fn(Output) -> Tensor<1>; 2] = [|out| out.o.sum(), |out| out.final_state.sum()];
+    for loss in losses {
+        let (x, y) = (inputs.fresh(), inputs.fresh());
+        let gx = loss(x.run(Op::Kda, MatrixOptions::new())).backward();
+        let gy = loss(y.run(Op::Kda, MatrixOptions::new().with_path(Path::Portable))).backward();
+        for (a, b) in [(&x.k, &y.k), (&x.v, &y.v), (&x.state, &y.state), (&x.key, &y.key)] {
+            assert_close("gradient", &gradient(a, &gx), &gradient(b, &gy), 2e-5);
+        }
     }
 }
 
@@ -252,6 +321,9 @@ fn bad_arguments_are_named() {
         call(wrong, MatrixOptions::new()),
         "`k` has shape [1, 4, 1, 1], expected [batch=1, time=4, heads=1, key_dim=2]"
     );
+    let positive = scan::gla(x.q.clone(), x.k.clone(), x.v.clone(), x.key.clone().neg(), MatrixOptions::new());
+    let message = positive.expect_err("an error").to_string();
+    assert!(message.starts_with("`g` holds "), "{message}");
     for (options, name) in [
         (MatrixOptions::new().with_chunk(0), "`chunk`"),
         (MatrixOptions::new().with_cu_seqlens(vec![0, 3, 2, 4]), "`cu_seqlens`"),

@@ -1,8 +1,11 @@
 //! The element-wise linear recurrence, with the gate as a factor or as its logarithm.
 
 use burn::Tensor;
+use burn::tensor::FloatDType;
+use thalweg_kernels::ScanProblem;
 
 use crate::matrix::state_type;
+use crate::native::{self, Operation};
 use crate::{Error, ScanOptions, check, portable};
 
 /// What an element-wise recurrence returns.
@@ -33,6 +36,9 @@ pub struct ScanOutput {
 /// ```
 pub fn linear_scan(a: Tensor<3>, b: Tensor<3>, options: ScanOptions) -> Result<ScanOutput, Error> {
     validate("a", &a, "b", &b, &options)?;
+    if native::available(options.path, &b) {
+        return kernel(a, false, b, options);
+    }
     let float = state_type(b.dtype());
     Ok(run(a.cast(float), b, options))
 }
@@ -57,6 +63,9 @@ pub fn linear_scan_step(a: Tensor<2>, b: Tensor<2>, state: Tensor<2>) -> Result<
 /// A shape, option or gate that does not fit; see [`Error`].
 pub fn hgrn(x: Tensor<3>, g: Tensor<3>, options: ScanOptions) -> Result<ScanOutput, Error> {
     validate("g", &g, "x", &x, &options)?;
+    if native::available(options.path, &x) {
+        return kernel(g, true, x, options);
+    }
     let float = state_type(x.dtype());
     Ok(run(g.cast(float).exp(), x, options))
 }
@@ -77,6 +86,21 @@ pub(crate) fn run(a: Tensor<3>, b: Tensor<3>, options: ScanOptions) -> ScanOutpu
     let initial = options.initial_state.map(|h| h.cast(float).unsqueeze_dim(1));
     let (h, last) = portable::scan::forward(a, b.cast(float), initial, options.cu_seqlens.as_deref());
     ScanOutput { o: h.cast(dtype), final_state: last.squeeze_dim(1) }
+}
+
+/// The native scan. A gate of another type than `b` would lose its digits in `b`'s: both go to f32 then.
+fn kernel(gate: Tensor<3>, log: bool, b: Tensor<3>, options: ScanOptions) -> Result<ScanOutput, Error> {
+    let [batch, time, channels] = b.dims();
+    let dtype = b.dtype();
+    let (gate, b) = match gate.dtype() == dtype {
+        true => (gate, b),
+        false => (gate.cast(FloatDType::F32), b.cast(FloatDType::F32)),
+    };
+    let problem = ScanProblem { batch, time, channels, cu_seqlens: options.cu_seqlens };
+    let initial = options.initial_state.map(|h| h.cast(FloatDType::F32).into());
+    let rest = [Some(b.into()), initial, None, None, None, None];
+    let (o, final_state) = native::run::<3, 2>(Operation::Scan { problem, log }, gate, rest)?;
+    Ok(ScanOutput { o: o.cast(dtype), final_state })
 }
 
 /// Checks two `[B, T, D]` tensors and the options.

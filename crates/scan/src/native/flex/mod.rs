@@ -1,0 +1,129 @@
+//! The CPU kernels on Flex tensors: storage is lent to them as slices, without a copy where it is
+//! contiguous, and the vectors that they return become storage.
+
+mod matrix;
+mod scan;
+
+use burn::backend::Flex;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{Bytes, DType, Element as BurnElement, Shape};
+use burn_flex::{FlexTensor, Layout};
+use thalweg_kernels::{Element, Error};
+
+use super::backend::{Forward, Kernels, Recurrence, Results, Slots};
+use super::operation::{Operation, SLOTS};
+
+/// Operands of an operation.
+type Operands = [Option<FlexTensor>; SLOTS];
+
+/// An element type of both worlds.
+trait Number: Element + BurnElement + bytemuck::Pod {}
+impl Number for f32 {}
+impl Number for half::bf16 {}
+impl Number for half::f16 {}
+
+/// Calls a function for the element type of a tensor.
+macro_rules! for_element {
+    ($dtype:expr, $module:ident::$function:ident($($argument:expr),* $(,)?)) => {
+        match $dtype {
+            DType::F32 => $module::$function::<f32>($($argument),*),
+            DType::BF16 => $module::$function::<half::bf16>($($argument),*),
+            DType::F16 => $module::$function::<half::f16>($($argument),*),
+            other => unreachable!("no kernel for {other:?}; `native::available` asks first"),
+        }
+    };
+}
+
+impl Recurrence for Flex {
+    fn recurrence(operation: Operation, slots: Slots<Self>) -> Results<Self> {
+        let operands = slots.into_array();
+        let fallback = operands[0].clone();
+        match Self::forward(&operation, operands, false) {
+            Ok(Forward { o, final_state, .. }) => Results { o, final_state, status: Ok(()) },
+            Err(error) => {
+                let any = fallback.unwrap_or_else(|| FlexTensor::zeros(Shape::new([1]), DType::F32));
+                Results { o: any.clone(), final_state: any, status: Err(error) }
+            }
+        }
+    }
+}
+
+impl Kernels for Flex {
+    fn forward(operation: &Operation, operands: Operands, keep: bool) -> Result<Forward<Self>, Error> {
+        let operands = contiguous(operands);
+        match operation {
+            Operation::Matrix { problem, gate, write } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, matrix::forward(problem, *gate, *write, operands, keep))
+            }
+            Operation::Scan { problem, log } => {
+                let dtype = dtype(&operands, 1);
+                for_element!(dtype, scan::forward(problem, *log, operands, keep))
+            }
+        }
+    }
+
+    fn backward(
+        operation: &Operation,
+        operands: Operands,
+        saved: Vec<FlexTensor>,
+        d_o: Option<FlexTensor>,
+        d_final_state: FloatTensor<Self>,
+    ) -> Result<Operands, Error> {
+        let operands = contiguous(operands);
+        let d_o = d_o.map(|d| d.to_contiguous());
+        let d_final_state = d_final_state.to_contiguous();
+        match operation {
+            Operation::Matrix { problem, gate, write } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, matrix::backward(problem, *gate, *write, operands, saved, d_o, d_final_state))
+            }
+            Operation::Scan { problem, log } => {
+                let dtype = dtype(&operands, 1);
+                for_element!(dtype, scan::backward(problem, *log, operands, saved, d_o, d_final_state))
+            }
+        }
+    }
+}
+
+/// Views that are no plain run of memory are copied; everything else is lent as it is.
+fn contiguous(operands: Operands) -> Operands {
+    operands.map(|x| x.map(|x| if x.is_contiguous() { x } else { x.to_contiguous() }))
+}
+
+/// The element type of an operand.
+fn dtype(operands: &Operands, slot: usize) -> DType {
+    operands[slot].as_ref().map_or(DType::F32, FlexTensor::dtype)
+}
+
+/// The elements of a contiguous tensor.
+fn slice<E: Number>(tensor: &FlexTensor) -> &[E] {
+    match tensor.as_slice() {
+        Some(slice) => slice,
+        None => unreachable!("{tensor:?} as {}", E::NAME),
+    }
+}
+
+/// The elements of an operand that the operation always has.
+fn required<E: Number>(operands: &Operands, slot: usize) -> &[E] {
+    match &operands[slot] {
+        Some(tensor) => slice(tensor),
+        None => unreachable!("operand {slot} is never absent"),
+    }
+}
+
+/// The elements of an operand that may be absent.
+fn optional(operands: &Operands, slot: usize) -> Option<&[f32]> {
+    operands[slot].as_ref().map(slice)
+}
+
+/// A tensor over the memory of a vector.
+fn tensor<E: Number>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape.into()), E::dtype())
+}
+
+/// A gradient in the shape of its operand.
+fn gradient<E: Number>(values: Option<Vec<E>>, operands: &Operands, slot: usize) -> Option<FlexTensor> {
+    let operand = operands[slot].as_ref()?;
+    Some(tensor(values?, operand.layout().shape().clone()))
+}

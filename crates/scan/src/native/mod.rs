@@ -1,0 +1,61 @@
+//! The binding of the kernels to Burn's backends.
+//!
+//! Every recurrence is one custom operation of up to seven tensors: an [`Operation`] says which, and
+//! what its slots mean. `backend` is the extension trait that Burn's dispatch routes, `flex` runs the
+//! CPU kernels on Flex tensors, `autodiff` is the only place with a backward pass. A further backend is
+//! one more implementation of [`backend::Kernels`].
+
+mod autodiff;
+mod backend;
+mod flex;
+mod operation;
+
+use burn::Tensor;
+use burn::backend::{Dispatch, DispatchTensorKind};
+use burn::tensor::DType;
+
+pub(crate) use operation::*;
+
+use crate::{Error, Path};
+use backend::{Recurrence, Slot, Slots};
+
+/// Whether a kernel runs an operation on this tensor: the path allows it, and the backend and the
+/// element type have one.
+pub(crate) fn available<const D: usize>(path: Path, tensor: &Tensor<D>) -> bool {
+    fn on(kind: &DispatchTensorKind) -> bool {
+        match kind {
+            DispatchTensorKind::Flex(_) => true,
+            DispatchTensorKind::Autodiff(inner) => on(inner),
+            #[allow(unreachable_patterns)] // other backends are features of the final binary
+            _ => false,
+        }
+    }
+    path == Path::Auto
+        && matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16)
+        && on(&tensor.clone().into_dispatch().kind)
+}
+
+/// One operand, with its rank forgotten.
+pub(crate) struct Operand(burn::backend::DispatchTensor);
+
+impl<const D: usize> From<Tensor<D>> for Operand {
+    fn from(tensor: Tensor<D>) -> Self {
+        Self(tensor.into_dispatch())
+    }
+}
+
+/// Runs an operation: the first operand always exists, the others as the operation says.
+pub(crate) fn run<const O: usize, const S: usize>(
+    operation: Operation,
+    first: impl Into<Operand>,
+    rest: [Option<Operand>; SLOTS - 1],
+) -> Result<(Tensor<O>, Tensor<S>), Error> {
+    let [x1, x2, x3, x4, x5, x6] = rest.map(|operand| match operand {
+        Some(Operand(tensor)) => Slot::Present(tensor),
+        None => Slot::Absent,
+    });
+    let slots = Slots { x0: first.into().0, x1, x2, x3, x4, x5, x6 };
+    let results = <Dispatch as Recurrence>::recurrence(operation, slots);
+    results.status?;
+    Ok((Tensor::from_dispatch(results.o), Tensor::from_dispatch(results.final_state)))
+}

@@ -1,0 +1,33 @@
+//! The operations that kernels implement, and what their slots hold.
+
+use thalweg_kernels::ScanProblem;
+use thalweg_kernels::matrix::MatrixProblem;
+
+/// Tensors that an operation takes at most.
+pub(crate) const SLOTS: usize = 7;
+
+/// Which operation runs. Everything here is known on the host; tensors are in the slots.
+#[derive(Debug, Clone)]
+pub(crate) enum Operation {
+    /// `q, k, v, g, beta | a, b, initial_state -> o, final_state`
+    Matrix { problem: MatrixProblem, gate: GateKind, write: WriteKind },
+    /// `a | g, x, initial_state -> o, final_state`
+    Scan { problem: ScanProblem, log: bool },
+}
+
+/// What the gate of a matrix-state operation depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GateKind {
+    None,
+    Constant,
+    Head,
+    Key,
+}
+
+/// The write of a matrix-state operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WriteKind {
+    Additive,
+    Delta,
+    LowRank,
+}
