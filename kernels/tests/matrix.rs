@@ -149,6 +149,17 @@ fn grouped_heads_packed_sequences_and_odd_chunks() {
     }
 }
 
+/// One head on many threads: the value features are cut into blocks, with an uneven last chunk and grouped heads.
+#[test]
+fn fewer_heads_than_threads() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(12).build().unwrap();
+    for (i, value_heads) in [1, 2].into_iter().enumerate() {
+        let cu_seqlens = Some(vec![0, 70]);
+        let sizes = Sizes { time: 70, heads: 1, value_heads, key_dim: 12, value_dim: 64, chunk: 32, cu_seqlens };
+        pool.install(|| check::<f32>(&sizes, Precision::F32, Gates::Mean(0.05), i as u64));
+    }
+}
+
 #[test]
 fn bf16_storage() {
     for (i, gates) in [Gates::Mean(0.05), Gates::Mean(1.0), Gates::Mixed].into_iter().enumerate() {

@@ -18,6 +18,13 @@ unsafe impl bytemuck::Pod for Line {}
 /// Floats in a cache line; columns are padded to a multiple of it, so products need no column remainder.
 pub(crate) const LINE: usize = 16;
 
+/// Rows of a block of a tensor: where the first begins, and how far it is from each to the next.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows {
+    pub offset: usize,
+    pub stride: usize,
+}
+
 /// A `[rows, cols]` f32 matrix with padded rows. The padding is finite and never read into a result.
 #[derive(Clone)]
 pub(crate) struct Tile {
@@ -95,20 +102,20 @@ impl Tile {
         self.data_mut()[..n].copy_from_slice(&from.data()[..n]);
     }
 
-    /// Loads `rows` rows from a strided tensor: row `i` is `src[offset + i * row_stride ..][..cols]`.
-    pub fn load<E: Element>(&mut self, src: &[E], offset: usize, row_stride: usize, rows: usize) {
+    /// Loads `rows` rows of a tensor.
+    pub fn load<E: Element>(&mut self, src: &[E], at: Rows, rows: usize) {
         for i in 0..rows {
-            let at = offset + i * row_stride;
+            let from = at.offset + i * at.stride;
             let cols = self.cols;
-            E::to_f32_slice(&src[at..at + cols], self.row_mut(i));
+            E::to_f32_slice(&src[from..from + cols], self.row_mut(i));
         }
     }
 
-    /// Stores `rows` rows into a strided tensor shared with other tasks.
-    pub fn store<E: Element>(&self, dst: &Shared<E>, offset: usize, row_stride: usize, rows: usize) {
+    /// Stores `rows` rows into a tensor shared with other tasks.
+    pub fn store<E: Element>(&self, dst: &Shared<E>, at: Rows, rows: usize) {
         for i in 0..rows {
-            // Tasks own disjoint (sequence, head) rows, so no two tasks write the same elements.
-            let out = unsafe { dst.slice_mut(offset + i * row_stride, self.cols) };
+            // Safety: tasks own disjoint blocks of the tensor, so no two of them write the same elements.
+            let out = unsafe { dst.slice_mut(at.offset + i * at.stride, self.cols) };
             E::from_f32_slice(self.row(i), out);
         }
     }
@@ -123,10 +130,11 @@ impl Tile {
 
 /// Asks for `rows` rows of `cols` elements ahead of their use. The rows of one head lie far apart in memory, too far for
 /// the hardware to guess the next.
-pub(crate) fn prefetch<E>(src: &[E], offset: usize, row_stride: usize, [rows, cols]: [usize; 2]) {
+pub(crate) fn prefetch<E>(src: &[E], at: Rows, rows: usize, cols: usize) {
     #[cfg(target_arch = "x86_64")]
     for i in 0..rows {
-        let Some(row) = src.get(offset + i * row_stride..offset + i * row_stride + cols) else { return };
+        let from = at.offset + i * at.stride;
+        let Some(row) = src.get(from..from + cols) else { return };
         for line in (0..size_of_val(row)).step_by(64) {
             // Safety: a prefetch has no effect but on the cache, and the address lies in `row`.
             unsafe {
@@ -136,7 +144,7 @@ pub(crate) fn prefetch<E>(src: &[E], offset: usize, row_stride: usize, [rows, co
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (src, offset, row_stride, rows, cols);
+    let _ = (src, at, rows, cols);
 }
 
 /// An output buffer written by several tasks, each to its own rows.

@@ -7,8 +7,8 @@
 
 use super::super::gemm::{Lhs, Mode, gemm};
 use super::super::simd::vectorize;
-use super::super::tile::{Shared, Tile, prefetch};
-use super::chunk::{Chunk, Place, Rule, Strides};
+use super::super::tile::{Rows, Shared, Tile, prefetch};
+use super::chunk::{Chunk, Layout, Place, Rule};
 use super::decay::{Decay, Reads};
 use super::lower;
 use super::rows::{add_rows, dot_rows, scale_rows};
@@ -32,59 +32,64 @@ pub(crate) fn backward<E: Element, D: Decay>(
     chunk_states: &[f32],
 ) -> MatrixGradients<E> {
     let rule = Rule::of(&x.write);
-    let (size, tokens) = (p.key_dim * p.value_dim, p.batch * p.time);
+    let layout = Layout::new(p, sequences);
+    let (tokens, blocks) = (p.batch * p.time, layout.blocks);
     let (delta, low, gated) = (rule == Rule::Delta, rule == Rule::LowRank, !matches!(x.gate, Gate::None));
     let gate_len = match x.gate {
         Gate::None => 0,
         Gate::Constant(_) => sequences.count() * p.value_heads,
         Gate::Head(g) | Gate::Key(g) => g.len(),
     };
-    let values = Strides { heads: p.value_heads, dim: p.value_dim };
-    let mut dv = vec![E::default(); tokens * values.row()];
-    let mut dg = vec![0.0f32; gate_len];
-    let mut dbeta = vec![0.0f32; if delta { tokens * p.value_heads } else { 0 }];
+    let beta_len = if delta { tokens * p.value_heads } else { 0 };
+    let mut dv = vec![E::default(); tokens * p.value_heads * p.value_dim];
+    // What the value blocks of a head share gets a part from each; the parts are summed in order below.
+    let mut dg = vec![0.0f32; blocks * gate_len];
+    let mut dbeta = vec![0.0f32; blocks * beta_len];
     let mut dh0 = vec![0.0f32; x.initial_state.map_or(0, <[f32]>::len)];
-    let (mut dq, mut dk) = (KeyGradient::new(p, true), KeyGradient::new(p, true));
-    let (mut da, mut db) = (KeyGradient::new(p, low), KeyGradient::new(p, low));
+    let (mut dq, mut dk) = (KeyGradient::new(layout, true), KeyGradient::new(layout, true));
+    let (mut da, mut db) = (KeyGradient::new(layout, low), KeyGradient::new(layout, low));
     {
         let (dq, dk, da, db) = (dq.sink(), dk.sink(), da.sink(), db.sink());
         let (dv, dg, dbeta, dh0) =
             (Shared::new(&mut dv), Shared::new(&mut dg), Shared::new(&mut dbeta), Shared::new(&mut dh0));
-        let work = || Work::new(p, rule, decay.sums(p.chunk, p.key_dim));
-        (0..sequences.count() * p.value_heads).into_par_iter().for_each_init(work, |w, task| {
-            let (n, head) = (task / p.value_heads, task % p.value_heads);
+        let work = || Work::new(layout, rule, decay.sums(p.chunk, p.key_dim));
+        (0..layout.tasks()).into_par_iter().for_each_init(work, |w, task| {
+            let walk = layout.walk(task);
+            let Place { sequence, value_head, block, .. } = walk[0];
             match cotangents.final_state {
-                Some(d) => w.dstate.load(d, task * size, p.value_dim, p.key_dim),
+                Some(d) => w.dstate.load(d, layout.state(walk[0]), p.key_dim),
                 None => w.dstate.fill(0.0),
             }
             let mut constant = 0.0f64;
-            let walk = Place::walk(sequences, n, p.chunk, head);
             for (i, &at) in walk.iter().enumerate().rev() {
-                w.state.load(chunk_states, (at.chunk * p.value_heads + head) * size, p.value_dim, p.key_dim);
-                w.chunk.load(p, x, decay, &mut w.sums, at);
-                w.do_.load(cotangents.o, values.offset(at.token, head), values.row(), at.rows);
+                w.state.load(chunk_states, layout.chunk_state(at), p.key_dim);
+                w.chunk.load(layout, x, decay, &mut w.sums, at);
+                w.do_.load(cotangents.o, layout.value(at), at.rows);
                 if i > 0 {
                     let next = walk[i - 1];
-                    Chunk::prefetch(p, x, next);
-                    prefetch(cotangents.o, values.offset(next.token, head), values.row(), [next.rows, p.value_dim]);
-                    prefetch(chunk_states, (next.chunk * p.value_heads + head) * size, size, [1, size]);
+                    Chunk::prefetch(layout, x, next);
+                    prefetch(cotangents.o, layout.value(next), next.rows, layout.width());
+                    prefetch(chunk_states, layout.chunk_state(next), p.key_dim, layout.width());
                 }
                 w.run(rule, decay, at.rows);
 
-                // Safety (here and below): a task writes only the rows of its own tokens and head.
-                let row = |i: usize| (at.token + i) * p.value_heads + head;
+                // Safety (here and below): a task writes only the rows of its own tokens, head and block.
+                let row = |i: usize| (at.token + i) * p.value_heads + value_head;
                 if gated {
                     decay.gate_gradient(&mut w.sums, &mut |i, gradient| match x.gate {
                         Gate::Constant(_) => constant += gradient[0] as f64,
-                        _ => unsafe { dg.slice_mut(row(i) * gradient.len(), gradient.len()) }.copy_from_slice(gradient),
+                        _ => {
+                            let offset = block * gate_len + row(i) * gradient.len();
+                            unsafe { dg.slice_mut(offset, gradient.len()) }.copy_from_slice(gradient);
+                        }
                     });
                 }
                 if delta {
                     for (i, &b) in w.dbeta[..at.rows].iter().enumerate() {
-                        unsafe { dbeta.slice_mut(row(i), 1)[0] = b };
+                        unsafe { dbeta.slice_mut(block * beta_len + row(i), 1)[0] = b };
                     }
                 }
-                w.dv.store(&dv, values.offset(at.token, head), values.row(), at.rows);
+                w.dv.store(&dv, layout.value(at), at.rows);
                 w.finish(rule, at.rows, p.scale);
                 dq.store(&w.q_left, at);
                 dk.store(&w.k_right, at);
@@ -94,13 +99,17 @@ pub(crate) fn backward<E: Element, D: Decay>(
                 }
             }
             if x.initial_state.is_some() {
-                w.dstate.store(&dh0, task * size, p.value_dim, p.key_dim);
+                w.dstate.store(&dh0, layout.state(walk[0]), p.key_dim);
             }
             if let Gate::Constant(_) = x.gate {
-                unsafe { dg.slice_mut(task, 1)[0] = constant as f32 };
+                unsafe {
+                    dg.slice_mut(block * gate_len + sequence * p.value_heads + value_head, 1)[0] = constant as f32
+                };
             }
         });
     }
+    sum_parts(&mut dg, blocks);
+    sum_parts(&mut dbeta, blocks);
     if let Gate::Constant(_) = x.gate {
         dg = (0..p.value_heads).map(|h| dg.iter().skip(h).step_by(p.value_heads).sum()).collect();
     }
@@ -114,6 +123,16 @@ pub(crate) fn backward<E: Element, D: Decay>(
         db: low.then(|| db.finish()),
         d_initial_state: x.initial_state.map(|_| dh0),
     }
+}
+
+/// Adds the later of `count` equal parts to the first, and keeps that.
+fn sum_parts(parts: &mut Vec<f32>, count: usize) {
+    let len = parts.len() / count;
+    let (sum, rest) = parts.split_at_mut(len);
+    for part in rest.chunks_exact(len.max(1)) {
+        sum.iter_mut().zip(part).for_each(|(s, x)| *s += x);
+    }
+    parts.truncate(len);
 }
 
 /// Scratch of one thread: a chunk, and the gradients of its tensors by role.
@@ -154,18 +173,19 @@ struct Scratch {
 }
 
 impl<S> Work<S> {
-    fn new(p: &MatrixProblem, rule: Rule, sums: S) -> Self {
+    fn new(layout: Layout, rule: Rule, sums: S) -> Self {
+        let (p, width) = (layout.p, layout.width());
         let c = p.chunk;
         let keys = |used: bool| Tile::new(if used { c } else { 1 }, p.key_dim);
-        let values = |used: bool| Tile::new(if used { c } else { 1 }, p.value_dim);
+        let values = |used: bool| Tile::new(if used { c } else { 1 }, width);
         let (solved, low) = (rule != Rule::Additive, rule == Rule::LowRank);
         Self {
-            chunk: Chunk::new(p, rule),
+            chunk: Chunk::new(layout, rule),
             sums,
-            state: Tile::new(p.key_dim, p.value_dim),
-            state_t: Tile::new(p.value_dim, p.key_dim),
-            dstate: Tile::new(p.key_dim, p.value_dim),
-            dstate_t: Tile::new(p.value_dim, p.key_dim),
+            state: Tile::new(p.key_dim, width),
+            state_t: Tile::new(width, p.key_dim),
+            dstate: Tile::new(p.key_dim, width),
+            dstate_t: Tile::new(width, p.key_dim),
             do_: values(true),
             dv: values(true),
             du: values(solved),
@@ -181,12 +201,7 @@ impl<S> Work<S> {
             diagonal_b: vec![0.0; c],
             next_k: vec![0.0; c],
             next_b: vec![0.0; c],
-            s: Scratch {
-                unscaled: keys(true),
-                key_out: keys(true),
-                value_t: Tile::new(p.value_dim, c),
-                dp: Tile::new(c, c),
-            },
+            s: Scratch { unscaled: keys(true), key_out: keys(true), value_t: Tile::new(width, c), dp: Tile::new(c, c) },
         }
     }
 
@@ -371,47 +386,51 @@ fn clear_from_diagonal(rows: usize, p: &mut Tile) {
     }
 }
 
-/// Gradient of a tensor that has a query/key head for several value heads: kept per value head, then summed in order.
+/// Gradient of a tensor with query/key heads, to which several value heads and blocks contribute: each its own part,
+/// then summed in order.
 enum KeyGradient<E> {
-    Direct { gradient: Vec<E>, strides: Strides },
-    Grouped { parts: Vec<f32>, strides: Strides, group: usize },
+    Whole { gradient: Vec<E>, heads: usize },
+    Parts { parts: Vec<f32>, heads: usize, blocks: usize, key_dim: usize, group: usize },
 }
 
 enum Sink<E> {
-    Direct(Shared<E>, Strides),
-    Grouped(Shared<f32>, Strides),
+    Whole { out: Shared<E>, heads: usize },
+    Parts { out: Shared<f32>, heads: usize, blocks: usize },
 }
 
 impl<E: Element> KeyGradient<E> {
-    fn new(p: &MatrixProblem, used: bool) -> Self {
+    fn new(layout: Layout, used: bool) -> Self {
+        let (p, blocks) = (layout.p, layout.blocks);
         let tokens = if used { p.batch * p.time } else { 0 };
-        let strides = Strides { heads: p.value_heads, dim: p.key_dim };
-        if p.heads == p.value_heads {
-            KeyGradient::Direct { gradient: vec![E::default(); tokens * strides.row()], strides }
+        let MatrixProblem { value_heads: heads, key_dim, .. } = *p;
+        if p.heads == heads * blocks {
+            KeyGradient::Whole { gradient: vec![E::default(); tokens * heads * key_dim], heads }
         } else {
-            let group = p.value_heads / p.heads;
-            KeyGradient::Grouped { parts: vec![0.0; tokens * strides.row()], strides, group }
+            let (parts, group) = (vec![0.0; tokens * heads * blocks * key_dim], heads * blocks / p.heads);
+            KeyGradient::Parts { parts, heads, blocks, key_dim, group }
         }
     }
 
     fn sink(&mut self) -> Sink<E> {
         match self {
-            KeyGradient::Direct { gradient, strides } => Sink::Direct(Shared::new(gradient), *strides),
-            KeyGradient::Grouped { parts, strides, .. } => Sink::Grouped(Shared::new(parts), *strides),
+            KeyGradient::Whole { gradient, heads, .. } => Sink::Whole { out: Shared::new(gradient), heads: *heads },
+            KeyGradient::Parts { parts, heads, blocks, .. } => {
+                Sink::Parts { out: Shared::new(parts), heads: *heads, blocks: *blocks }
+            }
         }
     }
 
     fn finish(self) -> Vec<E> {
         match self {
-            KeyGradient::Direct { gradient, .. } => gradient,
-            KeyGradient::Grouped { parts, strides, group } => {
+            KeyGradient::Whole { gradient, .. } => gradient,
+            KeyGradient::Parts { parts, key_dim, group, .. } => {
                 let mut out = vec![E::default(); parts.len() / group];
                 let sum = |(out, parts): (&mut [E], &[f32])| {
                     for (i, o) in out.iter_mut().enumerate() {
-                        *o = E::from_f32(parts.iter().skip(i).step_by(strides.dim).sum());
+                        *o = E::from_f32(parts.iter().skip(i).step_by(key_dim).sum());
                     }
                 };
-                out.par_chunks_mut(strides.dim).zip(parts.par_chunks(strides.dim * group)).for_each(sum);
+                out.par_chunks_mut(key_dim).zip(parts.par_chunks(key_dim * group)).for_each(sum);
                 out
             }
         }
@@ -420,9 +439,15 @@ impl<E: Element> KeyGradient<E> {
 
 impl<E: Element> Sink<E> {
     fn store(&self, tile: &Tile, at: Place) {
+        let rows = |heads: usize, head: usize| {
+            let stride = heads * tile.cols();
+            Rows { offset: at.token * stride + head * tile.cols(), stride }
+        };
         match self {
-            Sink::Direct(out, s) => tile.store(out, s.offset(at.token, at.value_head), s.row(), at.rows),
-            Sink::Grouped(out, s) => tile.store(out, s.offset(at.token, at.value_head), s.row(), at.rows),
+            Sink::Whole { out, heads } => tile.store(out, rows(*heads, at.value_head), at.rows),
+            Sink::Parts { out, heads, blocks } => {
+                tile.store(out, rows(heads * blocks, at.value_head * blocks + at.block), at.rows);
+            }
         }
     }
 }

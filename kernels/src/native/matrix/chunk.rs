@@ -2,51 +2,96 @@
 
 use super::super::gemm::{Lhs, Mode, gemm};
 use super::super::simd::vectorize;
-use super::super::tile::{Tile, prefetch};
+use super::super::tile::{LINE, Rows, Tile, prefetch};
 use super::decay::{Decay, Reads};
 use super::lower;
 use crate::element::Element;
 use crate::matrix::{Gate, MatrixInputs, MatrixProblem, Write};
 use crate::sequences::Sequences;
 
-/// Where one chunk of one value head lies in the tensors.
+/// Where one chunk of one value block lies in the tensors.
 #[derive(Clone, Copy)]
 pub(crate) struct Place {
+    pub sequence: usize,
     /// First token of the chunk, counted over all sequences.
     pub token: usize,
     pub rows: usize,
     pub value_head: usize,
+    /// Which slice of the head's value features.
+    pub block: usize,
     /// Index of the chunk over all sequences.
     pub chunk: usize,
 }
 
-impl Place {
-    /// The chunks of a sequence, in order.
-    pub fn walk(sequences: &Sequences, n: usize, chunk: usize, value_head: usize) -> Vec<Place> {
-        let range = sequences.range(n);
-        let first: usize = (0..n).map(|m| sequences.range(m).len().div_ceil(chunk)).sum();
-        (range.start..range.end)
-            .step_by(chunk)
-            .enumerate()
-            .map(|(i, token)| Place { token, rows: chunk.min(range.end - token), value_head, chunk: first + i })
-            .collect()
-    }
-}
-
-/// A tensor's `[tokens, heads, dim]` layout.
+/// How a problem is cut into tasks, and where each finds its data. A task walks the chunks of one sequence for one value
+/// head or, where those are fewer than the threads, for a block of its value features: the columns of a state do not
+/// depend on each other.
 #[derive(Clone, Copy)]
-pub(crate) struct Strides {
-    pub heads: usize,
-    pub dim: usize,
+pub(crate) struct Layout<'a> {
+    pub p: &'a MatrixProblem,
+    sequences: &'a Sequences,
+    pub blocks: usize,
 }
 
-impl Strides {
-    pub fn row(self) -> usize {
-        self.heads * self.dim
+impl<'a> Layout<'a> {
+    pub fn new(p: &'a MatrixProblem, sequences: &'a Sequences) -> Self {
+        let heads = sequences.count() * p.value_heads;
+        let mut blocks = 1;
+        while heads * blocks < rayon::current_num_threads() && p.value_dim.is_multiple_of(2 * blocks * LINE) {
+            blocks *= 2;
+        }
+        Self { p, sequences, blocks }
     }
 
-    pub fn offset(self, token: usize, head: usize) -> usize {
-        token * self.row() + head * self.dim
+    pub fn tasks(&self) -> usize {
+        self.sequences.count() * self.p.value_heads * self.blocks
+    }
+
+    /// Value features of a block.
+    pub fn width(&self) -> usize {
+        self.p.value_dim / self.blocks
+    }
+
+    /// The chunks of a task, in order; at least one.
+    pub fn walk(&self, task: usize) -> Vec<Place> {
+        let Self { p, sequences, blocks } = *self;
+        let (block, head) = (task % blocks, task / blocks);
+        let (value_head, sequence) = (head % p.value_heads, head / p.value_heads);
+        let range = sequences.range(sequence);
+        let first: usize = (0..sequence).map(|m| sequences.range(m).len().div_ceil(p.chunk)).sum();
+        let place = |(i, token): (usize, usize)| {
+            let rows = p.chunk.min(range.end - token);
+            Place { sequence, token, rows, value_head, block, chunk: first + i }
+        };
+        range.clone().step_by(p.chunk).enumerate().map(place).collect()
+    }
+
+    /// In a `[tokens, heads, key_dim]` tensor.
+    pub fn key(&self, at: Place) -> Rows {
+        let stride = self.p.heads * self.p.key_dim;
+        Rows { offset: at.token * stride + at.value_head * self.p.heads / self.p.value_heads * self.p.key_dim, stride }
+    }
+
+    /// In a `[tokens, value_heads, value_dim]` tensor.
+    pub fn value(&self, at: Place) -> Rows {
+        let stride = self.p.value_heads * self.p.value_dim;
+        Rows { offset: at.token * stride + at.value_head * self.p.value_dim + at.block * self.width(), stride }
+    }
+
+    /// In a `[sequences, value_heads, key_dim, value_dim]` tensor.
+    pub fn state(&self, at: Place) -> Rows {
+        self.matrix(at.sequence, at)
+    }
+
+    /// In a `[chunks, value_heads, key_dim, value_dim]` tensor.
+    pub fn chunk_state(&self, at: Place) -> Rows {
+        self.matrix(at.chunk, at)
+    }
+
+    fn matrix(&self, index: usize, at: Place) -> Rows {
+        let MatrixProblem { value_heads, key_dim, value_dim, .. } = *self.p;
+        let offset = (index * value_heads + at.value_head) * key_dim * value_dim + at.block * self.width();
+        Rows { offset, stride: value_dim }
     }
 }
 
@@ -97,13 +142,14 @@ impl Rule {
 }
 
 impl Chunk {
-    pub fn new(p: &MatrixProblem, rule: Rule) -> Self {
+    pub fn new(layout: Layout, rule: Rule) -> Self {
+        let p = layout.p;
         let c = p.chunk;
         // Tiles that a rule does not use stay empty.
         let size = |used: bool, n: usize| if used { n } else { 1 };
         let (solved, low) = (rule != Rule::Additive, rule == Rule::LowRank);
         let keys = |used| Tile::new(size(used, c), p.key_dim);
-        let values = |used| Tile::new(size(used, c), p.value_dim);
+        let values = |used| Tile::new(size(used, c), layout.width());
         let square = |used| Tile::new(size(used, c), size(used, c));
         Self {
             q: keys(true),
@@ -128,19 +174,17 @@ impl Chunk {
     /// Reads the chunk's part of every input, and sums its gates.
     pub fn load<E: Element, D: Decay>(
         &mut self,
-        p: &MatrixProblem,
+        layout: Layout,
         x: &MatrixInputs<E>,
         decay: &D,
         sums: &mut D::Sums,
         at: Place,
     ) {
-        let keys = Strides { heads: p.heads, dim: p.key_dim };
-        let values = Strides { heads: p.value_heads, dim: p.value_dim };
-        let head = at.value_head * p.heads / p.value_heads;
-        let load_key = |tile: &mut Tile, src: &[E]| tile.load(src, keys.offset(at.token, head), keys.row(), at.rows);
+        let p = layout.p;
+        let load_key = |tile: &mut Tile, src: &[E]| tile.load(src, layout.key(at), at.rows);
         load_key(&mut self.q, x.q);
         load_key(&mut self.k, x.k);
-        self.v.load(x.v, values.offset(at.token, at.value_head), values.row(), at.rows);
+        self.v.load(x.v, layout.value(at), at.rows);
         match x.write {
             Write::Additive => {}
             Write::Delta { beta } => {
@@ -162,16 +206,15 @@ impl Chunk {
     }
 
     /// Asks for the inputs of a chunk that will be loaded next.
-    pub fn prefetch<E: Element>(p: &MatrixProblem, x: &MatrixInputs<E>, next: Place) {
-        let keys = Strides { heads: p.heads, dim: p.key_dim };
-        let values = Strides { heads: p.value_heads, dim: p.value_dim };
-        let key = keys.offset(next.token, next.value_head * p.heads / p.value_heads);
-        prefetch(x.q, key, keys.row(), [next.rows, p.key_dim]);
-        prefetch(x.k, key, keys.row(), [next.rows, p.key_dim]);
-        prefetch(x.v, values.offset(next.token, next.value_head), values.row(), [next.rows, p.value_dim]);
+    pub fn prefetch<E: Element>(layout: Layout, x: &MatrixInputs<E>, next: Place) {
+        let p = layout.p;
+        prefetch(x.q, layout.key(next), next.rows, p.key_dim);
+        prefetch(x.k, layout.key(next), next.rows, p.key_dim);
+        prefetch(x.v, layout.value(next), next.rows, layout.width());
         if let Gate::Key(g) = x.gate {
-            let gates = Strides { heads: p.value_heads, dim: p.key_dim };
-            prefetch(g, gates.offset(next.token, next.value_head), gates.row(), [next.rows, p.key_dim]);
+            let stride = p.value_heads * p.key_dim;
+            let rows = Rows { offset: next.token * stride + next.value_head * p.key_dim, stride };
+            prefetch(g, rows, next.rows, p.key_dim);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::super::gemm::{Lhs, Mode, gemm};
 use super::super::tile::{Shared, Tile};
-use super::chunk::{Chunk, Place, Rule, Strides};
+use super::chunk::{Chunk, Layout, Rule};
 use super::decay::{Decay, Reads};
 use super::{chunk_count, lower};
 use crate::element::Element;
@@ -26,42 +26,44 @@ pub(crate) fn forward<E: Element, D: Decay>(
     keep: KeepStates,
 ) -> MatrixOutputs<E> {
     let rule = Rule::of(&x.write);
-    let size = p.key_dim * p.value_dim;
-    let values = Strides { heads: p.value_heads, dim: p.value_dim };
+    let layout = Layout::new(p, sequences);
     let mut o = vec![E::default(); p.value_shape().iter().product()];
     let mut final_state = vec![0.0; p.state_shape().iter().product()];
-    let kept = if keep == KeepStates::Yes { chunk_count(sequences, p.chunk) * p.value_heads * size } else { 0 };
+    let kept = if keep == KeepStates::Yes {
+        chunk_count(sequences, p.chunk) * p.value_heads * p.key_dim * p.value_dim
+    } else {
+        0
+    };
     let mut chunk_states = vec![0.0; kept];
     {
         let (o, final_state) = (Shared::new(&mut o), Shared::new(&mut final_state));
         let chunk_states = Shared::new(&mut chunk_states);
         let work = || Work {
-            chunk: Chunk::new(p, rule),
+            chunk: Chunk::new(layout, rule),
             sums: decay.sums(p.chunk, p.key_dim),
-            state: Tile::new(p.key_dim, p.value_dim),
-            o: Tile::new(p.chunk, p.value_dim),
+            state: Tile::new(p.key_dim, layout.width()),
+            o: Tile::new(p.chunk, layout.width()),
         };
-        (0..sequences.count() * p.value_heads).into_par_iter().for_each_init(work, |w, task| {
-            let (n, head) = (task / p.value_heads, task % p.value_heads);
+        (0..layout.tasks()).into_par_iter().for_each_init(work, |w, task| {
+            let walk = layout.walk(task);
             match x.initial_state {
-                Some(h) => w.state.load(h, task * size, p.value_dim, p.key_dim),
+                Some(h) => w.state.load(h, layout.state(walk[0]), p.key_dim),
                 None => w.state.fill(0.0),
             }
-            let walk = Place::walk(sequences, n, p.chunk, head);
             for (i, &at) in walk.iter().enumerate() {
                 if keep == KeepStates::Yes {
-                    w.state.store(&chunk_states, (at.chunk * p.value_heads + head) * size, p.value_dim, p.key_dim);
+                    w.state.store(&chunk_states, layout.chunk_state(at), p.key_dim);
                 }
-                w.chunk.load(p, x, decay, &mut w.sums, at);
+                w.chunk.load(layout, x, decay, &mut w.sums, at);
                 if let Some(&next) = walk.get(i + 1) {
-                    Chunk::prefetch(p, x, next);
+                    Chunk::prefetch(layout, x, next);
                 }
                 w.chunk.solve(rule, decay, &mut w.sums, at.rows, &w.state);
                 output(&mut w.chunk, rule, decay, &mut w.sums, at.rows, &w.state, &mut w.o);
                 w.chunk.update_state(rule, decay, &w.sums, at.rows, &mut w.state);
-                w.o.store(&o, values.offset(at.token, head), values.row(), at.rows);
+                w.o.store(&o, layout.value(at), at.rows);
             }
-            w.state.store(&final_state, task * size, p.value_dim, p.key_dim);
+            w.state.store(&final_state, layout.state(walk[0]), p.key_dim);
         });
     }
     MatrixOutputs { o, final_state, chunk_states: (keep == KeepStates::Yes).then_some(chunk_states) }

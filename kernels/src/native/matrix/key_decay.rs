@@ -9,7 +9,7 @@
 
 use super::super::gemm::{Lhs, Mode, gemm};
 use super::super::simd::{exp, vectorize};
-use super::super::tile::Tile;
+use super::super::tile::{Rows, Tile};
 use super::decay::{Decay, Reads};
 use super::lower;
 use super::rows::{dot_rows, multiply_rows};
@@ -80,7 +80,7 @@ impl Decay for KeyDecay<'_> {
         s.rows = rows;
         let key_dim = s.g.cols();
         let stride = self.value_heads * key_dim;
-        s.g.load(self.g, token * stride + head * key_dim, stride, rows);
+        s.g.load(self.g, Rows { offset: token * stride + head * key_dim, stride }, rows);
         let KeySums { g, from_start, to_end, local, factor_x, factor_y, whole, row, .. } = s;
         vectorize(
             #[inline(always)]
