@@ -50,6 +50,9 @@ pub enum Error {
     /// Bytes that are not a saved state, or not one of this layer.
     #[error("saved state: {0}")]
     StateBytes(String),
+    /// An operation refused its arguments.
+    #[error(transparent)]
+    Operation(#[from] thalweg_scan::Error),
     /// `cu_seqlens` does not describe the packed sequence.
     #[error("cu_seqlens {0}")]
     Packing(String),
@@ -92,4 +95,15 @@ pub(crate) fn scaled(field: &str, size: usize, ratio: f64) -> Result<usize, Conf
         return Err(ConfigError::new(field, format!("{ratio} times {size} is not a whole number of features")));
     }
     Ok(value as usize)
+}
+
+/// `Ok` if the rotated features of a head come in pairs.
+pub(crate) fn even(field: &str, features: usize) -> Result<(), ConfigError> {
+    if features == 0 || !features.is_multiple_of(2) {
+        return Err(ConfigError::new(
+            field,
+            format!("gives {features} rotary features per head, expected an even number above 0"),
+        ));
+    }
+    Ok(())
 }

@@ -4,7 +4,9 @@ use std::fmt::Debug;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use thalweg_scan::{AttentionOptions, MatrixOptions, Path, ScanOptions, StepOptions};
 
+use crate::error::shape_error;
 use crate::{ConfigError, Error, LayerState};
 
 /// Where in a model a layer stands, and what the model decides for all its layers.
@@ -56,6 +58,8 @@ pub struct Context {
     /// This layer's lower bound of the forget gate, `[features]`, for HGRN and HGRN2 (see
     /// [`LowerBounds`]). `None` is no bound.
     pub lower_bound: Option<Tensor<1>>,
+    /// Which implementation of the recurrences runs.
+    pub path: Path,
 }
 
 impl Context {
@@ -71,6 +75,12 @@ impl Context {
         Self { lower_bound, ..self }
     }
 
+    /// The same context with another implementation of the recurrences.
+    #[must_use]
+    pub fn with_path(self, path: Path) -> Self {
+        Self { path, ..self }
+    }
+
     /// Number of sequences in an input of `batch` rows: `batch`, or the number of packed documents.
     pub fn sequences(&self, batch: usize) -> usize {
         match &self.cu_seqlens {
@@ -79,8 +89,43 @@ impl Context {
         }
     }
 
+    pub(crate) fn matrix_options(&self, state: Option<Tensor<4>>) -> MatrixOptions {
+        MatrixOptions {
+            initial_state: state,
+            cu_seqlens: self.cu_seqlens.clone(),
+            path: self.path,
+            ..MatrixOptions::default()
+        }
+    }
+
+    pub(crate) fn step_options(&self) -> StepOptions {
+        StepOptions::new().with_path(self.path)
+    }
+
+    pub(crate) fn scan_options(&self, state: Option<Tensor<2>>) -> ScanOptions {
+        ScanOptions { initial_state: state, cu_seqlens: self.cu_seqlens.clone(), path: self.path }
+    }
+
+    pub(crate) fn attention_options(&self, window: Option<usize>) -> AttentionOptions {
+        AttentionOptions { window, path: self.path, ..AttentionOptions::default() }
+    }
+
+    /// The context of a single token: no packing.
+    pub(crate) fn of_step(&self) -> Self {
+        Self { cu_seqlens: None, ..self.clone() }
+    }
+
+    /// Checks an input against the width of the layer and `cu_seqlens`.
+    pub(crate) fn check_input(&self, x: &Tensor<3>, hidden_size: usize) -> Result<(), Error> {
+        let [batch, time, width] = x.dims();
+        if width != hidden_size || time == 0 || batch == 0 {
+            return Err(shape_error("x", &x.dims(), format!("[batch, time, {hidden_size}] with at least one token")));
+        }
+        self.validate(batch, time)
+    }
+
     /// Checks `cu_seqlens` against an input `[batch, time, ..]`.
-    pub(crate) fn validate(&self, batch: usize, time: usize) -> Result<(), Error> {
+    fn validate(&self, batch: usize, time: usize) -> Result<(), Error> {
         let Some(cu) = &self.cu_seqlens else {
             return Ok(());
         };

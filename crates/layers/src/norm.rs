@@ -3,11 +3,12 @@
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
 use burn::tensor::activation::{sigmoid, silu};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::ConfigError;
 use crate::error::{positive, positive_number};
+use crate::heads::full_precision;
 
 /// Options of [`RmsNorm`].
 #[derive(Debug, Clone, PartialEq)]
@@ -69,9 +70,7 @@ impl RmsNorm {
     /// Normalises the last axis of `x`, which must have as many features as the weight. The statistic is f32 whatever
     /// the type of `x`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let dtype = x.dtype();
-        let mean = x.clone().cast(DType::F32).square().mean_dim(D - 1);
-        let inverse = (mean + self.eps).sqrt().recip().cast(dtype);
+        let inverse = inverse_rms(x.clone(), self.eps);
         let weight = self.weight.val();
         let scale = if self.unit_offset { weight + 1.0 } else { weight };
         x * inverse * scale.unsqueeze()
@@ -117,16 +116,26 @@ impl GatedRmsNorm {
 
     /// `x` and the gate's input `z` have the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, z: Tensor<D>) -> Tensor<D> {
-        let dtype = x.dtype();
-        let mean = x.clone().cast(DType::F32).square().mean_dim(D - 1);
-        let inverse = (mean + self.eps).sqrt().recip().cast(dtype);
-        x * inverse * self.weight.val().unsqueeze() * self.gate.apply(z)
+        self.normalize(x) * self.gate.apply(z)
     }
+
+    /// The norm without the gate, for layers whose gate is an option.
+    pub fn normalize<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let inverse = inverse_rms(x.clone(), self.eps);
+        x * inverse * self.weight.val().unsqueeze()
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)` over the last axis, summed in f32 and returned in the type of `x`.
+fn inverse_rms<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
+    let dtype = x.dtype();
+    let mean = full_precision(x).square().mean_dim(D - 1);
+    (mean + eps).sqrt().recip().cast(dtype)
 }
 
 /// `x / sqrt(sum(x^2) + eps)` over the last axis. The delta rule's q and k use `eps` 1e-6.
 pub fn l2_norm<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
     let dtype = x.dtype();
-    let sum = x.clone().cast(DType::F32).square().sum_dim(D - 1);
+    let sum = full_precision(x.clone()).square().sum_dim(D - 1);
     x * (sum + eps).sqrt().recip().cast(dtype)
 }

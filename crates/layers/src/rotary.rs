@@ -4,6 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData};
 
+use crate::error::shape_error;
+use crate::{Context, Error};
+
 /// Rotates the pairs `(x[i], x[i + r/2])` of the first `r` features of a head by `position * theta^(-2i/r)`; the
 /// features after them pass unchanged (partial rotary).
 #[derive(Debug, Clone)]
@@ -20,8 +23,9 @@ impl Rotary {
         Self { features, theta, table: Arc::default() }
     }
 
-    /// The rotations at `positions`, one per token, broadcast over batch and heads: cosine and sine `[1, T, 1, r/2]`.
-    pub fn at(&self, positions: &[usize], device: &Device) -> Rotation {
+    /// The rotations at `positions`, `rows` rows of as many tokens: cosine and sine `[rows, T, 1, r/2]`, broadcast over
+    /// heads and, from one row, over the batch.
+    pub fn at(&self, positions: &[usize], rows: usize, device: &Device) -> Rotation {
         let half = self.features / 2;
         let end = positions.iter().max().map_or(0, |last| last + 1);
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
@@ -44,7 +48,7 @@ impl Rotary {
                 sin.push(*s);
             }
         }
-        let shape = [1, positions.len(), 1, half];
+        let shape = [rows, positions.len() / rows.max(1), 1, half];
         let tensor = |values| Tensor::from_data(TensorData::new(values, shape), device);
         Rotation { cos: tensor(cos), sin: tensor(sin) }
     }
@@ -72,16 +76,66 @@ impl Rotation {
         }
         Tensor::cat(parts, 3)
     }
-
-    /// The same rotations for tokens on the batch axis: `[1, B, 1, r/2]` becomes `[B, 1, 1, r/2]`.
-    #[must_use]
-    pub fn per_sequence(self) -> Self {
-        Self { cos: self.cos.swap_dims(0, 1), sin: self.sin.swap_dims(0, 1) }
-    }
 }
 
-/// Positions of `total` packed tokens that restart with every document.
-pub(crate) fn packed_positions(cu_seqlens: &[usize], offsets: &[usize]) -> Vec<usize> {
-    let documents = cu_seqlens.windows(2).zip(offsets);
-    documents.flat_map(|(ends, offset)| (0..ends[1] - ends[0]).map(move |i| offset + i)).collect()
+/// Where the tokens of a call stand in their sequences. With packed documents positions restart at each of them, and go
+/// on from a state if there is one.
+#[derive(Debug, Clone)]
+pub(crate) struct Positions {
+    /// Tokens that each sequence saw before the call.
+    before: Vec<usize>,
+    /// Tokens that each sequence sees in the call.
+    lengths: Vec<usize>,
+    packed: bool,
+}
+
+impl Positions {
+    /// Of a call with input `x` (checked already) and the tokens `seen` by the state.
+    pub fn of_forward(x: &Tensor<3>, seen: Option<Vec<usize>>, context: &Context) -> Result<Self, Error> {
+        let [batch, time, _] = x.dims();
+        let lengths: Vec<usize> = match &context.cu_seqlens {
+            Some(cu) => cu.windows(2).map(|ends| ends[1] - ends[0]).collect(),
+            None => vec![time; batch],
+        };
+        let before = seen.unwrap_or_else(|| vec![0; lengths.len()]);
+        if before.len() != lengths.len() {
+            return Err(shape_error("state.positions", &[before.len()], format!("[sequences] = [{}]", lengths.len())));
+        }
+        Ok(Self { before, lengths, packed: context.cu_seqlens.is_some() })
+    }
+
+    /// Tokens that each sequence has seen after the call.
+    pub fn after(&self) -> Vec<usize> {
+        let pairs = self.before.iter().zip(&self.lengths);
+        pairs.map(|(before, length)| before + length).collect()
+    }
+
+    /// Whether every sequence is at the same position.
+    pub fn aligned(&self) -> bool {
+        self.before.windows(2).all(|pair| pair[0] == pair[1])
+    }
+
+    /// For every token of the call whether it is the first of its sequence; `None` if none is.
+    pub fn first_tokens(&self) -> Option<Vec<bool>> {
+        if self.before.iter().all(|before| *before > 0) {
+            return None;
+        }
+        let runs = self.before.iter().zip(&self.lengths);
+        Some(runs.flat_map(|(before, length)| (0..*length).map(move |i| before + i == 0)).collect())
+    }
+
+    /// The rotations of all tokens of the call.
+    pub fn rotation(&self, rotary: &Rotary, device: &Device) -> Rotation {
+        let run = |(before, length): (&usize, &usize)| *before..before + length;
+        if self.packed || !self.aligned() {
+            let runs = self.before.iter().zip(&self.lengths);
+            let positions: Vec<usize> = runs.flat_map(run).collect();
+            let rows = if self.packed { 1 } else { self.before.len() };
+            return rotary.at(&positions, rows, device);
+        }
+        let start = self.before.first().copied().unwrap_or(0);
+        let length = self.lengths.first().copied().unwrap_or(0);
+        let positions: Vec<usize> = (start..start + length).collect();
+        rotary.at(&positions, 1, device)
+    }
 }
