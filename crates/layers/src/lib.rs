@@ -4,14 +4,30 @@
 //! token. [`mixer`] is the interface that they share, [`state`] what can be done with any state.
 
 pub mod activation;
+pub mod any_mixer;
+pub mod attention;
 pub mod channel_mixer;
+pub mod decay;
+pub mod delta_net;
 pub mod error;
+pub mod gated_delta_net;
+pub mod gla;
+mod heads;
+pub mod hgrn;
+pub mod hgrn2;
 mod init;
+pub mod kda;
+pub mod kv_cache;
+pub mod lightning;
 pub mod mixer;
 pub mod norm;
+pub mod retnet;
+pub mod rg_lru;
 pub mod rotary;
+pub mod short_conv;
 pub mod state;
 
+pub use any_mixer::{Mixer, MixerConfig, MixerState};
 pub use error::{ConfigError, Error};
 pub use mixer::{Context, MixerOptions, SequenceMixer, Site};
 pub use state::LayerState;
