@@ -3,18 +3,16 @@
 use burn::Tensor;
 use burn::tensor::activation::silu;
 
+use thalweg_kernels::ScanProblem;
+pub use thalweg_kernels::short_conv::Activation as ConvActivation;
+use thalweg_kernels::short_conv::ConvProblem;
+
 use crate::matrix::state_type;
+use crate::native::{self, Operation};
 use crate::{Error, ShortConvOptions, check, portable};
 
-/// What follows the convolution.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum ConvActivation {
-    /// Nothing.
-    #[default]
-    None,
-    /// `x sigmoid(x)`
-    Silu,
-}
+/// Widths that the native kernel has.
+const KERNEL_WIDTHS: std::ops::RangeInclusive<usize> = 2..=8;
 
 /// What [`short_conv`] returns.
 #[derive(Debug, Clone)]
@@ -55,13 +53,17 @@ pub fn short_conv(
     }
 
     let (dtype, float) = (x.dtype(), state_type(x.dtype()));
-    let (y, final_state) = portable::conv::forward(
-        x.cast(float),
-        weight.cast(float),
-        bias.map(|b| b.cast(float)),
-        options.initial_state.map(|s| s.cast(float)),
-        options.cu_seqlens.as_deref(),
-    );
+    let (weight, bias) = (weight.cast(float), bias.map(|b| b.cast(float)));
+    let state = options.initial_state.map(|s| s.cast(float));
+    if native::available(options.path, &x) && KERNEL_WIDTHS.contains(&width) {
+        let shape = ScanProblem { batch, time, channels, cu_seqlens: options.cu_seqlens };
+        let problem = ConvProblem { shape, width, activation: options.activation };
+        let (bias, state) = (bias.map(Into::into), state.map(Into::into));
+        let rest = [Some(weight.into()), bias, state, None, None, None];
+        let (o, final_state) = native::run(Operation::ShortConv { problem }, x, rest)?;
+        return Ok(ShortConvOutput { o, final_state });
+    }
+    let (y, final_state) = portable::conv::forward(x.cast(float), weight, bias, state, options.cu_seqlens.as_deref());
     let y = match options.activation {
         ConvActivation::None => y,
         ConvActivation::Silu => silu(y),

@@ -2,6 +2,7 @@
 
 use thalweg_kernels::ScanProblem;
 use thalweg_kernels::matrix::MatrixProblem;
+use thalweg_kernels::short_conv::ConvProblem;
 
 /// Tensors that an operation takes at most.
 pub(crate) const SLOTS: usize = 7;
@@ -13,6 +14,8 @@ pub(crate) enum Operation {
     Matrix { problem: MatrixProblem, gate: GateKind, write: WriteKind },
     /// `a | g, x, initial_state -> o, final_state`
     Scan { problem: ScanProblem, log: bool },
+    /// `x, weight, bias, state -> y, new state`
+    ShortConv { problem: ConvProblem },
 }
 
 /// What the gate of a matrix-state operation depends on.

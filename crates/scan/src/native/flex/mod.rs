@@ -3,6 +3,7 @@
 
 mod matrix;
 mod scan;
+mod short_conv;
 
 use burn::backend::Flex;
 use burn::backend::tensor::FloatTensor;
@@ -60,6 +61,10 @@ impl Kernels for Flex {
                 let dtype = dtype(&operands, 1);
                 for_element!(dtype, scan::forward(problem, *log, operands, keep))
             }
+            Operation::ShortConv { problem } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, short_conv::forward(problem, operands))
+            }
         }
     }
 
@@ -81,6 +86,10 @@ impl Kernels for Flex {
             Operation::Scan { problem, log } => {
                 let dtype = dtype(&operands, 1);
                 for_element!(dtype, scan::backward(problem, *log, operands, saved, d_o, d_final_state))
+            }
+            Operation::ShortConv { problem } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, short_conv::backward(problem, operands, d_o, d_final_state))
             }
         }
     }
