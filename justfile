@@ -1,0 +1,31 @@
+# The commands people use. `just` lists them.
+
+default:
+    @just --list
+
+# Train the small default hybrid on this repository's own text
+train *args:
+    cargo run --release -- train {{args}}
+
+# Run all tests
+test:
+    cargo test --release --workspace
+
+# Format, lints, documentation, dependency arrows
+check:
+    cargo fmt --all -- --check
+    cargo clippy --release --workspace --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
+    .ci/arrows
+
+# Time the kernels
+bench *args:
+    cargo run --release -- bench {{args}}
+
+# Compare an implementation with golden results
+conform dir="tests/golden/ops" *args:
+    cargo run --release -- conform {{dir}} {{args}}
+
+# Build the book (needs mdbook)
+book:
+    mdbook build docs
