@@ -1,6 +1,8 @@
 //! Linear-recurrence kernels on plain slices: no framework, no Burn.
 
+pub mod ceiling;
 mod channels;
+pub mod cost;
 mod element;
 pub mod elementwise_scan;
 mod error;
