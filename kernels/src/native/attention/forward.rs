@@ -1,0 +1,133 @@
+//! One block of queries against the tiles of keys that it sees, with a running maximum and sum per row.
+
+use super::{KEYS, Part, QUERIES, Sequence, load, pack, scale, transposed};
+use crate::{
+    attention::{AttentionOutputs, AttentionProblem},
+    element::Element,
+    native::{
+        gemm::{Lhs, Mode, gemm},
+        simd::{exp, vectorize},
+        tile::{LINE, Shared, Tile},
+    },
+    sequences::Sequences,
+};
+use rayon::prelude::*;
+
+/// Below any score, and finite: a row that has seen nothing yet has no NaN in `exp(max - max)`.
+const NO_SCORE: f32 = -1e30;
+
+pub(crate) fn forward<E: Element>(
+    p: &AttentionProblem,
+    sequences: &Sequences,
+    q: &[E],
+    k: &[E],
+    v: &[E],
+) -> AttentionOutputs<E> {
+    let all = Sequence::all(p, sequences);
+    let tiles = pack(p, &all, |token, rows, head| {
+        let keys = load(k, token, rows, head, p.kv_heads, p.key_dim);
+        (transposed(&keys), load(v, token, rows, head, p.kv_heads, p.value_dim))
+    });
+    let mut o = vec![E::default(); p.batch * p.time * p.heads * p.value_dim];
+    let mut lse = vec![0.0; p.batch * p.heads * p.time];
+    let (o_rows, lse_rows) = (Shared::new(&mut o), Shared::new(&mut lse));
+    // The longest first: late blocks see the most keys.
+    let mut tasks: Vec<_> = all
+        .iter()
+        .flat_map(|s| (0..s.blocks()).flat_map(move |block| (0..p.heads).map(move |head| (s, s.block(block), head))))
+        .collect();
+    tasks.sort_by_key(|(s, block, _)| std::cmp::Reverse(s.seen(block.end - 1, p.window).len()));
+    let tasks = tasks.into_par_iter().with_max_len(1);
+    tasks.for_each(|(sequence, block, head)| {
+        let (rows, token) = (block.len(), sequence.queries.start + block.start);
+        let mut state = Rows::new(load(q, token, rows, head, p.heads, p.key_dim), p);
+        for (tile, part) in Part::all(sequence, p.window, block) {
+            let (keys, values) = &tiles[(sequence.first_tile + tile) * p.kv_heads + head / (p.heads / p.kv_heads)];
+            state.add(&part, keys, values);
+        }
+        state.normalise(rows);
+        state.o.store(&o_rows, (token * p.heads + head) * p.value_dim, p.heads * p.value_dim, rows);
+        let at = (token / p.time * p.heads + head) * p.time + token % p.time;
+        // Safety: each block of a head is one task, and writes its own rows.
+        let out = unsafe { lse_rows.slice_mut(at, rows) };
+        for ((out, max), sum) in out.iter_mut().zip(state.max).zip(state.sum) {
+            *out = max + sum.ln();
+        }
+    });
+    AttentionOutputs { o, lse }
+}
+
+/// The running softmax of a block of queries.
+struct Rows {
+    /// Scaled queries.
+    q: Tile,
+    scores: Tile,
+    /// The sum of `exp(score - max) v` so far.
+    o: Tile,
+    max: [f32; QUERIES],
+    sum: [f32; QUERIES],
+}
+
+impl Rows {
+    fn new(mut q: Tile, p: &AttentionProblem) -> Self {
+        scale(&mut q, p.scale);
+        let rows = q.rows();
+        Self {
+            scores: Tile::new(rows, KEYS),
+            o: Tile::new(rows, p.value_dim),
+            q,
+            max: [NO_SCORE; QUERIES],
+            sum: [0.0; QUERIES],
+        }
+    }
+
+    fn add(&mut self, part: &Part, keys: &Tile, values: &Tile) {
+        let (rows, cols, key_dim) = (part.rows(), part.cols(), self.q.cols());
+        let q = Lhs::of(&self.q, 0, 0);
+        gemm(Mode::Set, [rows, cols, key_dim], q, (keys, 0, part.start), (&mut self.scores, 0, part.start));
+        part.mask(&mut self.scores);
+        self.softmax(part);
+        let weights = Lhs::of(&self.scores, 0, part.start);
+        gemm(Mode::Add, [rows, self.o.cols(), cols], weights, (values, part.start, 0), (&mut self.o, 0, 0));
+    }
+
+    /// Turns scores into weights relative to the new maximum, and the earlier sums to it.
+    fn softmax(&mut self, part: &Part) {
+        vectorize(
+            #[inline(always)]
+            || {
+                for i in 0..part.rows() {
+                    let row = self.scores.row_mut(i);
+                    let (row, _) = row[part.padded()].as_chunks_mut::<LINE>();
+                    let mut lanes = [self.max[i]; LINE];
+                    for x in row.iter() {
+                        for (m, &x) in lanes.iter_mut().zip(x) {
+                            *m = if x > *m { x } else { *m };
+                        }
+                    }
+                    let max = lanes.iter().fold(lanes[0], |a, &b| if b > a { b } else { a });
+                    let mut sums = [0.0; LINE];
+                    for x in row {
+                        for (s, x) in sums.iter_mut().zip(x) {
+                            *x = exp(*x - max);
+                            *s += *x;
+                        }
+                    }
+                    let fade = exp(self.max[i] - max);
+                    self.sum[i] = self.sum[i] * fade + sums.iter().sum::<f32>();
+                    self.max[i] = max;
+                    if fade != 1.0 {
+                        self.o.row_mut(i).iter_mut().for_each(|x| *x *= fade);
+                    }
+                }
+            },
+        );
+    }
+
+    fn normalise(&mut self, rows: usize) {
+        for i in 0..rows {
+            let factor = 1.0 / self.sum[i];
+            self.o.row_mut(i).iter_mut().for_each(|x| *x *= factor);
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Softmax attention on tiles: a task owns a block of queries (forward) or the keys of a head (backward).
+//!
+//! `q k^T` needs its right operand transposed. The keys and values of a head are loaded into tiles once, in the
+//! orientations that the products need, and serve all blocks of queries and all query heads of the group.
+
+mod backward;
+mod forward;
+mod step;
+
+pub(crate) use backward::backward;
+pub(crate) use forward::forward;
+pub(crate) use step::step;
+
+use super::tile::{LINE, Tile};
+use crate::{attention::AttentionProblem, element::Element, sequences::Sequences};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Queries of a block, and keys of a tile.
+const QUERIES: usize = 64;
+const KEYS: usize = 128;
+
+/// A sequence: where its queries and keys are among all tokens, and its first tile among those of a head.
+struct Sequence {
+    queries: Range<usize>,
+    keys: Range<usize>,
+    first_tile: usize,
+}
+
+impl Sequence {
+    fn all(p: &AttentionProblem, sequences: &Sequences) -> Vec<Self> {
+        let mut first_tile = 0;
+        let mut all = Vec::with_capacity(sequences.count());
+        for n in 0..sequences.count() {
+            let queries = sequences.range(n);
+            let keys = if p.cu_seqlens.is_some() { queries.clone() } else { n * p.kv_time..(n + 1) * p.kv_time };
+            let tiles = keys.len().div_ceil(KEYS);
+            all.push(Self { queries, keys, first_tile });
+            first_tile += tiles;
+        }
+        all
+    }
+
+    fn tiles(&self) -> usize {
+        self.keys.len().div_ceil(KEYS)
+    }
+
+    fn blocks(&self) -> usize {
+        self.queries.len().div_ceil(QUERIES)
+    }
+
+    /// The queries of block `i`, counted from the sequence's first query.
+    fn block(&self, i: usize) -> Range<usize> {
+        i * QUERIES..((i + 1) * QUERIES).min(self.queries.len())
+    }
+
+    /// The keys that query `i` sees, counted from the sequence's first key.
+    fn seen(&self, i: usize, window: Option<usize>) -> Range<usize> {
+        let end = i + self.keys.len() - self.queries.len() + 1;
+        end.saturating_sub(window.unwrap_or(end))..end
+    }
+}
+
+/// The part of a key tile that a block of queries sees: columns `start..end`, `start` a multiple of a cache line.
+struct Part<'a> {
+    sequence: &'a Sequence,
+    window: Option<usize>,
+    block: Range<usize>,
+    first_key: usize,
+    start: usize,
+    end: usize,
+}
+
+impl<'a> Part<'a> {
+    /// The parts of all tiles that the queries of `block` see, with the tile's number.
+    fn all(
+        sequence: &'a Sequence,
+        window: Option<usize>,
+        block: Range<usize>,
+    ) -> impl Iterator<Item = (usize, Part<'a>)> {
+        let from = sequence.seen(block.start, window).start;
+        let to = sequence.seen(block.end - 1, window).end;
+        (from / KEYS..to.div_ceil(KEYS)).map(move |tile| {
+            let first_key = tile * KEYS;
+            let start = from.saturating_sub(first_key) / LINE * LINE;
+            let end = (to - first_key).min(KEYS);
+            (tile, Part { sequence, window, block: block.clone(), first_key, start, end })
+        })
+    }
+
+    fn rows(&self) -> usize {
+        self.block.len()
+    }
+
+    fn cols(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// The columns as they are computed: whole cache lines.
+    fn padded(&self) -> Range<usize> {
+        self.start..self.start + self.cols().next_multiple_of(LINE)
+    }
+
+    /// Sets the scores of keys that a query does not see to minus infinity.
+    fn mask(&self, scores: &mut Tile) {
+        for (row, i) in self.block.clone().enumerate() {
+            let seen = self.sequence.seen(i, self.window);
+            let from = seen.start.saturating_sub(self.first_key).clamp(self.start, self.end);
+            let to = seen.end.saturating_sub(self.first_key).clamp(self.start, self.end);
+            let row = &mut scores.row_mut(row)[..self.padded().end];
+            row[self.start..from].fill(f32::NEG_INFINITY);
+            row[to.max(from)..].fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+/// Makes a tile for each (tile of keys, kv head) of all sequences, in that order.
+fn pack<T: Send>(
+    p: &AttentionProblem,
+    sequences: &[Sequence],
+    make: impl Fn(usize, usize, usize) -> T + Sync + Send,
+) -> Vec<T> {
+    let first_keys: Vec<_> = sequences
+        .iter()
+        .flat_map(|s| s.keys.clone().step_by(KEYS).map(move |at| (at, KEYS.min(s.keys.end - at))))
+        .collect();
+    (0..first_keys.len() * p.kv_heads)
+        .into_par_iter()
+        .with_min_len(4)
+        .map(|i| make(first_keys[i / p.kv_heads].0, first_keys[i / p.kv_heads].1, i % p.kv_heads))
+        .collect()
+}
+
+/// Loads `rows` tokens from `token` on of one head of a `[tokens, heads, features]` tensor.
+fn load<E: Element>(x: &[E], token: usize, rows: usize, head: usize, heads: usize, features: usize) -> Tile {
+    let mut tile = Tile::new(rows, features);
+    tile.load(x, (token * heads + head) * features, heads * features, rows);
+    tile
+}
+
+/// The transpose of a tile of keys or values: `[features, KEYS]`, zero beyond its tokens.
+fn transposed(tile: &Tile) -> Tile {
+    let mut t = Tile::new(tile.cols(), KEYS);
+    t.transpose_from(tile, tile.rows());
+    t
+}
+
+/// Multiplies the rows of a tile, padding included, by one factor.
+fn scale(tile: &mut Tile, factor: f32) {
+    let data = tile.data_mut();
+    super::simd::vectorize(
+        #[inline(always)]
+        || data.iter_mut().for_each(|x| *x *= factor),
+    );
+}
