@@ -46,10 +46,9 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
     let o = match &options.cu_seqlens {
         None => portable::attention::forward(q, k, v, options.window),
         Some(bounds) => {
-            let parts = bounds.windows(2).map(|b| {
-                let part = |x: &Tensor<4>| x.clone().narrow(1, b[0], b[1] - b[0]);
-                portable::attention::forward(part(&q), part(&k), part(&v), options.window)
-            });
+            let part = |x| portable::split(x, 1, bounds).into_iter();
+            let parts = part(q).zip(part(k)).zip(part(v));
+            let parts = parts.map(|((q, k), v)| portable::attention::forward(q, k, v, options.window));
             Tensor::cat(parts.collect(), 1)
         }
     };

@@ -2,6 +2,8 @@
 
 use burn::Tensor;
 
+use super::{split, unbind};
+
 /// `x: [B, T, D]`, `weight: [D, W]`, `state: [N, D, W - 1] -> y: [B, T, D]` and the new state.
 pub(crate) fn forward(
     x: Tensor<3>,
@@ -12,14 +14,12 @@ pub(crate) fn forward(
 ) -> (Tensor<3>, Tensor<3>) {
     let [batch, time, d] = x.dims();
     if let Some(bounds) = cu_seqlens {
-        let (mut all, mut last) = (Vec::new(), Vec::new());
-        for (n, bound) in bounds.windows(2).enumerate() {
-            let x = x.clone().narrow(1, bound[0], bound[1] - bound[0]);
-            let state = state.as_ref().map(|s| s.clone().narrow(0, n, 1));
-            let (y, state) = forward(x, weight.clone(), bias.clone(), state, None);
-            all.push(y);
-            last.push(state);
-        }
+        let states: Vec<_> = match state {
+            Some(state) => unbind(state, 0).into_iter().map(Some).collect(),
+            None => vec![None; bounds.len() - 1],
+        };
+        let parts = split(x, 1, bounds).into_iter().zip(states);
+        let (all, last) = parts.map(|(x, state)| forward(x, weight.clone(), bias.clone(), state, None)).unzip();
         return (Tensor::cat(all, 1), Tensor::cat(last, 0));
     }
     let width = weight.dims()[1];

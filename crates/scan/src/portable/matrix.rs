@@ -14,7 +14,7 @@ use burn::Tensor;
 use super::SUB_BLOCK;
 use super::decay::{prefix, prefix_exclusive, shift_down, shift_up, suffix_exclusive};
 use super::scores::scores;
-use super::wy;
+use super::{split, unbind, wy};
 use crate::matrix::{Decay, Output, Problem, Write, state_type};
 
 /// Runs the recurrence over all sequences.
@@ -40,34 +40,35 @@ pub(crate) fn forward(problem: Problem) -> Output {
 
 /// Packed sequences, one after the other.
 fn packed(problem: Problem, bounds: &[usize]) -> Output {
-    let (mut o, mut states) = (Vec::new(), Vec::new());
-    for (n, bound) in bounds.windows(2).enumerate() {
-        let (start, length) = (bound[0], bound[1] - bound[0]);
-        let three = |x: &Tensor<3>| x.clone().narrow(1, start, length);
-        let four = |x: &Tensor<4>| x.clone().narrow(1, start, length);
-        let output = equal_lengths(Problem {
-            q: four(&problem.q),
-            k: four(&problem.k),
-            v: four(&problem.v),
-            decay: match &problem.decay {
-                Decay::None => Decay::None,
-                Decay::Constant(g) => Decay::Constant(g.clone()),
-                Decay::Head(g) => Decay::Head(three(g)),
-                Decay::Key(g) => Decay::Key(four(g)),
-            },
-            write: match &problem.write {
-                Write::Additive => Write::Additive,
-                Write::Delta { beta } => Write::Delta { beta: three(beta) },
-                Write::LowRank { a, b } => Write::LowRank { a: four(a), b: four(b) },
-            },
-            initial_state: problem.initial_state.as_ref().map(|s| s.clone().narrow(0, n, 1)),
-            scale: problem.scale,
-            chunk: problem.chunk,
-            cu_seqlens: None,
-        });
-        o.push(output.o);
-        states.push(output.final_state);
-    }
+    let count = bounds.len() - 1;
+    let three = |x: Tensor<3>| split(x, 1, bounds);
+    let four = |x: Tensor<4>| split(x, 1, bounds);
+    let decays = match problem.decay {
+        Decay::None => vec![Decay::None; count],
+        Decay::Constant(g) => vec![Decay::Constant(g); count],
+        Decay::Head(g) => three(g).into_iter().map(Decay::Head).collect(),
+        Decay::Key(g) => four(g).into_iter().map(Decay::Key).collect(),
+    };
+    let writes = match problem.write {
+        Write::Additive => vec![Write::Additive; count],
+        Write::Delta { beta } => three(beta).into_iter().map(|beta| Write::Delta { beta }).collect(),
+        Write::LowRank { a, b } => four(a).into_iter().zip(four(b)).map(|(a, b)| Write::LowRank { a, b }).collect(),
+    };
+    let states = match problem.initial_state {
+        Some(states) => unbind(states, 0).into_iter().map(Some).collect(),
+        None => vec![None; count],
+    };
+    let tokens = four(problem.q).into_iter().zip(four(problem.k)).zip(four(problem.v));
+    let rest = decays.into_iter().zip(writes).zip(states);
+    let (o, states) = tokens
+        .zip(rest)
+        .map(|(((q, k), v), ((decay, write), initial_state))| {
+            let (scale, chunk) = (problem.scale, problem.chunk);
+            let part = Problem { q, k, v, decay, write, initial_state, scale, chunk, cu_seqlens: None };
+            let output = equal_lengths(part);
+            (output.o, output.final_state)
+        })
+        .unzip();
     Output { o: Tensor::cat(o, 1), final_state: Tensor::cat(states, 0) }
 }
 
@@ -187,24 +188,33 @@ fn walk(
         (None, None) => 0,
     };
 
+    let chunks = |x: Tensor<4>| unbind(x, 1).into_iter().map(|x| x.squeeze_dim::<3>(1));
+    let mut whole = whole.map(chunks);
+    let mut added = added.map(chunks);
+    let mut keys = keys.map(chunks);
+    let mut constant = corrected.map(|corrected| chunks(corrected.constant.clone()));
+    let mut linear = corrected.map(|corrected| chunks(corrected.linear.clone()));
+    fn next<T>(parts: &mut Option<impl Iterator<Item = T>>) -> Option<T> {
+        parts.as_mut().and_then(Iterator::next)
+    }
+
     let (mut entering, mut u) = (Vec::with_capacity(n), Vec::with_capacity(n));
     let mut state = initial;
-    for i in 0..n {
-        let at = |x: &Tensor<4>| x.clone().narrow(1, i, 1).squeeze_dim::<3>(1);
+    for _ in 0..n {
         entering.push(state.clone());
-        let mut next = match &whole {
-            Some(decay) => state.clone() * at(decay),
+        let mut leaving = match next(&mut whole) {
+            Some(decay) => state.clone() * decay,
             None => state.clone(),
         };
-        if let Some(added) = &added {
-            next = next + at(added);
+        if let Some(added) = next(&mut added) {
+            leaving = leaving + added;
         }
-        if let (Some(corrected), Some(keys)) = (corrected, &keys) {
-            let values = at(&corrected.constant) + at(&corrected.linear).matmul(state);
-            next = next + at(keys).matmul(values.clone());
+        if let (Some(constant), Some(linear), Some(keys)) = (next(&mut constant), next(&mut linear), next(&mut keys)) {
+            let values = constant + linear.matmul(state);
+            leaving = leaving + keys.matmul(values.clone());
             u.push(values);
         }
-        state = next;
+        state = leaving;
     }
     States { entering: Tensor::stack(entering, 1), u: corrected.map(|_| Tensor::stack(u, 1)), last: state }
 }

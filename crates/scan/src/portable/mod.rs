@@ -22,3 +22,26 @@ pub(crate) const SUB_BLOCK: usize = 16;
 pub(crate) fn one_minus_exp<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     x.clone().div_scalar(-2.0).tanh() * x.exp().add_scalar(1.0)
 }
+
+/// The parts of a tensor between consecutive bounds, which start at 0 and end at the axis' size.
+///
+/// By halves, because Burn's gradient of a slice is a zero tensor of the size of the whole with the slice
+/// written into it: slicing `n` parts off the whole would cost `n` times its size, halving costs `log n`.
+pub(crate) fn split<const D: usize>(x: Tensor<D>, dim: usize, bounds: &[usize]) -> Vec<Tensor<D>> {
+    let parts = bounds.len() - 1;
+    if parts <= 1 {
+        return vec![x];
+    }
+    let (from, middle, to) = (bounds[0], bounds[parts / 2], bounds[parts]);
+    let left = x.clone().narrow(dim, 0, middle - from);
+    let right = x.narrow(dim, middle - from, to - middle);
+    let mut all = split(left, dim, &bounds[..=parts / 2]);
+    all.extend(split(right, dim, &bounds[parts / 2..]));
+    all
+}
+
+/// The slices of size 1 along an axis; see [`split`].
+pub(crate) fn unbind<const D: usize>(x: Tensor<D>, dim: usize) -> Vec<Tensor<D>> {
+    let bounds: Vec<usize> = (0..=x.dims()[dim]).collect();
+    split(x, dim, &bounds)
+}

@@ -6,6 +6,8 @@
 
 use burn::Tensor;
 
+use super::split;
+
 /// Tokens per block.
 const BLOCK: usize = 32;
 
@@ -18,6 +20,8 @@ pub(crate) trait Numbers: Clone {
     /// Applies an operation that only moves elements.
     fn map(self, f: impl Fn(Tensor<3>) -> Tensor<3>) -> Self;
     fn cat(parts: Vec<Self>) -> Self;
+    /// The parts along an axis between consecutive bounds.
+    fn split_at(self, dim: usize, bounds: &[usize]) -> Vec<Self>;
     fn zeros(&self, shape: [usize; 3]) -> Self;
 
     fn tokens(&self, start: usize, length: usize) -> Self {
@@ -44,6 +48,10 @@ impl Numbers for Tensor<3> {
 
     fn cat(parts: Vec<Self>) -> Self {
         Tensor::cat(parts, 1)
+    }
+
+    fn split_at(self, dim: usize, bounds: &[usize]) -> Vec<Self> {
+        split(self, dim, bounds)
     }
 
     fn zeros(&self, shape: [usize; 3]) -> Self {
@@ -84,6 +92,11 @@ impl Numbers for Complex {
         Self { re: Tensor::cat(re, 1), im: Tensor::cat(im, 1) }
     }
 
+    fn split_at(self, dim: usize, bounds: &[usize]) -> Vec<Self> {
+        let parts = split(self.re, dim, bounds).into_iter().zip(split(self.im, dim, bounds));
+        parts.map(|(re, im)| Self { re, im }).collect()
+    }
+
     fn zeros(&self, shape: [usize; 3]) -> Self {
         Self { re: Numbers::zeros(&self.re, shape), im: Numbers::zeros(&self.im, shape) }
     }
@@ -99,14 +112,13 @@ pub(crate) fn forward<N: Numbers>(a: N, b: N, initial: Option<N>, cu_seqlens: Op
         let last = h.tokens(time - 1, 1);
         return (h, last);
     };
-    let (mut all, mut last) = (Vec::new(), Vec::new());
-    for (n, bound) in bounds.windows(2).enumerate() {
-        let (start, length) = (bound[0], bound[1] - bound[0]);
-        let initial = initial.as_ref().map(|h| h.clone().map(|x| x.narrow(0, n, 1)));
-        let (h, end) = forward(a.tokens(start, length), b.tokens(start, length), initial, None);
-        all.push(h);
-        last.push(end);
-    }
+    let each: Vec<usize> = (0..bounds.len()).collect();
+    let initial: Vec<Option<N>> = match initial {
+        Some(initial) => initial.split_at(0, &each).into_iter().map(Some).collect(),
+        None => vec![None; bounds.len() - 1],
+    };
+    let parts = a.split_at(1, bounds).into_iter().zip(b.split_at(1, bounds)).zip(initial);
+    let (all, last): (Vec<_>, Vec<_>) = parts.map(|((a, b), initial)| forward(a, b, initial, None)).unzip();
     let count = last.len();
     (N::cat(all), N::cat(last).map(|x| x.reshape([count, 1, d])))
 }
