@@ -2,7 +2,7 @@
 //! the `dq` of its blocks. Where there are too few heads for the threads, the blocks are dealt out to several tasks
 //! and their sums are added in order.
 
-use super::{KEYS, Part, QUERIES, Sequence, load, pack, scale, transposed};
+use super::{KEYS, Part, QUERIES, Sequence, at, load, pack, scale, transposed};
 use crate::{
     attention::{AttentionGradients, AttentionOutputs, AttentionProblem},
     element::Element,
@@ -60,9 +60,8 @@ pub(crate) fn backward<E: Element>(
         };
         for (tile, (dk, dv)) in sums.iter_mut().enumerate() {
             let token = sequence.keys.start + tile * KEYS;
-            let row = token * p.kv_heads + kv_head;
-            dk.store(&dk_rows, row * p.key_dim, p.kv_heads * p.key_dim, dk.rows());
-            dv.store(&dv_rows, row * p.value_dim, p.kv_heads * p.value_dim, dv.rows());
+            dk.store(&dk_rows, at(token, kv_head, p.kv_heads, p.key_dim), dk.rows());
+            dv.store(&dv_rows, at(token, kv_head, p.kv_heads, p.value_dim), dv.rows());
         }
     });
     AttentionGradients { dq, dk, dv }
@@ -120,8 +119,8 @@ impl<E: Element> Task<'_, E> {
         scale(&mut q, p.scale);
         let do_ = load(self.do_, token, rows, head, p.heads, p.value_dim);
         let o = load(&self.outputs.o, token, rows, head, p.heads, p.value_dim);
-        let at = (token / p.time * p.heads + head) * p.time + token % p.time;
-        let lse = &self.outputs.lse[at..at + rows];
+        let first = (token / p.time * p.heads + head) * p.time + token % p.time;
+        let lse = &self.outputs.lse[first..first + rows];
         let mut mean = [0.0; QUERIES];
         for (i, mean) in mean[..rows].iter_mut().enumerate() {
             *mean = o.row(i).iter().zip(do_.row(i)).map(|(o, d)| o * d).sum();
@@ -144,7 +143,7 @@ impl<E: Element> Task<'_, E> {
             gemm(Mode::Add, [rows, p.key_dim, cols], Lhs::of(d_scores, 0, start), (&keys.k, start, 0), (&mut dq, 0, 0));
         }
         scale(&mut dq, p.scale);
-        dq.store(self.dq, (token * p.heads + head) * p.key_dim, p.heads * p.key_dim, rows);
+        dq.store(self.dq, at(token, head, p.heads, p.key_dim), rows);
     }
 }
 

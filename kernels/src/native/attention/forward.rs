@@ -1,6 +1,6 @@
 //! One block of queries against the tiles of keys that it sees, with a running maximum and sum per row.
 
-use super::{KEYS, Part, QUERIES, Sequence, load, pack, scale, transposed};
+use super::{KEYS, Part, QUERIES, Sequence, at, load, pack, scale, transposed};
 use crate::{
     attention::{AttentionOutputs, AttentionProblem},
     element::Element,
@@ -46,10 +46,10 @@ pub(crate) fn forward<E: Element>(
             state.add(&part, keys, values);
         }
         state.normalise(rows);
-        state.o.store(&o_rows, (token * p.heads + head) * p.value_dim, p.heads * p.value_dim, rows);
-        let at = (token / p.time * p.heads + head) * p.time + token % p.time;
+        state.o.store(&o_rows, at(token, head, p.heads, p.value_dim), rows);
+        let first = (token / p.time * p.heads + head) * p.time + token % p.time;
         // Safety: each block of a head is one task, and writes its own rows.
-        let out = unsafe { lse_rows.slice_mut(at, rows) };
+        let out = unsafe { lse_rows.slice_mut(first, rows) };
         for ((out, max), sum) in out.iter_mut().zip(state.max).zip(state.sum) {
             *out = max + sum.ln();
         }

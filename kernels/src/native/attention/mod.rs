@@ -11,7 +11,7 @@ pub(crate) use backward::backward;
 pub(crate) use forward::forward;
 pub(crate) use step::step;
 
-use super::tile::{LINE, Tile};
+use super::tile::{LINE, Rows, Tile};
 use crate::{attention::AttentionProblem, element::Element, sequences::Sequences};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -131,10 +131,15 @@ fn pack<T: Send>(
         .collect()
 }
 
+/// One head of a `[tokens, heads, features]` tensor, from `token` on.
+fn at(token: usize, head: usize, heads: usize, features: usize) -> Rows {
+    Rows { offset: (token * heads + head) * features, stride: heads * features }
+}
+
 /// Loads `rows` tokens from `token` on of one head of a `[tokens, heads, features]` tensor.
 fn load<E: Element>(x: &[E], token: usize, rows: usize, head: usize, heads: usize, features: usize) -> Tile {
     let mut tile = Tile::new(rows, features);
-    tile.load(x, (token * heads + head) * features, heads * features, rows);
+    tile.load(x, at(token, head, heads, features), rows);
     tile
 }
 

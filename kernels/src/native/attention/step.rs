@@ -1,11 +1,12 @@
 //! One query per sequence against a cache: bound by reading the cache, so plain dot products on its rows.
 
+use super::at;
 use crate::{
     attention::StepProblem,
     element::Element,
     native::{
         simd::{exp, vectorize},
-        tile::Tile,
+        tile::{Rows, Tile},
     },
 };
 use rayon::prelude::*;
@@ -60,14 +61,14 @@ fn attend<E: Element>(
 ) -> Partial {
     let group = p.heads / p.kv_heads;
     let mut queries = Tile::new(group, p.key_dim);
-    queries.load(q, (n * p.heads + kv_head * group) * p.key_dim, p.key_dim, group);
+    queries.load(q, Rows { offset: (n * p.heads + kv_head * group) * p.key_dim, stride: p.key_dim }, group);
     let mut out = vec![(-1e30, 0.0, vec![0.0; p.value_dim]); group];
     let (mut keys, mut values) = (Tile::new(TOKENS, p.key_dim), Tile::new(TOKENS, p.value_dim));
     for from in slots.clone().step_by(TOKENS) {
         let rows = TOKENS.min(slots.end - from);
-        let row = (n * p.capacity + from) * p.kv_heads + kv_head;
-        keys.load(k, row * p.key_dim, p.kv_heads * p.key_dim, rows);
-        values.load(v, row * p.value_dim, p.kv_heads * p.value_dim, rows);
+        let token = n * p.capacity + from;
+        keys.load(k, at(token, kv_head, p.kv_heads, p.key_dim), rows);
+        values.load(v, at(token, kv_head, p.kv_heads, p.value_dim), rows);
         vectorize(
             #[inline(always)]
             || {
