@@ -1,8 +1,10 @@
 //! Causal softmax attention: full or windowed, with grouped key and value heads.
 
 use burn::Tensor;
+use thalweg_kernels::attention::AttentionProblem;
 
 use crate::matrix::state_type;
+use crate::native::{self, Operation};
 use crate::{AttentionOptions, Error, check, portable};
 
 /// Causal softmax attention (Vaswani et al. 2017, arXiv 1706.03762):
@@ -17,7 +19,9 @@ use crate::{AttentionOptions, Error, check, portable};
 /// | `v` | `[B, S, HK, V]` |
 ///
 /// Query head `h` uses key head `h / (H / HK)`. `S` may exceed `T`: the queries are then the last `T` of
-/// `S` tokens, as when a prompt or a single token continues a cache. Returns `[B, T, H, V]`.
+/// `S` tokens, as when a prompt or a single token continues a cache. Returns `[B, T, H, V]`. The native
+/// kernel's memory is linear in `T` and `S`, forward and backward; the portable path keeps all scores for
+/// its backward pass.
 ///
 /// # Errors
 /// A shape, element type or option that does not fit; see [`Error`].
@@ -41,6 +45,23 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
 
     let (dtype, float) = (q.dtype(), state_type(q.dtype()));
     let scale = options.scale.unwrap_or((dim as f64).powf(-0.5));
+    if native::available(options.path, &q) {
+        let problem = AttentionProblem {
+            batch,
+            time,
+            kv_time: source,
+            heads,
+            kv_heads,
+            key_dim: dim,
+            value_dim,
+            scale: scale as f32,
+            window: options.window,
+            cu_seqlens: options.cu_seqlens,
+        };
+        let rest = [Some(k.into()), Some(v.into()), None, None, None, None];
+        let (o, _): (_, Tensor<3>) = native::run(Operation::Attention { problem }, q, rest)?;
+        return Ok(o);
+    }
     let q = q.cast(float).mul_scalar(scale);
     let (k, v) = (k.cast(float), v.cast(float));
     let o = match &options.cu_seqlens {

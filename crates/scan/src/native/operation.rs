@@ -1,6 +1,7 @@
 //! The operations that kernels implement, and what their slots hold.
 
 use thalweg_kernels::ScanProblem;
+use thalweg_kernels::attention::AttentionProblem;
 use thalweg_kernels::matrix::MatrixProblem;
 use thalweg_kernels::short_conv::ConvProblem;
 
@@ -16,6 +17,8 @@ pub(crate) enum Operation {
     Scan { problem: ScanProblem, log: bool },
     /// `x, weight, bias, state -> y, new state`
     ShortConv { problem: ConvProblem },
+    /// `q, k, v -> o, log-sum-exp`; the second is for the backward pass and takes no gradient
+    Attention { problem: AttentionProblem },
 }
 
 /// What the gate of a matrix-state operation depends on.

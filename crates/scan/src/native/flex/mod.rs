@@ -1,6 +1,7 @@
 //! The CPU kernels on Flex tensors: storage is lent to them as slices, without a copy where it is
 //! contiguous, and the vectors that they return become storage.
 
+mod attention;
 mod matrix;
 mod scan;
 mod short_conv;
@@ -65,6 +66,10 @@ impl Kernels for Flex {
                 let dtype = dtype(&operands, 0);
                 for_element!(dtype, short_conv::forward(problem, operands))
             }
+            Operation::Attention { problem } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, attention::forward(problem, operands, keep))
+            }
         }
     }
 
@@ -90,6 +95,10 @@ impl Kernels for Flex {
             Operation::ShortConv { problem } => {
                 let dtype = dtype(&operands, 0);
                 for_element!(dtype, short_conv::backward(problem, operands, d_o, d_final_state))
+            }
+            Operation::Attention { problem } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, attention::backward(problem, operands, saved, d_o))
             }
         }
     }
