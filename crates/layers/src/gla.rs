@@ -62,6 +62,7 @@ struct Sizes {
 
 impl GlaConfig {
     fn sizes(&self, site: &Site) -> Result<Sizes, ConfigError> {
+        positive("num_heads", self.num_heads)?;
         let keys = scaled("expand_k", site.hidden_size, self.expand_k)?;
         let values = scaled("expand_v", site.hidden_size, self.expand_v)?;
         let kv_heads = self.num_kv_heads.unwrap_or(self.num_heads);

@@ -56,7 +56,7 @@ pub struct Context {
     /// state, if given, has one entry per document. Nothing passes from one document to the next.
     pub cu_seqlens: Option<Vec<usize>>,
     /// This layer's lower bound of the forget gate, `[features]`, for HGRN and HGRN2 (see
-    /// [`LowerBounds`]). `None` is no bound.
+    /// [`LowerBounds`](crate::hgrn::LowerBounds)). `None` is no bound.
     pub lower_bound: Option<Tensor<1>>,
     /// Which implementation of the recurrences runs.
     pub path: Path,
