@@ -19,23 +19,20 @@ impl Runner for Reference {
             Parsed::ComplexScan(op) => op.run(case),
             Parsed::RgLru(op) => op.run(case),
             Parsed::ShortConv(op) => op.run(case),
-            Parsed::Ssd(op) => op.run(case),
-            Parsed::Rwkv(op) => op.run(case),
-            Parsed::Selective(op) => op.run(case),
         })
     }
 }
 
-pub(crate) fn results<const N: usize>(named: [(&str, Vec<f64>); N]) -> Results {
+fn results<const N: usize>(named: [(&str, Vec<f64>); N]) -> Results {
     named.into_iter().map(|(name, values)| (name.to_string(), values)).collect()
 }
 
-pub(crate) fn values(tensor: Option<&Tensor>) -> Option<&[f64]> {
+fn values(tensor: Option<&Tensor>) -> Option<&[f64]> {
     tensor.map(|tensor| tensor.values.as_slice())
 }
 
 /// The cotangent of an output of `len` elements; an output without one does not enter the loss.
-pub(crate) fn cotangent(case: &Case, name: &str, len: usize) -> Vec<f64> {
+fn cotangent(case: &Case, name: &str, len: usize) -> Vec<f64> {
     case.cotangent(name).map_or_else(|| vec![0.0; len], |tensor| tensor.values.clone())
 }
 
