@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod ceiling;
 mod channels;
+pub mod complex_scan;
 pub mod cost;
 mod element;
 pub mod elementwise_scan;

@@ -4,6 +4,10 @@
 //! with, told in one line on stderr.
 
 mod conform;
+mod dashboard;
+mod generate;
+mod plot;
+mod train;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -21,6 +25,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Train(train::Args),
+    Generate(generate::Args),
     Conform(conform::Args),
 }
 
@@ -38,7 +44,17 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Outcome {
     match command {
+        Command::Train(args) => train::run(&args),
+        Command::Generate(args) => generate::run(&args),
         Command::Conform(args) => conform::run(&args),
+    }
+}
+
+/// The device called `name`.
+fn device(name: &str) -> Result<burn::tensor::Device, String> {
+    match name {
+        "cpu" => Ok(burn::tensor::Device::flex()),
+        _ => Err(format!("device: no device `{name}` in this build; there is cpu")),
     }
 }
 

@@ -43,6 +43,9 @@ impl Runner for Engine {
             Parsed::ComplexScan(op) => graph.complex_scan(&op),
             Parsed::RgLru(op) => graph.rg_lru(&op),
             Parsed::ShortConv(op) => graph.short_conv(&op),
+            Parsed::Ssd(_) | Parsed::Rwkv(_) | Parsed::Selective(_) => {
+                return Err(Error::UnsupportedOp { op: case.op.clone() });
+            }
         }
         .map_err(|error| Error::Engine(error.to_string()))?;
         graph.finish()

@@ -9,7 +9,9 @@ mod engine;
 mod error;
 mod options;
 mod parse;
+mod parse_models;
 mod reference;
+mod reference_models;
 mod report;
 
 pub use case::{Case, Found, Tensor, load};

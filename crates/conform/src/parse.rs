@@ -1,5 +1,6 @@
 //! From a case's tensors to the problem of its operation, all shapes checked.
 
+use crate::parse_models::{Rwkv, Selective, Ssd};
 use crate::{Case, Error, Tensor};
 use thalweg_reference::matrix::Problem;
 use thalweg_reference::{Shape, attention};
@@ -110,6 +111,9 @@ pub(crate) enum Parsed<'a> {
     ComplexScan(ComplexScan<'a>),
     RgLru(RgLru<'a>),
     ShortConv(ShortConv<'a>),
+    Ssd(Ssd<'a>),
+    Rwkv(Rwkv<'a>),
+    Selective(Selective<'a>),
 }
 
 impl Case {
@@ -134,6 +138,9 @@ impl Case {
             "complex_scan" => self.complex_scan().map(Parsed::ComplexScan),
             "rg_lru" => self.rg_lru().map(Parsed::RgLru),
             "short_conv" => self.short_conv().map(Parsed::ShortConv),
+            "ssd" => self.ssd().map(Parsed::Ssd),
+            "rwkv6" | "rwkv7" => self.rwkv().map(Parsed::Rwkv),
+            "selective_scan" => self.selective().map(Parsed::Selective),
             op => Err(Error::UnsupportedOp { op: op.to_string() }),
         }
     }
@@ -197,7 +204,7 @@ impl Case {
         Ok(Problem { batch, time, heads, value_heads, key_dim, value_dim, scale, cu_seqlens })
     }
 
-    fn matrix_state(&self, p: &Problem) -> Result<Option<&Tensor>, Error> {
+    pub(crate) fn matrix_state(&self, p: &Problem) -> Result<Option<&Tensor>, Error> {
         self.state("h0", "ht", &[p.sequences(), p.value_heads, p.key_dim, p.value_dim])
     }
 
@@ -220,7 +227,7 @@ impl Case {
         })
     }
 
-    fn channels(&self, name: &str) -> Result<Shape, Error> {
+    pub(crate) fn channels(&self, name: &str) -> Result<Shape, Error> {
         let [batch, time, channels] = self.sizes(name)?;
         Ok(Shape { batch, time, channels, cu_seqlens: self.cu_seqlens(batch, time)? })
     }
@@ -292,49 +299,45 @@ impl Case {
         let shape = self.channels("in.x")?;
         let [_, width] = self.sizes("in.weight")?;
         self.output("o", &[shape.batch, shape.time, shape.channels])?;
-        let bias = match self.tensors.contains_key("in.bias") {
-            true => Some(self.input("bias", &[shape.channels])?),
-            false => None,
-        };
         Ok(ShortConv {
             width,
             x: self.any("in.x")?,
             weight: self.input("weight", &[shape.channels, width])?,
-            bias,
+            bias: self.optional("bias", &[shape.channels])?,
             silu: self.silu()?,
             state: self.state("state", "state", &[shape.sequences().len(), shape.channels, width - 1])?,
             shape,
         })
     }
 
-    fn any(&self, tensor: &str) -> Result<&Tensor, Error> {
+    pub(crate) fn any(&self, tensor: &str) -> Result<&Tensor, Error> {
         self.tensors.get(tensor).ok_or_else(|| Error::Missing { tensor: tensor.to_string() })
     }
 
-    fn expect(&self, tensor: &str, shape: &[usize]) -> Result<&Tensor, Error> {
+    pub(crate) fn expect(&self, tensor: &str, shape: &[usize]) -> Result<&Tensor, Error> {
         let found = self.any(tensor)?;
         if found.shape == shape { Ok(found) } else { Err(self.misfit(tensor, format!("{shape:?}"))) }
     }
 
-    fn misfit(&self, tensor: &str, expected: String) -> Error {
+    pub(crate) fn misfit(&self, tensor: &str, expected: String) -> Error {
         let found = self.tensors.get(tensor).map(|t| t.shape.clone()).unwrap_or_default();
         Error::Shape { tensor: tensor.to_string(), found, expected }
     }
 
     /// Sizes of a tensor of known rank, none of them zero.
-    fn sizes<const RANK: usize>(&self, tensor: &str) -> Result<[usize; RANK], Error> {
+    pub(crate) fn sizes<const RANK: usize>(&self, tensor: &str) -> Result<[usize; RANK], Error> {
         let shape = self.any(tensor)?.shape.as_slice();
         let sizes = <[usize; RANK]>::try_from(shape).ok().filter(|sizes| !sizes.contains(&0));
         sizes.ok_or_else(|| self.misfit(tensor, format!("{RANK} sizes, none of them 0")))
     }
 
-    /// An input, whose gradient, if the file has one, must have its shape.
-    fn input(&self, name: &str, shape: &[usize]) -> Result<&Tensor, Error> {
+    /// An input that must be there.
+    pub(crate) fn input(&self, name: &str, shape: &[usize]) -> Result<&Tensor, Error> {
         self.expect(&format!("in.{name}"), shape)
     }
 
     /// Checks the cotangent of an output.
-    fn output(&self, name: &str, shape: &[usize]) -> Result<(), Error> {
+    pub(crate) fn output(&self, name: &str, shape: &[usize]) -> Result<(), Error> {
         match self.cotangent(name) {
             Some(_) => self.expect(&format!("cot.{name}"), shape).map(|_| ()),
             None => Ok(()),
@@ -342,15 +345,20 @@ impl Case {
     }
 
     /// An initial state, which may be absent, together with the cotangent of the final state.
-    fn state(&self, initial: &str, last: &str, shape: &[usize]) -> Result<Option<&Tensor>, Error> {
+    pub(crate) fn state(&self, initial: &str, last: &str, shape: &[usize]) -> Result<Option<&Tensor>, Error> {
         self.output(last, shape)?;
-        match self.tensors.contains_key(&format!("in.{initial}")) {
-            true => self.input(initial, shape).map(Some),
+        self.optional(initial, shape)
+    }
+
+    /// An input that may be absent.
+    pub(crate) fn optional(&self, name: &str, shape: &[usize]) -> Result<Option<&Tensor>, Error> {
+        match self.tensors.contains_key(&format!("in.{name}")) {
+            true => self.input(name, shape).map(Some),
             false => Ok(None),
         }
     }
 
-    fn cu_seqlens(&self, batch: usize, time: usize) -> Result<Option<Vec<usize>>, Error> {
+    pub(crate) fn cu_seqlens(&self, batch: usize, time: usize) -> Result<Option<Vec<usize>>, Error> {
         let Some(tensor) = self.tensors.get("int.cu_seqlens") else { return Ok(None) };
         let values = &tensor.values;
         let fits = batch == 1

@@ -19,20 +19,23 @@ impl Runner for Reference {
             Parsed::ComplexScan(op) => op.run(case),
             Parsed::RgLru(op) => op.run(case),
             Parsed::ShortConv(op) => op.run(case),
+            Parsed::Ssd(op) => op.run(case),
+            Parsed::Rwkv(op) => op.run(case),
+            Parsed::Selective(op) => op.run(case),
         })
     }
 }
 
-fn results<const N: usize>(named: [(&str, Vec<f64>); N]) -> Results {
+pub(crate) fn results<const N: usize>(named: [(&str, Vec<f64>); N]) -> Results {
     named.into_iter().map(|(name, values)| (name.to_string(), values)).collect()
 }
 
-fn values(tensor: Option<&Tensor>) -> Option<&[f64]> {
+pub(crate) fn values(tensor: Option<&Tensor>) -> Option<&[f64]> {
     tensor.map(|tensor| tensor.values.as_slice())
 }
 
 /// The cotangent of an output of `len` elements; an output without one does not enter the loss.
-fn cotangent(case: &Case, name: &str, len: usize) -> Vec<f64> {
+pub(crate) fn cotangent(case: &Case, name: &str, len: usize) -> Vec<f64> {
     case.cotangent(name).map_or_else(|| vec![0.0; len], |tensor| tensor.values.clone())
 }
 

@@ -1,5 +1,6 @@
 //! The kernels on the CPU.
 pub(crate) mod attention;
+pub(crate) mod complex_scan;
 pub(crate) mod elementwise_scan;
 pub(crate) mod gemm;
 pub(crate) mod matrix;

@@ -1,0 +1,149 @@
+//! How a run is shown: burn-train's dashboard on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::time::Instant;
+
+use burn_train::Interrupter;
+use burn_train::logger::TrainingProgressLogger;
+use burn_train::metric::{MetricDefinition, MetricEntry, MetricId, NumericAttributes, NumericEntry, SerializedEntry};
+use burn_train::renderer::tui::TuiMetricsRendererWrapper;
+use burn_train::renderer::{MetricState, MetricsRenderer, MetricsRendererTraining};
+use thalweg_models::{Event, TrainOptions};
+
+/// Shows events; `false` when the user wants to stop.
+pub trait Display {
+    fn show(&mut self, event: &Event<'_>) -> bool;
+}
+
+/// The display that fits stdout, for a run that starts after step `first`.
+pub fn open(options: &TrainOptions, first: usize, is_task: bool, plain: bool) -> Box<dyn Display> {
+    if !plain && std::io::stdout().is_terminal() {
+        Box::new(Dashboard::new(options.steps, first, is_task))
+    } else {
+        Box::new(Lines { steps: options.steps, first, is_task, start: Instant::now() })
+    }
+}
+
+/// Lines of text, about a hundred for a run.
+struct Lines {
+    steps: usize,
+    first: usize,
+    is_task: bool,
+    start: Instant,
+}
+
+impl Display for Lines {
+    fn show(&mut self, event: &Event<'_>) -> bool {
+        match event {
+            Event::Step(report) => {
+                let every = (self.steps / 100).clamp(1, 50);
+                if report.step != self.first + 1 && report.step != self.steps && !report.step.is_multiple_of(every) {
+                    return true;
+                }
+                let done = (report.step - self.first) as f64;
+                let left = self.start.elapsed().as_secs_f64() / done * (self.steps - report.step) as f64;
+                let accuracy =
+                    if self.is_task { format!("  right {:6.2} %", 100.0 * report.accuracy) } else { String::new() };
+                println!(
+                    "step {:>6}/{}  loss {:.4}{accuracy}  grad {:.3}  lr {:.2e}  {:.0} tokens/s  {} left",
+                    report.step,
+                    self.steps,
+                    report.loss,
+                    report.grad_norm,
+                    report.lr,
+                    report.tokens_per_second,
+                    minutes(left)
+                );
+            }
+            Event::Evaluation(evaluation) => {
+                let part = if evaluation.complete { "held out" } else { "held out (part)" };
+                let score = match evaluation.bits_per_byte {
+                    Some(bits) => format!("{bits:.4} bits per byte"),
+                    None => format!("right {:.2} %", 100.0 * evaluation.held_out_accuracy),
+                };
+                println!("step {:>6}  {part}: loss {:.4}  {score}", evaluation.step, evaluation.held_out_loss);
+            }
+            Event::Saved(path) => println!("saved {}", path.display()),
+        }
+        true
+    }
+}
+
+fn minutes(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    format!("{}:{:02}", seconds / 60, seconds % 60)
+}
+
+/// burn-train's terminal dashboard.
+struct Dashboard {
+    renderer: TuiMetricsRendererWrapper,
+    interrupter: Interrupter,
+    is_task: bool,
+}
+
+const LOSS: &str = "Loss";
+const SCORE_BITS: &str = "Bits per byte";
+const SCORE_RIGHT: &str = "Right answers";
+const RATE: &str = "Learning rate";
+const NORM: &str = "Gradient norm";
+const SPEED: &str = "Tokens per second";
+
+impl Dashboard {
+    fn new(steps: usize, first: usize, is_task: bool) -> Self {
+        let interrupter = Interrupter::new();
+        let mut renderer = TuiMetricsRendererWrapper::new(interrupter.clone(), None);
+        let score = if is_task { (SCORE_RIGHT, Some("%"), true) } else { (SCORE_BITS, None, false) };
+        for (name, unit, higher_is_better) in
+            [(LOSS, None, false), score, (RATE, None, false), (NORM, None, false), (SPEED, None, true)]
+        {
+            let attributes = NumericAttributes { unit: unit.map(str::to_owned), higher_is_better };
+            renderer.register_metric(MetricDefinition {
+                metric_id: id(name),
+                name: Arc::new(name.to_owned()),
+                description: None,
+                attributes: attributes.into(),
+            });
+        }
+        renderer.start(1, 1, Some(steps), Some("training"));
+        renderer.start_split("train", steps);
+        renderer.update_split(first);
+        Self { renderer, interrupter, is_task }
+    }
+}
+
+impl Display for Dashboard {
+    fn show(&mut self, event: &Event<'_>) -> bool {
+        match event {
+            Event::Step(report) => {
+                self.renderer.update_train(number(LOSS, report.loss));
+                if self.is_task {
+                    self.renderer.update_train(number(SCORE_RIGHT, 100.0 * report.accuracy));
+                }
+                self.renderer.update_train(number(RATE, report.lr));
+                self.renderer.update_train(number(NORM, report.grad_norm));
+                self.renderer.update_train(number(SPEED, report.tokens_per_second));
+                self.renderer.update_split(report.step);
+            }
+            Event::Evaluation(evaluation) => {
+                self.renderer.update_valid(number(LOSS, evaluation.held_out_loss));
+                let score = match evaluation.bits_per_byte {
+                    Some(bits) => number(SCORE_BITS, bits),
+                    None => number(SCORE_RIGHT, 100.0 * evaluation.held_out_accuracy),
+                };
+                self.renderer.update_valid(score);
+            }
+            Event::Saved(_) => self.renderer.log_event_training("checkpoints".to_owned()),
+        }
+        !self.interrupter.should_stop()
+    }
+}
+
+fn id(name: &str) -> MetricId {
+    MetricId::new(Arc::new(name.to_owned()))
+}
+
+fn number(name: &str, value: f64) -> MetricState {
+    let entry = MetricEntry::new(id(name), SerializedEntry::new(format!("{value:.5}"), value.to_string()));
+    MetricState::Numeric(entry, Some(NumericEntry::Value(value)))
+}

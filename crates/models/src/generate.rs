@@ -1,0 +1,95 @@
+//! Continuing a prompt, token by token, with a state that does not grow (but for full attention's cache).
+
+use burn::module::Module;
+
+use crate::data::ids_tensor;
+use crate::error::{Error, Result};
+use crate::sampling::{Sampler, Sampling};
+use crate::{Model, ModelState};
+
+/// Continues one sequence.
+#[derive(Debug)]
+pub struct Generator {
+    model: Model,
+    state: Option<ModelState>,
+    sampler: Sampler,
+    logits: Vec<f32>,
+    allowed: usize,
+    /// Drawn, but not yet read: the last token of a text never is.
+    drawn: Option<u32>,
+}
+
+/// Tokens of a prompt that go through the model in one call: bounds the memory of a long prompt.
+const PREFILL: usize = 512;
+
+impl Generator {
+    /// Reads the prompt. Tokens from `allowed` on are never drawn (a vocabulary that was padded).
+    ///
+    /// # Errors
+    /// If the prompt is empty or has ids outside the vocabulary, or the sampling options cannot be used.
+    pub fn new(model: &Model, prompt: &[u32], sampling: Sampling, allowed: usize) -> Result<Self> {
+        let sampler = Sampler::new(sampling)?;
+        let mut generator =
+            Self { model: model.valid(), state: None, sampler, logits: Vec::new(), allowed, drawn: None };
+        generator.read(prompt)?;
+        Ok(generator)
+    }
+
+    /// Appends tokens that were not drawn.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn read(&mut self, ids: &[u32]) -> Result<()> {
+        let vocab = self.model.vocab_size();
+        if ids.is_empty() {
+            return Err(Error::argument("prompt", "is empty"));
+        }
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::argument("prompt", format!("token {id} is outside the vocabulary of {vocab}")));
+        }
+        let device = self.model.device();
+        let ids: Vec<u32> = self.drawn.take().into_iter().chain(ids.iter().copied()).collect();
+        for chunk in ids.chunks(PREFILL) {
+            let input = ids_tensor(chunk, [1, chunk.len()], &device);
+            let (hidden, state) = self.model.forward(input, self.state.take(), None)?;
+            let last = hidden.narrow(1, chunk.len() - 1, 1);
+            self.logits = floats(self.model.logits(last).into_data())?;
+            self.state = Some(state);
+        }
+        Ok(())
+    }
+
+    /// Draws the next token.
+    ///
+    /// # Errors
+    /// If a layer fails.
+    pub fn draw(&mut self) -> Result<u32> {
+        if let Some(id) = self.drawn.take() {
+            let state = match self.state.take() {
+                Some(state) => state,
+                None => self.model.initial_state(1),
+            };
+            let (logits, state) = self.model.step(ids_tensor(&[id], [1], &self.model.device()), state)?;
+            self.logits = floats(logits.into_data())?;
+            self.state = Some(state);
+        }
+        let id = self.sampler.draw(&self.logits, self.allowed);
+        self.drawn = Some(id);
+        Ok(id)
+    }
+
+    /// Logits that the last token was drawn from, or that the next one will be, if none was yet.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Bytes of memory of the state.
+    pub fn state_bytes(&self) -> usize {
+        self.state.as_ref().map_or(0, ModelState::size_in_bytes)
+    }
+}
+
+fn floats(data: burn::tensor::TensorData) -> Result<Vec<f32>> {
+    let read = || data.try_cast_as::<f32>()?.try_into_vec::<f32>();
+    read().map_err(|error| Error::argument("logits", format!("{error:?}")))
+}

@@ -1,0 +1,139 @@
+//! Cross entropy of a head over many tokens, in memory for a few.
+
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Int, Tensor};
+
+/// Tokens whose logits are in memory at a time.
+const CHUNK: usize = 1024;
+
+/// What [`cross_entropy`] gives.
+#[derive(Debug)]
+pub struct Loss {
+    /// A scalar whose *gradient* is that of the mean loss; its value means nothing. Absent without autodiff.
+    pub surrogate: Option<Tensor<1>>,
+    /// Sum of the weighted losses, in nats.
+    pub nats: f64,
+    /// Sum of the weights.
+    pub weight: f64,
+    /// Sum of the weights of the targets that have the largest logit.
+    pub correct: f64,
+}
+
+impl Loss {
+    /// Nats per token.
+    pub fn mean(&self) -> f64 {
+        self.nats / self.weight.max(f64::MIN_POSITIVE)
+    }
+
+    /// The part of the targets that have the largest logit.
+    pub fn accuracy(&self) -> f64 {
+        self.correct / self.weight.max(f64::MIN_POSITIVE)
+    }
+}
+
+/// Weighted mean cross entropy of `softmax(cap(hidden @ head^T))` with the targets.
+///
+/// | argument | shape |
+/// |---|---|
+/// | `hidden` | `[N, D]` |
+/// | `head` | `[V, D]` |
+/// | `targets` | `[N]`, in `0..V` |
+/// | `weights` | `[N]`, `None` is all ones |
+/// | `soft_cap` | logits become `cap * tanh(logits / cap)` |
+///
+/// The gradients with respect to `hidden` and `head` are computed here, chunk by chunk, outside of the graph, and handed
+/// to it as `sum(hidden * d_hidden) + sum(head * d_head)`. So the graph keeps `[N, D]` and `[V, D]`, never `[N, V]`.
+pub fn cross_entropy(
+    hidden: Tensor<2>,
+    head: Tensor<2>,
+    targets: Tensor<1, Int>,
+    weights: Option<Tensor<1>>,
+    soft_cap: Option<f64>,
+) -> Loss {
+    let [tokens, _] = hidden.dims();
+    let tracked = hidden.is_autodiff() || head.is_autodiff();
+    let (inner_hidden, inner_head) = (hidden.clone().inner(), head.clone().inner());
+    let (targets, weights) = (targets.inner(), weights.map(Tensor::inner));
+    let total: f64 = match &weights {
+        Some(weights) => weights.clone().sum().into_scalar::<f32>().into(),
+        None => tokens as f64,
+    };
+    let mut loss = Loss { surrogate: None, nats: 0.0, weight: total, correct: 0.0 };
+    let mut d_hidden = Vec::new();
+    let mut d_head: Option<Tensor<2>> = None;
+    for start in (0..tokens).step_by(CHUNK) {
+        let length = CHUNK.min(tokens - start);
+        let h = inner_hidden.clone().narrow(0, start, length);
+        let target = targets.clone().narrow(0, start, length).unsqueeze_dim::<2>(1);
+        let weight = match &weights {
+            Some(weights) => weights.clone().narrow(0, start, length).unsqueeze_dim::<2>(1),
+            None => Tensor::ones([length, 1], &h.device()),
+        };
+        let mut logits = h.clone().matmul(inner_head.clone().transpose());
+        if let Some(cap) = soft_cap {
+            logits = (logits / cap).tanh() * cap;
+        }
+        let right = logits.clone().argmax(1).equal(target.clone()).float() * weight.clone();
+        loss.correct += f64::from(right.sum().into_scalar::<f32>());
+        let log_probs = log_softmax(logits.clone(), 1);
+        let picked = log_probs.clone().gather(1, target.clone()) * weight.clone();
+        loss.nats -= f64::from(picked.sum().into_scalar::<f32>());
+        if !tracked {
+            continue;
+        }
+        // d logits = weight * (softmax - one hot) / total.
+        let scale = weight / total.max(f64::MIN_POSITIVE);
+        let mut d_logits =
+            (log_probs.exp() * scale.clone()).scatter(1, target, -scale, burn::tensor::IndexingUpdateOp::Add);
+        if let Some(cap) = soft_cap {
+            d_logits = d_logits * (1.0 - (logits / cap).square());
+        }
+        d_hidden.push(d_logits.clone().matmul(inner_head.clone()));
+        let part = d_logits.transpose().matmul(h);
+        d_head = Some(match d_head {
+            Some(sum) => sum + part,
+            None => part,
+        });
+    }
+    if let Some(d_head) = d_head {
+        loss.surrogate = Some((hidden * Tensor::cat(d_hidden, 0)).sum() + (head * d_head).sum());
+    }
+    loss
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::{Device, Distribution, Tolerance};
+
+    #[test]
+    fn gradients_equal_those_of_the_graph() {
+        let device = Device::flex().autodiff();
+        let (n, d, v) = (CHUNK + 5, 6, 9);
+        let random =
+            |rows: usize| Tensor::<2>::random([rows, d], Distribution::Normal(0.0, 1.0), &device).require_grad();
+        let (hidden, head) = (random(n), random(v));
+        let ids: Vec<i64> = (0..n as i64).map(|i| i * i % 9).collect();
+        let targets = Tensor::<1, Int>::from_data(ids.as_slice(), &device);
+        let weights: Vec<f32> = (0..n).map(|i| (i % 3) as f32).collect();
+        let weights = Tensor::<1>::from_data(weights.as_slice(), &device);
+        for cap in [None, Some(2.0)] {
+            let loss = cross_entropy(hidden.clone(), head.clone(), targets.clone(), Some(weights.clone()), cap);
+            let grads = loss.surrogate.as_ref().unwrap().backward();
+
+            let mut logits = hidden.clone().matmul(head.clone().transpose());
+            if let Some(cap) = cap {
+                logits = (logits / cap).tanh() * cap;
+            }
+            let picked = log_softmax(logits, 1).gather(1, targets.clone().unsqueeze_dim(1)).squeeze_dim::<1>(1);
+            let direct = -(picked * weights.clone()).sum() / weights.clone().sum();
+            let expected = direct.backward();
+            assert!((loss.mean() - f64::from(direct.into_scalar::<f32>())).abs() < 1e-5);
+            for leaf in [&hidden, &head] {
+                let actual = leaf.grad(&grads).unwrap().into_data();
+                let tolerance = Tolerance::<f32>::rel_abs(1e-4, 1e-7);
+                actual.assert_approx_eq::<f32>(&leaf.grad(&expected).unwrap().into_data(), tolerance);
+            }
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! The one backbone: embedding, blocks of a sequence mixer and a channel mixer, norm, head.
+
+use burn::module::{Module, Param};
+use burn::nn::Initializer;
+use burn::tensor::{Device, Int, Tensor};
+use thalweg_layers::channel_mixer::ChannelMixer;
+use thalweg_layers::hgrn::LowerBounds;
+use thalweg_layers::norm::{RmsNorm, RmsNormConfig};
+use thalweg_layers::{Context, Mixer, MixerState};
+
+use crate::config::{ModelConfig, Residual};
+use crate::error::{Error, Result};
+use crate::params;
+
+/// One block: `x + mixer(norm(x))`, then `x + channel_mixer(norm(x))`.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Absent with ReZero residuals.
+    pub mixer_norm: Option<RmsNorm>,
+    /// Mixes along the sequence.
+    pub mixer: Mixer,
+    /// `[1]`, with ReZero residuals.
+    pub mixer_scale: Option<Param<Tensor<1>>>,
+    /// Absent with ReZero residuals.
+    pub channel_norm: Option<RmsNorm>,
+    /// Mixes features.
+    pub channel_mixer: ChannelMixer,
+    /// `[1]`, with ReZero residuals.
+    pub channel_scale: Option<Param<Tensor<1>>>,
+}
+
+/// A language model over a pattern of sequence mixers.
+#[derive(Module, Debug)]
+pub struct Model {
+    /// `[vocab, hidden]`.
+    pub embeddings: Param<Tensor<2>>,
+    /// The blocks, first to last.
+    pub blocks: Vec<Block>,
+    /// Before the head.
+    pub norm: RmsNorm,
+    /// `[vocab, hidden]`; absent if the head is the embedding.
+    pub lm_head: Option<Param<Tensor<2>>>,
+    /// What bounds the forget gates of HGRN and HGRN2 from below; absent without such layers.
+    pub lower_bounds: Option<LowerBounds>,
+    #[module(skip)]
+    config: ModelConfig,
+}
+
+/// What a model carries from one token to the next: the states of its layers, in order.
+#[derive(Debug, Clone)]
+pub struct ModelState {
+    /// One per block.
+    pub layers: Vec<MixerState>,
+}
+
+impl ModelState {
+    /// Bytes of memory that the states hold.
+    pub fn size_in_bytes(&self) -> usize {
+        self.layers.iter().map(MixerState::size_in_bytes).sum()
+    }
+
+    /// The state cut off from the graph of the calls that made it.
+    #[must_use]
+    pub fn detach(self) -> Self {
+        Self { layers: self.layers.into_iter().map(MixerState::detach).collect() }
+    }
+}
+
+impl Model {
+    /// A model with fresh parameters, which `seed` fixes.
+    ///
+    /// # Errors
+    /// If the configuration cannot be used or has no `vocab_size`.
+    pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Result<Self> {
+        // Backends may have one generator for all threads: no other model may draw from it in between.
+        static SEEDED: std::sync::Mutex<()> = std::sync::Mutex::new(());
+        let _guard = SEEDED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        device.seed(seed);
+        Ok(params::settle(Self::lazy(config, device)?))
+    }
+
+    /// A model whose parameters are made when they are first needed.
+    pub(crate) fn lazy(config: &ModelConfig, device: &Device) -> Result<Self> {
+        config.validate()?;
+        let vocab = config.vocab_size.ok_or_else(|| Error::config("vocab_size", "is missing"))?;
+        let hidden = config.hidden_size;
+        let normal = Initializer::Normal { mean: 0.0, std: config.initializer_range };
+        let norm = || RmsNormConfig::new(hidden).with_eps(config.norm_eps).init(device);
+        let rezero = config.residual == Residual::Rezero;
+        let scale = || rezero.then(|| Initializer::Zeros.init([1], device));
+        let block = |layer| -> Result<Block> {
+            let site = config.site(layer);
+            Ok(Block {
+                mixer_norm: (!rezero).then(norm),
+                mixer: config.mixer(layer)?.init(&site, device)?,
+                mixer_scale: scale(),
+                channel_norm: (!rezero).then(norm),
+                channel_mixer: config.channel_mixer(layer).init(&site, device)?,
+                channel_scale: scale(),
+            })
+        };
+        let blocks = (0..config.layers()).map(block).collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            embeddings: normal.init([vocab, hidden], device),
+            blocks,
+            norm: norm(),
+            lm_head: (!config.tie_embeddings).then(|| normal.init([vocab, hidden], device)),
+            lower_bounds: config
+                .lower_bound_features()?
+                .map(|features| LowerBounds::new(config.layers(), features, device)),
+            config: config.clone(),
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Number of token ids.
+    pub fn vocab_size(&self) -> usize {
+        self.embeddings.lazy_shape()[0]
+    }
+
+    /// Where the parameters are.
+    pub fn device(&self) -> Device {
+        self.embeddings.lazy_device()
+    }
+
+    /// The state before the first token of `batch` sequences.
+    pub fn initial_state(&self, batch: usize) -> ModelState {
+        let device = self.device();
+        ModelState { layers: self.blocks.iter().map(|block| block.mixer.initial_state(batch, &device)).collect() }
+    }
+
+    /// The residual stream after the last norm, for whole sequences.
+    ///
+    /// | argument | shape |
+    /// |---|---|
+    /// | `ids` | `[B, T]`, or `[1, total]` with `cu_seqlens` |
+    /// | `state` | of `B` sequences, or one per packed document; `None` is the state before the first token |
+    /// | `cu_seqlens` | `[0, end of the first document, ..., total]` |
+    ///
+    /// Returns `[B, T, hidden]`, for [`logits`](Self::logits) or [`crate::cross_entropy`], and the state after the last
+    /// tokens. Ids must be below [`vocab_size`](Self::vocab_size).
+    ///
+    /// # Errors
+    /// If shapes, state or boundaries do not fit each other.
+    pub fn forward(
+        &self,
+        ids: Tensor<2, Int>,
+        state: Option<ModelState>,
+        cu_seqlens: Option<&[usize]>,
+    ) -> Result<(Tensor<3>, ModelState)> {
+        let mut x = burn::tensor::module::embedding(self.embeddings.val(), ids);
+        if let Some(scale) = self.config.embedding_scale {
+            x = x * scale;
+        }
+        let mut next = Vec::with_capacity(self.blocks.len());
+        let states = self.states(state)?;
+        for ((block, state), context) in self.blocks.iter().zip(states).zip(self.contexts(cu_seqlens)) {
+            let (mixed, state) = block.mixer.forward(norm(&block.mixer_norm, &x), state, &context)?;
+            x = block.add_channels(add(x, mixed, &block.mixer_scale));
+            next.push(state);
+        }
+        Ok((self.norm.forward(x), ModelState { layers: next }))
+    }
+
+    /// One token of every sequence: `ids` is `[B]`; returns logits `[B, vocab]`.
+    ///
+    /// # Errors
+    /// If `ids` and `state` do not fit each other.
+    pub fn step(&self, ids: Tensor<1, Int>, state: ModelState) -> Result<(Tensor<2>, ModelState)> {
+        let embedded = burn::tensor::module::embedding(self.embeddings.val(), ids.unsqueeze_dim(1));
+        let mut x: Tensor<2> = embedded.squeeze_dim(1);
+        if let Some(scale) = self.config.embedding_scale {
+            x = x * scale;
+        }
+        let mut next = Vec::with_capacity(self.blocks.len());
+        let states = self.states(Some(state))?;
+        for ((block, state), context) in self.blocks.iter().zip(states).zip(self.contexts(None)) {
+            let state = match state {
+                Some(state) => state,
+                None => block.mixer.initial_state(x.dims()[0], &x.device()),
+            };
+            let (mixed, state) = block.mixer.step(norm(&block.mixer_norm, &x), state, &context)?;
+            x = block.add_channels(add(x, mixed, &block.mixer_scale));
+            next.push(state);
+        }
+        Ok((self.logits(self.norm.forward(x)), ModelState { layers: next }))
+    }
+
+    /// Logits `[.., vocab]` of `[.., hidden]` from [`forward`](Self::forward).
+    pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
+        let logits = hidden.matmul(self.head().transpose().unsqueeze());
+        match self.config.logits_soft_cap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
+    }
+
+    /// The head's weight, `[vocab, hidden]`.
+    pub fn head(&self) -> Tensor<2> {
+        self.lm_head.as_ref().unwrap_or(&self.embeddings).val()
+    }
+
+    /// What every layer is told besides its input and its state.
+    fn contexts(&self, cu_seqlens: Option<&[usize]>) -> Vec<Context> {
+        let context = Context { cu_seqlens: cu_seqlens.map(<[usize]>::to_vec), ..Context::default() };
+        match &self.lower_bounds {
+            None => vec![context; self.blocks.len()],
+            Some(bounds) => bounds.forward().into_iter().map(|bound| context.clone().with_lower_bound(bound)).collect(),
+        }
+    }
+
+    fn states(&self, state: Option<ModelState>) -> Result<Vec<Option<MixerState>>> {
+        match state {
+            None => Ok(vec![None; self.blocks.len()]),
+            Some(state) if state.layers.len() == self.blocks.len() => Ok(state.layers.into_iter().map(Some).collect()),
+            Some(state) => Err(Error::argument(
+                "state",
+                format!("has {} layers, the model {}", state.layers.len(), self.blocks.len()),
+            )),
+        }
+    }
+}
+
+impl Block {
+    fn add_channels<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let mixed = self.channel_mixer.forward(norm(&self.channel_norm, &x));
+        add(x, mixed, &self.channel_scale)
+    }
+}
+
+fn norm<const D: usize>(norm: &Option<RmsNorm>, x: &Tensor<D>) -> Tensor<D> {
+    match norm {
+        Some(norm) => norm.forward(x.clone()),
+        None => x.clone(),
+    }
+}
+
+fn add<const D: usize>(x: Tensor<D>, mixed: Tensor<D>, scale: &Option<Param<Tensor<1>>>) -> Tensor<D> {
+    match scale {
+        Some(scale) => x + mixed * scale.val().unsqueeze(),
+        None => x + mixed,
+    }
+}

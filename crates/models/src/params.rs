@@ -1,0 +1,222 @@
+//! What can be done with any module's parameters by name: naming, saving, loading, clipping, grouping.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, ParamId};
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::tensor::{Tensor, TensorData};
+
+use crate::data::{FNV_START, fnv1a};
+
+/// The path of the parameter that is being visited. Names of enum variants are left out: they are types, not names.
+#[derive(Debug, Default)]
+struct Path(Vec<Option<String>>);
+
+impl Path {
+    fn enter(&mut self, name: &str, container: &str) {
+        self.0.push((!container.starts_with("Enum:")).then(|| name.to_owned()));
+    }
+
+    fn exit(&mut self) {
+        self.0.pop();
+    }
+
+    fn name(&self) -> String {
+        self.0.iter().flatten().map(String::as_str).collect::<Vec<_>>().join(".")
+    }
+}
+
+/// Gives every parameter an id that depends on its name alone, so that the optimizer's saved state, which is keyed by
+/// id, finds its parameter in another process; and makes all parameters, in order, so that a seed fixes them.
+pub(crate) fn settle<M: Module>(module: M) -> M {
+    struct Settle(Path);
+    impl ModuleMapper for Settle {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.0.exit();
+        }
+
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let (_, value, mapper) = param.consume();
+            let id = ParamId::from(fnv1a(FNV_START, self.0.name().into_bytes()));
+            Param::from_mapped_value(id, value, mapper)
+        }
+    }
+    module.map(&mut Settle(Path::default()))
+}
+
+/// A parameter as it is saved.
+#[derive(Debug, Clone)]
+pub struct Named {
+    /// Its name: the fields that lead to it, joined by dots.
+    pub name: String,
+    /// Its id.
+    pub id: ParamId,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+/// All parameters of `module`, in order.
+pub fn names<M: Module>(module: &M) -> Vec<Named> {
+    struct Names(Path, Vec<Named>);
+    impl ModuleVisitor for Names {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.0.exit();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let shape = param.lazy_shape().to_vec();
+            self.1.push(Named { name: self.0.name(), id: param.id, shape });
+        }
+    }
+    let mut names = Names(Path::default(), Vec::new());
+    module.visit(&mut names);
+    names.1
+}
+
+/// The values of all parameters of `module`, in order.
+pub(crate) fn values<M: Module>(module: &M) -> Vec<(String, TensorData)> {
+    struct Values(Path, Vec<(String, TensorData)>);
+    impl ModuleVisitor for Values {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.0.exit();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1.push((self.0.name(), param.val().into_data()));
+        }
+    }
+    let mut values = Values(Path::default(), Vec::new());
+    module.visit(&mut values);
+    values.1
+}
+
+/// `module` with the values of `values`, which must have one of the right shape for every parameter (checked with
+/// [`names`] before).
+pub(crate) fn with_values<M: Module>(module: M, values: BTreeMap<String, TensorData>) -> M {
+    struct Load(Path, BTreeMap<String, TensorData>);
+    impl ModuleMapper for Load {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.0.exit();
+        }
+
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let Some(data) = self.1.remove(&self.0.name()) else { return param };
+            let device = param.lazy_device();
+            let value = Tensor::<D>::from_data(data, &device);
+            let value = if device.is_autodiff() { value.require_grad() } else { value };
+            Param::initialized(param.id, value)
+        }
+    }
+    module.map(&mut Load(Path::default(), values))
+}
+
+/// Parameters that weight decay would pull towards a value that means nothing: norms and biases (one axis), and the
+/// gates' own parameters.
+fn is_decayed(named: &Named) -> bool {
+    const GATES: [&str; 3] = ["A_log", "a_param", "lower_bounds"];
+    let is_gate = named.name.split('.').any(|part| GATES.contains(&part) || part.ends_with("bias"));
+    named.shape.len() >= 2 && !is_gate
+}
+
+/// AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with `weight_decay` on the matrices only.
+pub(crate) fn adamw<M: Module>(module: &M, betas: (f32, f32), weight_decay: f32) -> ModuleOptimizer {
+    let config = AdamWConfig::new().with_beta_1(betas.0).with_beta_2(betas.1).with_epsilon(1e-8);
+    let decayed: Vec<ParamId> = names(module).iter().filter(|named| is_decayed(named)).map(|named| named.id).collect();
+    let plain = ModuleOptimizer::from(config.clone().with_weight_decay(0.0).build());
+    plain.with_group(ParamGroup::from_ids(decayed), config.with_weight_decay(weight_decay).build(), None)
+}
+
+/// The l2 norm of all gradients taken together.
+fn global_norm<M: Module>(module: &M, grads: &GradientsParams) -> f64 {
+    struct Norm<'a>(&'a GradientsParams, f64);
+    impl ModuleVisitor for Norm<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let Some(grad) = self.0.get::<D>(param.id) {
+                self.1 += f64::from(grad.square().sum().into_scalar::<f32>());
+            }
+        }
+    }
+    let mut norm = Norm(grads, 0.0);
+    module.visit(&mut norm);
+    norm.1.sqrt()
+}
+
+/// Scales the gradients by `factor`, and further down so that their norm is at most `limit` (0 is no limit). Returns the
+/// scaled gradients and their norm before the limit.
+pub(crate) fn scale_and_clip<M: Module>(
+    module: &M,
+    mut grads: GradientsParams,
+    factor: f64,
+    limit: f64,
+) -> (GradientsParams, f64) {
+    struct Scale<'a>(&'a mut GradientsParams, f64);
+    impl ModuleVisitor for Scale<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let Some(grad) = self.0.remove::<D>(param.id) {
+                self.0.register(param.id, grad * self.1);
+            }
+        }
+    }
+    let norm = global_norm(module, &grads) * factor;
+    let clip = if limit > 0.0 && norm > limit { limit / norm } else { 1.0 };
+    if factor * clip != 1.0 {
+        module.visit(&mut Scale(&mut grads, factor * clip));
+    }
+    (grads, norm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::nn::{Linear, LinearConfig};
+    use burn::tensor::Device;
+
+    fn linear() -> Linear {
+        settle(LinearConfig::new(3, 2).init(&Device::flex().autodiff()))
+    }
+
+    #[test]
+    fn names_and_ids_depend_on_the_fields_alone() {
+        let (first, second) = (names(&linear()), names(&linear()));
+        assert_eq!(first.iter().map(|named| named.name.as_str()).collect::<Vec<_>>(), ["weight", "bias"]);
+        assert_eq!(first[0].shape, [3, 2]);
+        assert!(first.iter().zip(&second).all(|(a, b)| a.id == b.id));
+        assert!(is_decayed(&first[0]) && !is_decayed(&first[1]));
+    }
+
+    #[test]
+    fn gradients_are_clipped_by_their_norm_over_all_parameters() {
+        let module = linear();
+        let loss = module.forward(Tensor::<2>::ones([1, 3], &Device::flex().autodiff())).sum();
+        let grads = GradientsParams::from_grads(loss.backward(), &module);
+        // Gradient 1 for six weights and two biases.
+        let (grads, norm) = scale_and_clip(&module, grads, 0.5, 0.25);
+        assert!((norm - 0.5 * 8f64.sqrt()).abs() < 1e-6);
+        assert!((global_norm(&module, &grads) - 0.25).abs() < 1e-6);
+    }
+
+    #[test]
+    fn values_come_back_with_gradients() {
+        let module = linear();
+        let saved: BTreeMap<_, _> = values(&module).into_iter().collect();
+        let other = with_values(linear(), saved.clone());
+        assert_eq!(values(&other).into_iter().collect::<BTreeMap<_, _>>(), saved);
+        assert!(other.weight.val().is_require_grad());
+    }
+}

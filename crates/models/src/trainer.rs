@@ -1,0 +1,438 @@
+//! The training loop.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, Reader, Snapshot};
+use crate::data::{Batch, BatchSource, TaskOptions, ids_tensor};
+use crate::error::{Error, Result};
+use crate::loss::{Loss, cross_entropy};
+use crate::params;
+use crate::schedule::Cosine;
+use crate::{Model, ModelConfig, Tokenizer};
+
+/// How to train.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainOptions {
+    /// Optimizer steps of the whole run; the schedule spans them.
+    pub steps: usize,
+    /// Rows per batch.
+    pub batch: usize,
+    /// Tokens per row.
+    pub context: usize,
+    /// Batches whose gradients are averaged for one step.
+    pub accumulate: usize,
+    /// The peak of the learning rate.
+    pub lr: f64,
+    /// The learning rate at the end, as a part of the peak.
+    pub lr_floor: f64,
+    /// Steps of linear warm-up.
+    pub warmup: usize,
+    /// AdamW's decay rates of the moments.
+    pub betas: (f32, f32),
+    /// AdamW's weight decay, for matrices.
+    pub weight_decay: f32,
+    /// Largest l2 norm of the gradient; 0 is no limit.
+    pub clip: f64,
+    /// Fixes parameters and the order of the data.
+    pub seed: u64,
+    /// Steps between evaluations on the held-out part; 0 is only at the end.
+    pub eval_every: usize,
+    /// Batches of an evaluation before the end, which takes all.
+    pub eval_batches: usize,
+    /// Steps between checkpoints; 0 is only at the end.
+    pub save_every: usize,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self {
+            steps: 1500,
+            batch: 8,
+            context: 256,
+            accumulate: 1,
+            lr: 3e-3,
+            lr_floor: 0.1,
+            warmup: 100,
+            betas: (0.9, 0.95),
+            weight_decay: 0.1,
+            clip: 1.0,
+            seed: 0,
+            eval_every: 250,
+            eval_batches: 8,
+            save_every: 250,
+        }
+    }
+}
+
+impl TrainOptions {
+    /// Checks every option.
+    ///
+    /// # Errors
+    /// Names the first option that cannot be used.
+    pub fn validate(&self) -> Result<()> {
+        for (name, value) in [
+            ("steps", self.steps),
+            ("batch", self.batch),
+            ("context", self.context),
+            ("accumulate", self.accumulate),
+            ("eval-batches", self.eval_batches),
+        ] {
+            if value == 0 {
+                return Err(Error::argument(name, "must be at least 1, got 0"));
+            }
+        }
+        for (name, value, allowed) in [
+            ("lr", self.lr, self.lr > 0.0 && self.lr.is_finite()),
+            ("lr-floor", self.lr_floor, (0.0..=1.0).contains(&self.lr_floor)),
+            ("weight-decay", f64::from(self.weight_decay), self.weight_decay >= 0.0 && self.weight_decay.is_finite()),
+            ("clip", self.clip, self.clip >= 0.0 && self.clip.is_finite()),
+        ] {
+            if !allowed {
+                return Err(Error::argument(name, format!("cannot be {value}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn schedule(&self) -> Cosine {
+        let warmup = self.warmup.min(self.steps / 5);
+        Cosine { peak: self.lr, floor: self.lr_floor, warmup, total: self.steps }
+    }
+}
+
+/// Where a run's data comes from, so that it can be found again.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataOrigin {
+    /// The file or folder; `None` with no task is the program's own repository.
+    pub text: Option<PathBuf>,
+    /// The synthetic task.
+    pub task: Option<TaskOptions>,
+}
+
+/// What a checkpoint says about its run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunState {
+    /// Steps that were done.
+    pub step: usize,
+    /// The options of the run.
+    pub options: TrainOptions,
+    /// Where the data comes from.
+    pub data: DataOrigin,
+    /// What tells the data from other data.
+    pub fingerprint: String,
+}
+
+impl RunState {
+    /// Reads the run's state from a checkpoint, or from the newest one in a run's folder.
+    ///
+    /// # Errors
+    /// If there is no checkpoint or it is damaged.
+    pub fn load(path: &Path) -> Result<Self> {
+        Reader::open(path)?.training()
+    }
+}
+
+/// One optimizer step.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepReport {
+    /// Number of the step, counted from 1.
+    pub step: usize,
+    /// Mean loss in nats per token, before the step.
+    pub loss: f64,
+    /// The part of the targets that had the largest logit.
+    pub accuracy: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// The learning rate.
+    pub lr: f64,
+    /// Tokens per second.
+    pub tokens_per_second: f64,
+}
+
+/// A look at the held-out part.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Steps that were done.
+    pub step: usize,
+    /// Mean loss in nats per token.
+    pub held_out_loss: f64,
+    /// Bits per byte of text; absent for tasks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits_per_byte: Option<f64>,
+    /// The part of the targets that had the largest logit.
+    pub held_out_accuracy: f64,
+    /// Whether all of the held-out part was looked at.
+    pub complete: bool,
+}
+
+/// What a run reports.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A step is done.
+    Step(&'a StepReport),
+    /// An evaluation is done.
+    Evaluation(&'a Evaluation),
+    /// A checkpoint is on disk.
+    Saved(&'a Path),
+}
+
+/// Follows a run.
+pub trait Observer {
+    /// Called as things happen; `false` ends the run after a checkpoint.
+    ///
+    /// # Errors
+    /// Ends the run at once.
+    fn observe(&mut self, event: &Event<'_>) -> Result<bool>;
+}
+
+impl<F: FnMut(&Event<'_>) -> bool> Observer for F {
+    fn observe(&mut self, event: &Event<'_>) -> Result<bool> {
+        Ok(self(event))
+    }
+}
+
+/// A model in training.
+pub struct Trainer<'a> {
+    model: Model,
+    optimizer: ModuleOptimizer,
+    source: &'a dyn BatchSource,
+    tokenizer: Option<&'a Tokenizer>,
+    options: TrainOptions,
+    origin: DataOrigin,
+    out: Option<PathBuf>,
+    step: usize,
+    device: Device,
+}
+
+impl<'a> Trainer<'a> {
+    /// A fresh model. Without [`with_output`](Self::with_output), nothing is written.
+    ///
+    /// # Errors
+    /// If the configuration or the options cannot be used, or the vocabulary is smaller than the data's.
+    pub fn new(
+        config: &ModelConfig,
+        source: &'a dyn BatchSource,
+        tokenizer: Option<&'a Tokenizer>,
+        options: TrainOptions,
+        device: &Device,
+    ) -> Result<Self> {
+        options.validate()?;
+        let needed = source.vocab_size();
+        let mut config = config.clone();
+        match config.vocab_size {
+            None => config.vocab_size = Some(needed),
+            Some(size) if size < needed => {
+                return Err(Error::config("vocab_size", format!("is {size}, the data needs {needed}")));
+            }
+            Some(_) => {}
+        }
+        let device = device.clone().autodiff();
+        let model = Model::new(&config, options.seed, &device)?;
+        let optimizer = params::adamw(&model, options.betas, options.weight_decay);
+        let (out, origin) = (None, DataOrigin::default());
+        Ok(Self { model, optimizer, source, tokenizer, options, origin, out, step: 0, device })
+    }
+
+    /// Writes checkpoints below `run`, which must not have any yet. `origin` is kept in them.
+    ///
+    /// # Errors
+    /// If `run` already has checkpoints or cannot be made.
+    pub fn with_output(mut self, run: &Path, origin: DataOrigin) -> Result<Self> {
+        if !checkpoint::list(run).is_empty() {
+            return Err(Error::argument(
+                "out",
+                format!("{} already holds checkpoints; resume them or name another folder", run.display()),
+            ));
+        }
+        std::fs::create_dir_all(run).map_err(Error::io(run))?;
+        self.out = Some(run.to_owned());
+        self.origin = origin;
+        Ok(self)
+    }
+
+    /// Goes on from the newest checkpoint in `run`, with the options that are in it; `steps` may be larger than before.
+    ///
+    /// # Errors
+    /// If there is no checkpoint, it is damaged, or `source` has other data than the run had.
+    pub fn resume(
+        run: &Path,
+        source: &'a dyn BatchSource,
+        tokenizer: Option<&'a Tokenizer>,
+        steps: Option<usize>,
+        device: &Device,
+    ) -> Result<Self> {
+        let reader = Reader::open(run)?;
+        let state: RunState = reader.training()?;
+        if state.fingerprint != fingerprint(source) {
+            return Err(Error::checkpoint(reader.folder(), "its run was on other data than this"));
+        }
+        let mut options = state.options;
+        if let Some(steps) = steps {
+            if steps < state.step {
+                return Err(Error::argument("steps", format!("is {steps}, the run has done {} already", state.step)));
+            }
+            options.steps = steps;
+        }
+        options.validate()?;
+        let device = device.clone().autodiff();
+        let model = reader.model(&device)?;
+        let fresh = params::adamw(&model, options.betas, options.weight_decay);
+        let optimizer = reader.optimizer(fresh, params::names(&model).len())?;
+        let (out, origin, step) = (Some(run.to_owned()), state.data, state.step);
+        Ok(Self { model, optimizer, source, tokenizer, options, origin, out, step, device })
+    }
+
+    /// The model as it is now.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Steps that were done.
+    pub fn steps_done(&self) -> usize {
+        self.step
+    }
+
+    /// The options of the run.
+    pub fn options(&self) -> &TrainOptions {
+        &self.options
+    }
+
+    /// Does one optimizer step.
+    ///
+    /// # Errors
+    /// If a layer fails or the loss is not a number.
+    pub fn step(&mut self) -> Result<StepReport> {
+        let start = Instant::now();
+        let TrainOptions { batch: rows, accumulate, clip, .. } = self.options;
+        let mut accumulator = GradientsAccumulator::new();
+        let (mut nats, mut weight, mut correct, mut tokens) = (0.0, 0.0, 0.0, 0);
+        for micro in 0..accumulate {
+            let batch = self.source.train((self.step * accumulate + micro) as u64, rows);
+            let loss = batch_loss(&self.model, &batch, &self.device)?;
+            tokens += batch.inputs.len();
+            (nats, weight, correct) = (nats + loss.nats, weight + loss.weight, correct + loss.correct);
+            if !loss.nats.is_finite() {
+                let message = format!("the loss is {}; try a smaller learning rate", loss.nats);
+                return Err(Error::Diverged { step: self.step + 1, message });
+            }
+            if let Some(surrogate) = loss.surrogate {
+                accumulator.accumulate(&self.model, GradientsParams::from_grads(surrogate.backward(), &self.model));
+            }
+        }
+        let (grads, grad_norm) =
+            params::scale_and_clip(&self.model, accumulator.grads(), 1.0 / accumulate as f64, clip);
+        if !grad_norm.is_finite() {
+            let message = format!("the gradient's norm is {grad_norm}; try a smaller learning rate");
+            return Err(Error::Diverged { step: self.step + 1, message });
+        }
+        let lr = self.options.schedule().at(self.step);
+        self.model = self.optimizer.step(lr, self.model.clone(), grads);
+        self.step += 1;
+        Ok(StepReport {
+            step: self.step,
+            loss: nats / f64::max(weight, f64::MIN_POSITIVE),
+            accuracy: correct / f64::max(weight, f64::MIN_POSITIVE),
+            grad_norm,
+            lr,
+            tokens_per_second: tokens as f64 / start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Judges the model by the held-out part, or by at most `limit` batches of it.
+    ///
+    /// # Errors
+    /// If a layer fails.
+    pub fn evaluate(&self, limit: Option<usize>) -> Result<Evaluation> {
+        let model = self.model.valid();
+        let device = self.device.clone().inner();
+        let (mut nats, mut weight, mut correct) = (0.0, 0.0, 0.0);
+        for batch in self.source.held_out(self.options.batch, limit) {
+            let loss = batch_loss(&model, &batch, &device)?;
+            (nats, weight, correct) = (nats + loss.nats, weight + loss.weight, correct + loss.correct);
+        }
+        let mean = nats / f64::max(weight, f64::MIN_POSITIVE);
+        Ok(Evaluation {
+            step: self.step,
+            held_out_loss: mean,
+            bits_per_byte: self.source.bytes_per_token().map(|bytes| mean / bytes / std::f64::consts::LN_2),
+            held_out_accuracy: correct / f64::max(weight, f64::MIN_POSITIVE),
+            complete: limit.is_none(),
+        })
+    }
+
+    /// Writes a checkpoint; `None` if the run has no folder.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn save(&self) -> Result<Option<PathBuf>> {
+        let Some(run) = &self.out else { return Ok(None) };
+        let state = RunState {
+            step: self.step,
+            options: self.options.clone(),
+            data: self.origin.clone(),
+            fingerprint: fingerprint(self.source),
+        };
+        let training = toml::to_string(&state).map_err(|error| Error::checkpoint(run, error.to_string()))?;
+        let (model, tokenizer, optimizer) = (&self.model, self.tokenizer, &self.optimizer);
+        checkpoint::save(run, self.step, &Snapshot { model, tokenizer, optimizer, training }).map(Some)
+    }
+
+    /// Runs to the end, evaluating and saving on the way. Returns the evaluation on all of the held-out part.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), [`evaluate`](Self::evaluate) and [`save`](Self::save), and what the observer returns.
+    pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Evaluation> {
+        let due = |every: usize, step: usize| every > 0 && step.is_multiple_of(every);
+        let mut going = true;
+        while going && self.step < self.options.steps {
+            let report = self.step()?;
+            going &= observer.observe(&Event::Step(&report))?;
+            let last = !going || self.step == self.options.steps;
+            if !last && due(self.options.eval_every, self.step) {
+                let evaluation = self.evaluate(Some(self.options.eval_batches))?;
+                going &= observer.observe(&Event::Evaluation(&evaluation))?;
+            }
+            if (last || due(self.options.save_every, self.step))
+                && let Some(path) = self.save()?
+            {
+                going &= observer.observe(&Event::Saved(&path))?;
+            }
+        }
+        let evaluation = self.evaluate(None)?;
+        observer.observe(&Event::Evaluation(&evaluation))?;
+        Ok(evaluation)
+    }
+}
+
+impl std::fmt::Debug for Trainer<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trainer").field("step", &self.step).field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+fn fingerprint(source: &dyn BatchSource) -> String {
+    format!("{:016x}", source.fingerprint())
+}
+
+/// The loss of `model` on a batch.
+///
+/// # Errors
+/// If a layer fails.
+pub fn batch_loss(model: &Model, batch: &Batch, device: &Device) -> Result<Loss> {
+    let (hidden, _) = model.forward(batch.input_tensor(device), None, batch.cu_seqlens.as_deref())?;
+    let [rows, time, features] = hidden.dims();
+    let tokens = rows * time;
+    let targets = ids_tensor(&batch.targets, [tokens], device);
+    let weights = batch.weights.as_ref().map(|weights| Tensor::<1>::from_data(weights.as_slice(), device));
+    let hidden = hidden.reshape([tokens, features]);
+    Ok(cross_entropy(hidden, model.head(), targets, weights, model.config().logits_soft_cap))
+}
