@@ -1,8 +1,11 @@
 //! The element-wise linear recurrence over complex numbers.
 
 use burn::Tensor;
+use burn::tensor::FloatDType;
+use thalweg_kernels::ScanProblem;
 
 use crate::matrix::state_type;
+use crate::native::{self, Operation};
 use crate::portable::scan::{Complex, forward};
 use crate::{ComplexScanOptions, Error, check};
 
@@ -55,6 +58,9 @@ pub fn complex_scan(
         check::shape("initial_state.im", im, [("sequences", count), ("channels", channels)])?;
     }
 
+    if native::available(options.path, &b_re) {
+        return kernel(log_a, theta, b_re, b_im, options);
+    }
     let (dtype, float) = (b_re.dtype(), state_type(b_re.dtype()));
     let lambda = lambda(log_a.cast(float), theta.cast(float));
     let lambda =
@@ -88,6 +94,36 @@ pub fn complex_scan_step(
     let [log_a, theta, b_re, b_im] = [log_a, theta, b_re, b_im].map(|x| x.unsqueeze_dim(1));
     let out = complex_scan(log_a, theta, b_re, b_im, options)?;
     Ok((out.final_re, out.final_im))
+}
+
+/// The native scan. Where the element types differ all go to f32: an angle would lose its digits.
+fn kernel(
+    log_a: Tensor<3>,
+    theta: Tensor<3>,
+    b_re: Tensor<3>,
+    b_im: Tensor<3>,
+    options: ComplexScanOptions,
+) -> Result<ComplexScanOutput, Error> {
+    let [batch, time, channels] = b_re.dims();
+    let dtype = b_re.dtype();
+    let mut inputs = [log_a, theta, b_re, b_im];
+    if inputs.iter().any(|x| x.dtype() != dtype) {
+        inputs = inputs.map(|x| x.cast(FloatDType::F32));
+    }
+    let [log_a, theta, b_re, b_im] = inputs;
+    let problem = ScanProblem { batch, time, channels, cu_seqlens: options.cu_seqlens };
+    let (h_re, h_im) = match options.initial_state {
+        Some((re, im)) => (Some(re.cast(FloatDType::F32).into()), Some(im.cast(FloatDType::F32).into())),
+        None => (None, None),
+    };
+    let rest = [Some(theta.into()), Some(b_re.into()), Some(b_im.into()), h_re, h_im, None];
+    let (o, last) = native::run::<4, 4>(Operation::ComplexScan { problem }, log_a, rest)?;
+    let [re, im] = [0, 1].map(|plane| o.clone().narrow(0, plane, 1).squeeze_dim::<3>(0).cast(dtype));
+    let [final_re, final_im] = [0, 1].map(|plane| {
+        let last = last.clone().narrow(0, plane, 1);
+        last.squeeze_dims::<2>(&[0, 1])
+    });
+    Ok(ComplexScanOutput { re, im, final_re, final_im })
 }
 
 fn lambda(log_a: Tensor<3>, theta: Tensor<3>) -> Complex {

@@ -15,6 +15,9 @@ pub(crate) enum Operation {
     Matrix { problem: MatrixProblem, gate: GateKind, write: WriteKind },
     /// `a | g, x, initial_state -> o, final_state`
     Scan { problem: ScanProblem, log: bool },
+    /// `log_a, theta, b_re, b_im, initial_re, initial_im -> o, final_state`, whose leading axis of size 2
+    /// holds real and imaginary parts
+    ComplexScan { problem: ScanProblem },
     /// `x, weight, bias, state -> y, new state`
     ShortConv { problem: ConvProblem },
     /// `q, k, v -> o, log-sum-exp`; the second is for the backward pass and takes no gradient

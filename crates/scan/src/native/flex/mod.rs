@@ -2,6 +2,7 @@
 //! contiguous, and the vectors that they return become storage.
 
 mod attention;
+mod complex_scan;
 mod matrix;
 mod scan;
 mod short_conv;
@@ -62,6 +63,10 @@ impl Kernels for Flex {
                 let dtype = dtype(&operands, 1);
                 for_element!(dtype, scan::forward(problem, *log, operands, keep))
             }
+            Operation::ComplexScan { problem } => {
+                let dtype = dtype(&operands, 2);
+                for_element!(dtype, complex_scan::forward(problem, operands, keep))
+            }
             Operation::ShortConv { problem } => {
                 let dtype = dtype(&operands, 0);
                 for_element!(dtype, short_conv::forward(problem, operands))
@@ -91,6 +96,10 @@ impl Kernels for Flex {
             Operation::Scan { problem, log } => {
                 let dtype = dtype(&operands, 1);
                 for_element!(dtype, scan::backward(problem, *log, operands, saved, d_o, d_final_state))
+            }
+            Operation::ComplexScan { problem } => {
+                let dtype = dtype(&operands, 2);
+                for_element!(dtype, complex_scan::backward(problem, operands, saved, d_o, d_final_state))
             }
             Operation::ShortConv { problem } => {
                 let dtype = dtype(&operands, 0);
