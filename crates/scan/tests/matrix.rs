@@ -366,3 +366,22 @@ fn normalised_linear_attention() {
     let last = last.expect("a step").unsqueeze_dim::<4>(1);
     assert_close("last step", &values(&last), &values(&out.o.narrow(1, 18, 1)), 1e-12);
 }
+
+/// With gradient checkpointing the operands of the backward pass are recomputed.
+#[test]
+fn gradient_checkpointing_changes_nothing() {
+    let shape = Shape { batch: 1, time: 40, heads: 2, value_heads: 2, key: 4, value: 4, sequences: 1 };
+    let inputs = Inputs::new(&shape, Gates::Ordinary, DType::F32);
+    let [plain, recomputed] = [device(), device().gradient_checkpointing()].map(|device| {
+        let on = |x: &Tensor<4>| Tensor::<4>::from_data(x.to_data(), &device).require_grad();
+        let [q, k, v, g] = [&inputs.q, &inputs.k, &inputs.v, &inputs.key].map(on);
+        let keys = k.clone().mul_scalar(0.5).add_scalar(0.1);
+        let gates = g.clone().exp().log().add_scalar(-0.01);
+        let out = scan::gla(q.clone(), keys, v.clone(), gates, MatrixOptions::new()).expect("valid arguments");
+        let gradients = (out.o.powi_scalar(2).sum() + out.final_state.sum()).backward();
+        [q, k, v, g].map(|x| gradient(&x, &gradients))
+    });
+    for (x, y) in plain.iter().zip(&recomputed) {
+        assert_close("gradient", x, y, 1e-6);
+    }
+}
