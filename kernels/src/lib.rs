@@ -10,6 +10,7 @@ pub mod elementwise_scan;
 mod error;
 pub mod matrix;
 mod native;
+pub mod rg_lru;
 mod sequences;
 pub mod short_conv;
 #[cfg(test)]
