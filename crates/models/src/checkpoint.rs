@@ -311,3 +311,109 @@ fn load_weights(model: Model, bytes: &[u8]) -> std::result::Result<Model, String
     }
     Ok(params::settle(params::with_values(model, values)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trainer::tests::{corpus, trainer};
+    use crate::{DataOrigin, Trainer};
+
+    /// A run with one checkpoint, at step 1.
+    fn run() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        let mut trainer = trainer(&corpus, &tokenizer, 1).with_output(folder.path(), DataOrigin::default()).unwrap();
+        trainer.step().unwrap();
+        let path = trainer.save().unwrap().unwrap();
+        (folder, path)
+    }
+
+    fn resume(run: &Path) -> Result<usize> {
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        Trainer::resume(run, &corpus, Some(&tokenizer), None, &Device::flex()).map(|trainer| trainer.steps_done())
+    }
+
+    #[test]
+    fn what_is_loaded_is_what_was_saved() {
+        let (folder, path) = run();
+        let first = load(folder.path(), &Device::flex()).unwrap();
+        let second = load(&path, &Device::flex()).unwrap();
+        assert_eq!(params::values(&first.model), params::values(&second.model));
+        assert!(first.tokenizer.is_some());
+        assert_eq!(resume(folder.path()).unwrap(), 1);
+    }
+
+    #[test]
+    fn truncated_and_damaged_files_are_told_and_left_alone() {
+        for name in [WEIGHTS, OPTIMIZER, TRAINING, CONFIG] {
+            for damage in ["truncate", "flip", "remove"] {
+                let (folder, path) = run();
+                let file = path.join(name);
+                let mut bytes = fs::read(&file).unwrap();
+                match damage {
+                    "truncate" => bytes.truncate(bytes.len() / 2),
+                    "flip" => bytes[10] ^= 1,
+                    _ => fs::remove_file(&file).unwrap(),
+                }
+                if damage != "remove" {
+                    fs::write(&file, &bytes).unwrap();
+                }
+                let error = resume(folder.path()).unwrap_err();
+                assert!(matches!(error, Error::Checkpoint { .. }), "{name} {damage}: {error}");
+                assert!(error.to_string().contains(name), "{name} {damage}: {error}");
+                assert!(damage == "remove" || fs::read(&file).unwrap() == bytes, "the file was touched");
+            }
+        }
+    }
+
+    #[test]
+    fn weights_of_another_configuration_are_refused() {
+        let (_folder, path) = run();
+        let bytes = fs::read(path.join(WEIGHTS)).unwrap();
+        let config = ModelConfig::load(&path.join(CONFIG)).unwrap();
+        for (change, message) in [
+            (config.clone().with_vocab_size(300), "`embeddings` has shape [257, 32], the configuration says [300, 32]"),
+            (config.clone().with_layers(3), "`blocks.2.mixer_norm.weight` is missing"),
+            (config.with_layers(1), "is not one of this configuration"),
+        ] {
+            let model = Model::lazy(&change, &Device::flex()).unwrap();
+            let error = load_weights(model, &bytes).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_half_written_checkpoint_is_not_one() {
+        let (folder, _) = run();
+        let half = folder.path().join(format!("{TEMPORARY}{}", folder_name(2)));
+        fs::create_dir(&half).unwrap();
+        fs::write(half.join(WEIGHTS), b"half").unwrap();
+        assert_eq!(resume(folder.path()).unwrap(), 1);
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        let mut trainer = Trainer::resume(folder.path(), &corpus, Some(&tokenizer), Some(2), &Device::flex()).unwrap();
+        trainer.step().unwrap();
+        trainer.save().unwrap();
+        assert!(!half.exists());
+        assert_eq!(resume(folder.path()).unwrap(), 2);
+    }
+
+    #[test]
+    fn missing_checkpoints_and_used_folders_are_refused() {
+        let (folder, _) = run();
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        let error = trainer(&corpus, &tokenizer, 1).with_output(folder.path(), DataOrigin::default()).unwrap_err();
+        assert!(error.to_string().starts_with("out: "), "{error}");
+        let empty = tempfile::tempdir().unwrap();
+        for path in [empty.path().to_owned(), empty.path().join("none")] {
+            assert!(matches!(load(&path, &Device::flex()), Err(Error::Checkpoint { .. })));
+        }
+    }
+
+    #[test]
+    fn a_run_goes_on_with_its_own_data_only() {
+        let (folder, _) = run();
+        let task = crate::data::TaskOptions::new(crate::data::Task::Parity, 16, 0);
+        let error = Trainer::resume(folder.path(), &task, None, None, &Device::flex()).unwrap_err();
+        assert!(error.to_string().contains("other data"), "{error}");
+    }
+}

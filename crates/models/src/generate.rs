@@ -93,3 +93,65 @@ fn floats(data: burn::tensor::TensorData) -> Result<Vec<f32>> {
     let read = || data.try_cast_as::<f32>()?.try_into_vec::<f32>();
     read().map_err(|error| Error::argument("logits", format!("{error:?}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ModelConfig;
+    use burn::tensor::Device;
+
+    fn model(pattern: &[&str]) -> Model {
+        let mut config = ModelConfig::new(16, pattern.iter().copied()).with_vocab_size(13);
+        config.channel_mixer.intermediate_size = Some(24);
+        config.initializer_range = 0.3;
+        Model::new(&config, 4, &Device::flex()).unwrap()
+    }
+
+    fn drawn(model: &Model, sampling: Sampling) -> Vec<u32> {
+        let mut generator = Generator::new(model, &[1, 2, 3], sampling, 13).unwrap();
+        (0..20).map(|_| generator.draw().unwrap()).collect()
+    }
+
+    #[test]
+    fn greedy_text_is_the_argmax_of_one_pass() {
+        let model = model(&["hgrn", "attention"]);
+        let greedy = drawn(&model, Sampling { temperature: 0.0, ..Sampling::default() });
+        let ids: Vec<u32> = [1, 2, 3].into_iter().chain(greedy.iter().copied()).collect();
+        let (hidden, _) = model.forward(ids_tensor(&ids, [1, ids.len()], &model.device()), None, None).unwrap();
+        let best = model.logits(hidden).argmax(2).into_data().iter::<i64>().map(|id| id as u32).collect::<Vec<_>>();
+        assert_eq!(greedy, best[2..ids.len() - 1]);
+    }
+
+    #[test]
+    fn the_seed_fixes_the_text() {
+        let model = model(&["hgrn"]);
+        let sampling = Sampling { temperature: 1.0, seed: 3, ..Sampling::default() };
+        assert_eq!(drawn(&model, sampling), drawn(&model, sampling));
+        assert_ne!(drawn(&model, sampling), drawn(&model, Sampling { seed: 4, ..sampling }));
+    }
+
+    #[test]
+    fn a_recurrent_state_does_not_grow() {
+        let model = model(&["hgrn", "lightning"]);
+        let mut generator = Generator::new(&model, &[1], Sampling::default(), 13).unwrap();
+        let before = generator.state_bytes();
+        for _ in 0..50 {
+            generator.draw().unwrap();
+        }
+        assert!(before > 0);
+        assert_eq!(generator.state_bytes(), before);
+    }
+
+    #[test]
+    fn prompts_are_checked_and_long_ones_are_read_in_parts() {
+        let model = model(&["hgrn"]);
+        let new = |prompt: &[u32]| Generator::new(&model, prompt, Sampling::default(), 13);
+        assert_eq!(new(&[]).unwrap_err().to_string(), "prompt: is empty");
+        assert!(new(&[1, 13]).unwrap_err().to_string().contains("outside the vocabulary"));
+        let ids: Vec<u32> = (0..PREFILL as u32 + 9).map(|i| i % 13).collect();
+        let (hidden, _) = model.forward(ids_tensor(&ids, [1, ids.len()], &model.device()), None, None).unwrap();
+        let whole = floats(model.logits(hidden.narrow(1, ids.len() - 1, 1)).into_data()).unwrap();
+        let parts = new(&ids).unwrap();
+        assert!(parts.logits().iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-3));
+    }
+}

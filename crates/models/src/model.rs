@@ -245,3 +245,98 @@ fn add<const D: usize>(x: Tensor<D>, mixed: Tensor<D>, scale: &Option<Param<Tens
         None => x + mixed,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::ids_tensor;
+    use burn::tensor::Tolerance;
+    use thalweg_layers::MixerConfig;
+    use thalweg_layers::attention::AttentionConfig;
+    use thalweg_layers::gated_delta_net::GatedDeltaNetConfig;
+    use thalweg_layers::hgrn2::Hgrn2Config;
+
+    /// Every kind of state and of context: a matrix state with a convolution, lower bounds, a window, full attention.
+    pub(crate) fn hybrid() -> ModelConfig {
+        let attention = AttentionConfig { num_heads: 2, ..AttentionConfig::default() };
+        let delta = GatedDeltaNetConfig { num_heads: 2, head_dim: 8, ..GatedDeltaNetConfig::default() };
+        let mut config = ModelConfig::new(16, ["gated_delta_net", "hgrn2", "window", "attention"])
+            .with_vocab_size(11)
+            .with_mixer("gated_delta_net", MixerConfig::GatedDeltaNet(delta))
+            .with_mixer("hgrn2", MixerConfig::Hgrn2(Hgrn2Config { expand_ratio: 8, ..Hgrn2Config::default() }))
+            .with_mixer("window", MixerConfig::Attention(AttentionConfig { window: Some(3), ..attention.clone() }))
+            .with_mixer("attention", MixerConfig::Attention(attention));
+        config.channel_mixer.intermediate_size = Some(24);
+        config.initializer_range = 0.2;
+        config
+    }
+
+    fn close<const D: usize>(actual: Tensor<D>, expected: Tensor<D>) {
+        actual.into_data().assert_approx_eq::<f32>(&expected.into_data(), Tolerance::rel_abs(1e-4, 1e-5));
+    }
+
+    const IDS: [u32; 10] = [1, 5, 9, 10, 0, 3, 3, 7, 2, 8];
+
+    #[test]
+    fn packed_documents_do_not_see_each_other() {
+        let device = Device::flex();
+        let model = Model::new(&hybrid(), 1, &device).unwrap();
+        let (packed, _) = model.forward(ids_tensor(&IDS, [1, 10], &device), None, Some(&[0, 4, 10])).unwrap();
+        for (start, length) in [(0, 4), (4, 6)] {
+            let ids = ids_tensor(&IDS[start..start + length], [1, length], &device);
+            let (alone, _) = model.forward(ids, None, None).unwrap();
+            close(packed.clone().narrow(1, start, length), alone);
+        }
+    }
+
+    #[test]
+    fn prefill_then_steps_equal_one_pass() {
+        let device = Device::flex();
+        let mut config = hybrid();
+        config.logits_soft_cap = Some(5.0);
+        config.embedding_scale = Some(3.0);
+        config.tie_embeddings = false;
+        let model = Model::new(&config, 1, &device).unwrap();
+        let (hidden, _) = model.forward(ids_tensor(&IDS, [1, 10], &device), None, None).unwrap();
+        let whole = model.logits(hidden);
+        let (_, mut state) = model.forward(ids_tensor(&IDS[..5], [1, 5], &device), None, None).unwrap();
+        for (at, &id) in IDS.iter().enumerate().skip(5) {
+            let (logits, next) = model.step(ids_tensor(&[id], [1], &device), state).unwrap();
+            close(logits, whole.clone().narrow(1, at, 1).squeeze_dim(1));
+            state = next;
+        }
+    }
+
+    #[test]
+    fn rezero_starts_as_the_identity() {
+        let device = Device::flex();
+        let model = Model::new(&ModelConfig { residual: Residual::Rezero, ..hybrid() }, 1, &device).unwrap();
+        let ids = ids_tensor(&IDS, [1, 10], &device);
+        let (hidden, _) = model.forward(ids.clone(), None, None).unwrap();
+        close(hidden, model.norm.forward(burn::tensor::module::embedding(model.embeddings.val(), ids)));
+    }
+
+    #[test]
+    fn the_seed_fixes_the_parameters_and_their_names_are_plain() {
+        let device = Device::flex();
+        let values = |seed| params::values(&Model::new(&hybrid(), seed, &device).unwrap());
+        let (first, again, other) = (values(1), values(1), values(2));
+        assert_eq!(first, again);
+        assert_ne!(first, other);
+        let names: Vec<_> = first.iter().map(|(name, _)| name.as_str()).collect();
+        for name in ["embeddings", "blocks.0.mixer.q_proj.weight", "blocks.3.channel_norm.weight", "norm.weight"] {
+            assert!(names.contains(&name), "{name} is not among {names:?}");
+        }
+    }
+
+    #[test]
+    fn a_state_of_another_model_is_refused() {
+        let device = Device::flex();
+        let model = Model::new(&hybrid(), 1, &device).unwrap();
+        let mut state = model.initial_state(1);
+        state.layers.swap(0, 1);
+        assert!(model.step(ids_tensor(&[1], [1], &device), state.clone()).is_err());
+        state.layers.pop();
+        assert!(model.step(ids_tensor(&[1], [1], &device), state).unwrap_err().to_string().starts_with("state: "));
+    }
+}

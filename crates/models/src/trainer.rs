@@ -436,3 +436,141 @@ pub fn batch_loss(model: &Model, batch: &Batch, device: &Device) -> Result<Loss>
     let hidden = hidden.reshape([tokens, features]);
     Ok(cross_entropy(hidden, model.head(), targets, weights, model.config().logits_soft_cap))
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::data::{Corpus, Document};
+    use crate::metrics::MetricsLog;
+    use crate::{checkpoint, preset};
+
+    pub(crate) fn corpus() -> Corpus {
+        // Three documents, so that rows have boundaries.
+        let text =
+            |word: &str| Document { name: word.to_owned(), bytes: (word.to_owned() + " runs. ").repeat(40).into() };
+        let documents = [text("water"), text("the river"), text("a thalweg")];
+        Corpus::new(&documents, &Tokenizer::bytes(), 16, 0).unwrap()
+    }
+
+    pub(crate) fn small() -> ModelConfig {
+        let mut config = preset("gated_delta_net-3:1-tiny").unwrap();
+        config.hidden_size = 32;
+        config.pattern = vec!["gated_delta_net".to_owned(), "attention".to_owned()];
+        config.layers = None;
+        config.channel_mixer.intermediate_size = Some(48);
+        if let Some(thalweg_layers::MixerConfig::GatedDeltaNet(mixer)) = config.mixers.get_mut("gated_delta_net") {
+            (mixer.num_heads, mixer.head_dim) = (2, 16);
+        }
+        if let Some(thalweg_layers::MixerConfig::Attention(mixer)) = config.mixers.get_mut("attention") {
+            mixer.num_heads = 2;
+        }
+        config
+    }
+
+    pub(crate) fn options(steps: usize) -> TrainOptions {
+        TrainOptions {
+            steps,
+            batch: 4,
+            context: 16,
+            lr: 1e-2,
+            warmup: 4,
+            eval_every: 5,
+            save_every: 5,
+            ..TrainOptions::default()
+        }
+    }
+
+    pub(crate) fn trainer<'a>(source: &'a Corpus, tokenizer: &'a Tokenizer, steps: usize) -> Trainer<'a> {
+        Trainer::new(&small(), source, Some(tokenizer), options(steps), &Device::flex()).unwrap()
+    }
+
+    #[test]
+    fn a_small_hybrid_learns_a_simple_text() {
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        let mut trainer = trainer(&corpus, &tokenizer, 40);
+        let before = trainer.evaluate(None).unwrap().bits_per_byte.unwrap();
+        let after = trainer.run(&mut |_: &Event<'_>| true).unwrap().bits_per_byte.unwrap();
+        assert!(before > 7.0 && after < 0.4 * before, "from {before} to {after} bits per byte");
+    }
+
+    #[test]
+    fn a_run_that_is_killed_and_resumed_has_the_same_losses() {
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        let folder = tempfile::tempdir().unwrap();
+        let mut whole = Vec::new();
+        let mut record = |event: &Event<'_>| {
+            if let Event::Step(report) = event {
+                whole.push(report.loss.to_bits());
+            }
+            true
+        };
+        trainer(&corpus, &tokenizer, 20).run(&mut record).unwrap();
+
+        let run = folder.path();
+        let mut first = trainer(&corpus, &tokenizer, 20).with_output(run, DataOrigin::default()).unwrap();
+        let mut parts = Vec::new();
+        // Goes on to step 13 after the checkpoint of step 10, then is gone.
+        for _ in 0..13 {
+            parts.push(first.step().unwrap().loss.to_bits());
+            if first.steps_done() == 10 {
+                first.save().unwrap();
+            }
+        }
+        drop(first);
+        parts.truncate(10);
+        let mut second = Trainer::resume(run, &corpus, Some(&tokenizer), None, &Device::flex()).unwrap();
+        assert_eq!(second.steps_done(), 10);
+        let mut record = |event: &Event<'_>| {
+            if let Event::Step(report) = event {
+                parts.push(report.loss.to_bits());
+            }
+            true
+        };
+        second.run(&mut record).unwrap();
+        assert_eq!(parts, whole);
+        assert_eq!(checkpoint::list(run).into_iter().map(|(step, _)| step).collect::<Vec<_>>(), [15, 20]);
+    }
+
+    #[test]
+    fn accumulated_batches_make_the_step_of_the_larger_batch() {
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        let step = |batch, accumulate| {
+            let options = TrainOptions { batch, accumulate, ..options(4) };
+            let mut trainer = Trainer::new(&small(), &corpus, Some(&tokenizer), options, &Device::flex()).unwrap();
+            trainer.step().unwrap()
+        };
+        let (large, small) = (step(4, 1), step(2, 2));
+        assert!((large.loss - small.loss).abs() < 1e-5);
+        assert!((large.grad_norm / small.grad_norm - 1.0).abs() < 1e-4, "{large:?} {small:?}");
+    }
+
+    #[test]
+    fn an_observer_ends_a_run_after_a_checkpoint() {
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        let folder = tempfile::tempdir().unwrap();
+        let mut trainer = trainer(&corpus, &tokenizer, 20).with_output(folder.path(), DataOrigin::default()).unwrap();
+        let mut log = MetricsLog::open(folder.path(), 0).unwrap();
+        let mut stop = |event: &Event<'_>| {
+            log.observe(event).unwrap();
+            !matches!(event, Event::Step(report) if report.step == 3)
+        };
+        trainer.run(&mut stop).unwrap();
+        assert_eq!(RunState::load(folder.path()).unwrap().step, 3);
+        assert_eq!(crate::metrics::read(folder.path()).unwrap().len(), 4, "three steps and the last evaluation");
+    }
+
+    #[test]
+    fn what_cannot_be_trained_is_refused() {
+        let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
+        let refuse = |config: ModelConfig, options: TrainOptions| {
+            Trainer::new(&config, &corpus, Some(&tokenizer), options, &Device::flex()).unwrap_err().to_string()
+        };
+        assert!(refuse(small().with_vocab_size(9), options(1)).starts_with("config: `vocab_size`"));
+        assert!(refuse(small(), TrainOptions { lr: f64::NAN, ..options(1) }).starts_with("lr: "));
+        assert!(refuse(small(), TrainOptions { batch: 0, ..options(1) }).starts_with("batch: "));
+        let options = TrainOptions { lr: 1e30, clip: 0.0, ..options(9) };
+        let mut trainer = Trainer::new(&small(), &corpus, Some(&tokenizer), options, &Device::flex()).unwrap();
+        let error = trainer.run(&mut |_: &Event<'_>| true).unwrap_err();
+        assert!(matches!(error, Error::Diverged { .. }), "{error}");
+    }
+}
