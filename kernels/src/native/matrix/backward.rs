@@ -6,6 +6,7 @@
 //! end of the chunk (it goes to the gates after `j`, summed forwards): under strong gates either would drown the rest.
 
 use super::super::gemm::{Lhs, Mode, gemm};
+use super::super::rows::{Output, Rows as Sink, fence};
 use super::super::simd::vectorize;
 use super::super::tile::{Rows, Shared, Tile, prefetch};
 use super::chunk::{Chunk, Layout, Place, Rule};
@@ -41,7 +42,7 @@ pub(crate) fn backward<E: Element, D: Decay>(
         Gate::Head(g) | Gate::Key(g) => g.len(),
     };
     let beta_len = if delta { tokens * p.value_heads } else { 0 };
-    let mut dv = vec![E::default(); tokens * p.value_heads * p.value_dim];
+    let mut dv = Output::<E>::new(tokens * p.value_heads * p.value_dim, Vec::new());
     // What the value blocks of a head share gets a part from each; the parts are summed in order below.
     let mut dg = vec![0.0f32; blocks * gate_len];
     let mut dbeta = vec![0.0f32; blocks * beta_len];
@@ -49,9 +50,9 @@ pub(crate) fn backward<E: Element, D: Decay>(
     let (mut dq, mut dk) = (KeyGradient::new(layout, true), KeyGradient::new(layout, true));
     let (mut da, mut db) = (KeyGradient::new(layout, low), KeyGradient::new(layout, low));
     {
-        let (dq, dk, da, db) = (dq.sink(), dk.sink(), da.sink(), db.sink());
-        let (dv, dg, dbeta, dh0) =
-            (Shared::new(&mut dv), Shared::new(&mut dg), Shared::new(&mut dbeta), Shared::new(&mut dh0));
+        let (dq, dk, da, db) = (dq.target(), dk.target(), da.target(), db.target());
+        let (dv, dg) = (dv.rows(), Shared::new(&mut dg));
+        let (dbeta, dh0) = (Shared::new(&mut dbeta), Shared::new(&mut dh0));
         let work = || Work::new(layout, rule, decay.sums(p.chunk, p.key_dim));
         (0..layout.tasks()).into_par_iter().for_each_init(work, |w, task| {
             let walk = layout.walk(task);
@@ -89,7 +90,7 @@ pub(crate) fn backward<E: Element, D: Decay>(
                         unsafe { dbeta.slice_mut(block * beta_len + row(i), 1)[0] = b };
                     }
                 }
-                w.dv.store(&dv, layout.value(at), at.rows);
+                w.dv.put(&dv, layout.value(at), at.rows);
                 w.finish(rule, at.rows, p.scale);
                 dq.store(&w.q_left, at);
                 dk.store(&w.k_right, at);
@@ -106,6 +107,7 @@ pub(crate) fn backward<E: Element, D: Decay>(
                     dg.slice_mut(block * gate_len + sequence * p.value_heads + value_head, 1)[0] = constant as f32
                 };
             }
+            fence();
         });
     }
     sum_parts(&mut dg, blocks);
@@ -113,14 +115,15 @@ pub(crate) fn backward<E: Element, D: Decay>(
     if let Gate::Constant(_) = x.gate {
         dg = (0..p.value_heads).map(|h| dg.iter().skip(h).step_by(p.value_heads).sum()).collect();
     }
+    // Safety (of all): the tasks cover every token, head and value block.
     MatrixGradients {
-        dq: dq.finish(),
-        dk: dk.finish(),
-        dv,
+        dq: unsafe { dq.finish() },
+        dk: unsafe { dk.finish() },
+        dv: unsafe { dv.finish() },
         dg: gated.then_some(dg),
         dbeta: delta.then_some(dbeta),
-        da: low.then(|| da.finish()),
-        db: low.then(|| db.finish()),
+        da: low.then(|| unsafe { da.finish() }),
+        db: low.then(|| unsafe { db.finish() }),
         d_initial_state: x.initial_state.map(|_| dh0),
     }
 }
@@ -389,13 +392,13 @@ fn clear_from_diagonal(rows: usize, p: &mut Tile) {
 /// Gradient of a tensor with query/key heads, to which several value heads and blocks contribute: each its own part,
 /// then summed in order.
 enum KeyGradient<E> {
-    Whole { gradient: Vec<E>, heads: usize },
-    Parts { parts: Vec<f32>, heads: usize, blocks: usize, key_dim: usize, group: usize },
+    Whole { gradient: Output<E>, heads: usize },
+    Parts { parts: Output<f32>, heads: usize, blocks: usize, key_dim: usize, group: usize },
 }
 
-enum Sink<E> {
-    Whole { out: Shared<E>, heads: usize },
-    Parts { out: Shared<f32>, heads: usize, blocks: usize },
+enum Target<E> {
+    Whole { out: Sink<E>, heads: usize },
+    Parts { out: Sink<f32>, heads: usize, blocks: usize },
 }
 
 impl<E: Element> KeyGradient<E> {
@@ -404,26 +407,32 @@ impl<E: Element> KeyGradient<E> {
         let tokens = if used { p.batch * p.time } else { 0 };
         let MatrixProblem { value_heads: heads, key_dim, .. } = *p;
         if p.heads == heads * blocks {
-            KeyGradient::Whole { gradient: vec![E::default(); tokens * heads * key_dim], heads }
+            KeyGradient::Whole { gradient: Output::new(tokens * heads * key_dim, Vec::new()), heads }
         } else {
-            let (parts, group) = (vec![0.0; tokens * heads * blocks * key_dim], heads * blocks / p.heads);
+            let parts = Output::new(tokens * heads * blocks * key_dim, Vec::new());
+            let group = heads * blocks / p.heads;
             KeyGradient::Parts { parts, heads, blocks, key_dim, group }
         }
     }
 
-    fn sink(&mut self) -> Sink<E> {
+    fn target(&mut self) -> Target<E> {
         match self {
-            KeyGradient::Whole { gradient, heads, .. } => Sink::Whole { out: Shared::new(gradient), heads: *heads },
+            KeyGradient::Whole { gradient, heads, .. } => Target::Whole { out: gradient.rows(), heads: *heads },
             KeyGradient::Parts { parts, heads, blocks, .. } => {
-                Sink::Parts { out: Shared::new(parts), heads: *heads, blocks: *blocks }
+                Target::Parts { out: parts.rows(), heads: *heads, blocks: *blocks }
             }
         }
     }
 
-    fn finish(self) -> Vec<E> {
+    /// # Safety
+    /// Every row has been stored.
+    unsafe fn finish(self) -> Vec<E> {
         match self {
-            KeyGradient::Whole { gradient, .. } => gradient,
+            // Safety: see above.
+            KeyGradient::Whole { gradient, .. } => unsafe { gradient.finish() },
             KeyGradient::Parts { parts, key_dim, group, .. } => {
+                // Safety: see above.
+                let parts = unsafe { parts.finish() };
                 let mut out = vec![E::default(); parts.len() / group];
                 let sum = |(out, parts): (&mut [E], &[f32])| {
                     for (i, o) in out.iter_mut().enumerate() {
@@ -437,16 +446,16 @@ impl<E: Element> KeyGradient<E> {
     }
 }
 
-impl<E: Element> Sink<E> {
+impl<E: Element> Target<E> {
     fn store(&self, tile: &Tile, at: Place) {
         let rows = |heads: usize, head: usize| {
             let stride = heads * tile.cols();
             Rows { offset: at.token * stride + head * tile.cols(), stride }
         };
         match self {
-            Sink::Whole { out, heads } => tile.store(out, rows(*heads, at.value_head), at.rows),
-            Sink::Parts { out, heads, blocks } => {
-                tile.store(out, rows(heads * blocks, at.value_head * blocks + at.block), at.rows);
+            Target::Whole { out, heads } => tile.put(out, rows(*heads, at.value_head), at.rows),
+            Target::Parts { out, heads, blocks } => {
+                tile.put(out, rows(heads * blocks, at.value_head * blocks + at.block), at.rows);
             }
         }
     }

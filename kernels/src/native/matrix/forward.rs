@@ -1,6 +1,7 @@
 //! The forward pass.
 
 use super::super::gemm::{Lhs, Mode, gemm};
+use super::super::rows::{Output, fence};
 use super::super::tile::{Shared, Tile};
 use super::chunk::{Chunk, Layout, Rule};
 use super::decay::{Decay, Reads};
@@ -27,17 +28,16 @@ pub(crate) fn forward<E: Element, D: Decay>(
 ) -> MatrixOutputs<E> {
     let rule = Rule::of(&x.write);
     let layout = Layout::new(p, sequences);
-    let mut o = vec![E::default(); p.value_shape().iter().product()];
+    let mut o = Output::<E>::new(p.value_shape().iter().product(), Vec::new());
     let mut final_state = vec![0.0; p.state_shape().iter().product()];
     let kept = if keep == KeepStates::Yes {
         chunk_count(sequences, p.chunk) * p.value_heads * p.key_dim * p.value_dim
     } else {
         0
     };
-    let mut chunk_states = vec![0.0; kept];
+    let mut chunk_states = Output::<f32>::new(kept, Vec::new());
     {
-        let (o, final_state) = (Shared::new(&mut o), Shared::new(&mut final_state));
-        let chunk_states = Shared::new(&mut chunk_states);
+        let (o, final_state, chunk_states) = (o.rows(), Shared::new(&mut final_state), chunk_states.rows());
         let work = || Work {
             chunk: Chunk::new(layout, rule),
             sums: decay.sums(p.chunk, p.key_dim),
@@ -52,7 +52,7 @@ pub(crate) fn forward<E: Element, D: Decay>(
             }
             for (i, &at) in walk.iter().enumerate() {
                 if keep == KeepStates::Yes {
-                    w.state.store(&chunk_states, layout.chunk_state(at), p.key_dim);
+                    w.state.put(&chunk_states, layout.chunk_state(at), p.key_dim);
                 }
                 w.chunk.load(layout, x, decay, &mut w.sums, at);
                 if let Some(&next) = walk.get(i + 1) {
@@ -61,11 +61,14 @@ pub(crate) fn forward<E: Element, D: Decay>(
                 w.chunk.solve(rule, decay, &mut w.sums, at.rows, &w.state);
                 output(&mut w.chunk, rule, decay, &mut w.sums, at.rows, &w.state, &mut w.o);
                 w.chunk.update_state(rule, decay, &w.sums, at.rows, &mut w.state);
-                w.o.store(&o, layout.value(at), at.rows);
+                w.o.put(&o, layout.value(at), at.rows);
             }
             w.state.store(&final_state, layout.state(walk[0]), p.key_dim);
+            fence();
         });
     }
+    // Safety: the tasks cover every token, chunk, head and value block.
+    let (o, chunk_states) = unsafe { (o.finish(), chunk_states.finish()) };
     MatrixOutputs { o, final_state, chunk_states: (keep == KeepStates::Yes).then_some(chunk_states) }
 }
 
