@@ -1,11 +1,13 @@
 //! The real-gated linear recurrent unit of Griffin and Hawk.
 
 use burn::Tensor;
-use burn::tensor::Bool;
 use burn::tensor::activation::{sigmoid, softplus};
+use burn::tensor::{Bool, FloatDType};
+use thalweg_kernels::ScanProblem;
 
 use super::linear_scan::{ScanOutput, run, validate};
 use crate::matrix::state_type;
+use crate::native::{self, Operation};
 use crate::portable::one_minus_exp;
 use crate::{Error, ScanOptions, check};
 
@@ -48,6 +50,9 @@ pub fn rg_lru(
         check::dims("reset", &reset.dims(), [("batch", batch), ("time", time)])?;
     }
 
+    if native::available(options.path, &x) {
+        return kernel([x, recurrent_gate_logits, input_gate_logits], a_param, reset, options);
+    }
     let (dtype, float) = (x.dtype(), state_type(x.dtype()));
     let rate = softplus(a_param.cast(float), 1.0).mul_scalar(-C).reshape([1, 1, channels]);
     let log_a = sigmoid(recurrent_gate_logits.cast(float)) * rate;
@@ -80,6 +85,28 @@ pub fn rg_lru_step(
     let [x, r, i] = [x, recurrent_gate_logits, input_gate_logits].map(|x| x.unsqueeze_dim(1));
     let out = rg_lru(x, r, i, a_param, reset.map(|r| r.unsqueeze_dim(1)), options)?;
     Ok((out.o.squeeze_dim(1), out.final_state))
+}
+
+/// The native unit. Where the element types of `x` and the gates differ all go to f32.
+fn kernel(
+    inputs: [Tensor<3>; 3],
+    a_param: Tensor<1>,
+    reset: Option<Tensor<2, Bool>>,
+    options: ScanOptions,
+) -> Result<ScanOutput, Error> {
+    let [batch, time, channels] = inputs[0].dims();
+    let dtype = inputs[0].dtype();
+    let [x, r, i] = match inputs.iter().all(|x| x.dtype() == dtype) {
+        true => inputs,
+        false => inputs.map(|x| x.cast(FloatDType::F32)),
+    };
+    let problem = ScanProblem { batch, time, channels, cu_seqlens: options.cu_seqlens };
+    let reset = reset.map(|reset| reset.float().cast(FloatDType::F32).into());
+    let initial = options.initial_state.map(|h| h.cast(FloatDType::F32).into());
+    let a_param = a_param.cast(FloatDType::F32);
+    let rest = [Some(r.into()), Some(i.into()), Some(a_param.into()), reset, initial, None];
+    let (o, final_state) = native::run::<3, 2>(Operation::RgLru { problem }, x, rest)?;
+    Ok(ScanOutput { o: o.cast(dtype), final_state })
 }
 
 /// `sqrt(x)` whose derivative is `1 / sqrt(max(4 x, 1e-6))`: near `a = 1` the true one is infinite.

@@ -18,6 +18,8 @@ pub(crate) enum Operation {
     /// `log_a, theta, b_re, b_im, initial_re, initial_im -> o, final_state`, whose leading axis of size 2
     /// holds real and imaginary parts
     ComplexScan { problem: ScanProblem },
+    /// `x, recurrent gate, input gate, a_param, reset (0 or 1), initial_state -> o, final_state`
+    RgLru { problem: ScanProblem },
     /// `x, weight, bias, state -> y, new state`
     ShortConv { problem: ConvProblem },
     /// `q, k, v -> o, log-sum-exp`; the second is for the backward pass and takes no gradient

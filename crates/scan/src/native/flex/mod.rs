@@ -4,6 +4,7 @@
 mod attention;
 mod complex_scan;
 mod matrix;
+mod rg_lru;
 mod scan;
 mod short_conv;
 
@@ -67,6 +68,10 @@ impl Kernels for Flex {
                 let dtype = dtype(&operands, 2);
                 for_element!(dtype, complex_scan::forward(problem, operands, keep))
             }
+            Operation::RgLru { problem } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, rg_lru::forward(problem, operands, keep))
+            }
             Operation::ShortConv { problem } => {
                 let dtype = dtype(&operands, 0);
                 for_element!(dtype, short_conv::forward(problem, operands))
@@ -100,6 +105,10 @@ impl Kernels for Flex {
             Operation::ComplexScan { problem } => {
                 let dtype = dtype(&operands, 2);
                 for_element!(dtype, complex_scan::backward(problem, operands, saved, d_o, d_final_state))
+            }
+            Operation::RgLru { problem } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, rg_lru::backward(problem, operands, saved, d_o, d_final_state))
             }
             Operation::ShortConv { problem } => {
                 let dtype = dtype(&operands, 0);
