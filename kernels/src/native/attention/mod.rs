@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Queries of a block, and keys of a tile.
-const QUERIES: usize = 64;
+const QUERIES: usize = 128;
 const KEYS: usize = 128;
 
 /// A sequence: where its queries and keys are among all tokens, and its first tile among those of a head.
