@@ -3,6 +3,7 @@
 //! Exit codes: 0 all is well; 1 a check that the user asked for failed; 2 the arguments or the data cannot be worked
 //! with, told in one line on stderr.
 
+mod bench;
 mod conform;
 mod dashboard;
 mod generate;
@@ -27,6 +28,7 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Generate(generate::Args),
+    Bench(bench::Args),
     Conform(conform::Args),
 }
 
@@ -46,6 +48,7 @@ fn run(command: Command) -> Outcome {
     match command {
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Conform(args) => conform::run(&args),
     }
 }

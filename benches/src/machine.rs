@@ -1,0 +1,120 @@
+//! The machine: what it is, and what it can do at the most.
+
+use serde::{Deserialize, Serialize};
+use std::process::Command;
+use std::time::Duration;
+use thalweg_kernels::ceiling;
+use thalweg_kernels::cost::Cost;
+
+/// Where and of what a report is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Name of the processor.
+    pub cpu: String,
+    /// Architecture and system.
+    pub target: String,
+    /// Processors that this process may use.
+    pub processors: usize,
+    /// Vector features that the kernels can choose from.
+    pub features: Vec<String>,
+    /// Version of thalweg.
+    pub version: String,
+    /// Commit of the checkout that it was built from, with a `+` if it has changes; empty outside of one.
+    pub commit: String,
+}
+
+impl Machine {
+    /// This one.
+    pub fn here() -> Self {
+        Self {
+            cpu: cpu_name(),
+            target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            features: features(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            commit: commit().unwrap_or_default(),
+        }
+    }
+}
+
+fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = info.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    // Virtual machines often hide the name; family and model still say which generation it is.
+    match (field("model name"), field("cpu family"), field("model")) {
+        (Some(name), Some(family), Some(model)) => format!("{name} (family {family}, model {model})"),
+        (Some(name), ..) => name,
+        _ => std::env::consts::ARCH.into(),
+    }
+}
+
+fn features() -> Vec<String> {
+    #[cfg(target_arch = "x86_64")]
+    let found = [
+        ("avx2", std::arch::is_x86_feature_detected!("avx2")),
+        ("fma", std::arch::is_x86_feature_detected!("fma")),
+        ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
+        ("avx512bf16", std::arch::is_x86_feature_detected!("avx512bf16")),
+    ];
+    #[cfg(target_arch = "aarch64")]
+    let found = [("neon", true)];
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let found: [(&str, bool); 0] = [];
+    found.into_iter().filter(|(_, has)| *has).map(|(name, _)| name.to_owned()).collect()
+}
+
+fn commit() -> Option<String> {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(["-C", env!("CARGO_MANIFEST_DIR")]).args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let commit = git(&["rev-parse", "--short", "HEAD"])?;
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|changes| !changes.is_empty());
+    Some(if changed { commit + "+" } else { commit })
+}
+
+/// Measured ceilings for one number of threads.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ceilings {
+    /// Threads.
+    pub threads: usize,
+    /// f32 matrix products in cache, GFLOP/s.
+    pub product: f64,
+    /// Copies by the bytes that they touch: GB/s, read and write counted.
+    pub copies: Vec<(usize, f64)>,
+}
+
+/// Bytes that a copy touches: within the second-level cache of a core, within the last level, in memory.
+const COPIES: [usize; 3] = [512 << 10, 8 << 20, 512 << 20];
+
+impl Ceilings {
+    /// Measures on all threads of the current pool; `time` for each number.
+    pub fn measure(time: Duration) -> Self {
+        Self {
+            threads: rayon::current_num_threads(),
+            product: ceiling::matrix_product(time),
+            copies: COPIES.map(|bytes| (bytes, ceiling::copy(bytes, time))).to_vec(),
+        }
+    }
+
+    /// GB/s of a copy that touches about as many bytes, from `COPIES`: a small working set stays in cache from one
+    /// repetition to the next, and memory is then no ceiling.
+    pub fn copy(&self, bytes: u64) -> f64 {
+        let distance = |size: usize| (size as f64 / bytes.max(1) as f64).ln().abs();
+        let nearest = self.copies.iter().min_by(|x, y| distance(x.0).total_cmp(&distance(y.0)));
+        nearest.map_or(0.0, |copy| copy.1)
+    }
+
+    /// Seconds that `cost` takes at the least.
+    pub fn floor(&self, cost: Cost) -> f64 {
+        cost.floor(self.product, self.copy(cost.bytes))
+    }
+
+    /// Whether bytes bind `cost`, not products.
+    pub fn copy_binds(&self, cost: Cost) -> bool {
+        cost.bytes as f64 / self.copy(cost.bytes) > cost.flops as f64 / self.product
+    }
+}

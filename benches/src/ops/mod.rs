@@ -1,0 +1,125 @@
+//! The operations: on slices, and through Burn.
+
+mod burn;
+mod channels;
+mod matrix;
+
+use crate::workload::{Expected, Workload};
+use crate::{Case, Dtype, Entry, Error, Part, Pass, Path};
+use thalweg_kernels::cost::Cost;
+use thalweg_scan as scan;
+
+use self::burn::{Any, BurnOp};
+
+const BOTH: &[Dtype] = &[Dtype::F32, Dtype::Bf16];
+const ALL: &[Path] = &[Path::Native, Path::Burn, Path::Portable];
+
+type Shapes = &'static [&'static [usize]];
+
+const fn channels(name: &'static str, shapes: Shapes) -> Entry {
+    const STEPS: Shapes = &[&[8, 1, 2560]];
+    let axes = &["batch", "time", "channels"];
+    Entry { part: Part::Ops, name, axes, shapes, steps: STEPS, chunked: false, paths: ALL, dtypes: BOTH }
+}
+
+const fn matrix(name: &'static str) -> Entry {
+    const SHAPES: Shapes = &[&[1, 2048, 4, 128, 128]];
+    const STEPS: Shapes = &[&[1, 1, 4, 128, 128], &[8, 1, 4, 128, 128]];
+    let axes = &["batch", "time", "heads", "key_dim", "value_dim"];
+    Entry { part: Part::Ops, name, axes, shapes: SHAPES, steps: STEPS, chunked: true, paths: ALL, dtypes: BOTH }
+}
+
+/// Every operation; the shapes are those at which other implementations are known.
+pub(crate) const ENTRIES: &[Entry] = &[
+    channels("scan", &[&[4, 4096, 1024]]),
+    channels("short_conv", &[&[1, 2048, 2560]]),
+    matrix("linear_attention"),
+    matrix("retention"),
+    matrix("simple_gla"),
+    matrix("gla"),
+    matrix("delta_rule"),
+    matrix("gated_delta_rule"),
+    matrix("kda"),
+    matrix("dplr"),
+];
+
+/// A tensor that goes in.
+pub(crate) struct Input {
+    /// Name of its gradient in [`Op::expected`].
+    pub gradient: &'static str,
+    pub shape: Vec<usize>,
+    /// Rounded to the element type, if it is stored in it.
+    pub values: Vec<f32>,
+    /// Whether it is stored in the element type of the case; else in f32.
+    pub stored: bool,
+}
+
+/// An operation with its inputs, whatever runs it.
+pub(crate) trait Op: Send {
+    /// Inputs, in the order of the arguments.
+    fn inputs(&self) -> Vec<Input>;
+    /// The state of a step, `[batch, ...]`.
+    fn state(&self) -> Option<Input>;
+    /// Main output, final state, then gradients of the inputs for the cotangent `d_o` (and none of the final state).
+    fn expected(&self, pass: Pass, d_o: &[f32]) -> Vec<(&'static str, Vec<f64>)>;
+    /// Shape of the main output.
+    fn output(&self) -> Vec<usize>;
+    /// Work of a pass.
+    fn cost(&self, pass: Pass, element: usize) -> Cost;
+    /// Tokens of a pass.
+    fn tokens(&self) -> usize;
+    /// The operation on Burn tensors: the main output.
+    fn apply(&self, inputs: &[Any], path: scan::Path) -> Result<Any, scan::Error>;
+    /// A step on Burn tensors: output and new state.
+    fn apply_step(&self, inputs: &[Any], state: Any, path: scan::Path) -> Result<(Any, Any), scan::Error>;
+}
+
+/// Makes a benchmark ready to run.
+pub(crate) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
+    let entry = ENTRIES.iter().find(|entry| entry.part == case.part && entry.name == case.name);
+    let Some(entry) = entry else {
+        return Err(Error::argument("name", format!("`{}` is no benchmark", case.name)));
+    };
+    if case.shape.len() != entry.axes.len() || case.shape.contains(&0) {
+        let reason = format!("{:?} is not {} sizes: {}", case.shape, entry.axes.len(), entry.axes.join(","));
+        return Err(Error::argument("shape", reason));
+    }
+    match case.name.as_str() {
+        "scan" | "short_conv" => channels::build(case),
+        _ => matrix::build(case),
+    }
+}
+
+fn on_burn(op: impl Op + 'static, case: &Case) -> Result<Box<dyn Workload>, Error> {
+    Ok(Box::new(BurnOp::new(Box::new(op), case)))
+}
+
+/// The cotangent of the main output: through Burn that of a sum, which needs no operation of its own.
+fn cotangent(case: &Case, shape: &[usize]) -> Vec<f32> {
+    if case.path == Path::Native {
+        let sizes = [shape[0], shape[1], shape[2..].iter().product()];
+        case.dtype.round(crate::noise::signed(99, sizes))
+    } else {
+        vec![1.0; shape.iter().product()]
+    }
+}
+
+/// Attaches the tolerances.
+fn with_tolerance(case: &Case, tensors: Vec<(&'static str, Vec<f64>)>) -> Vec<Expected> {
+    use thalweg_reference::tolerance::Quantity;
+    let expected = |(name, values): (&'static str, Vec<f64>)| {
+        let quantity = if name.starts_with('d') { Quantity::Gradient } else { Quantity::Value };
+        Expected { name, values, allowed: crate::workload::allowed(case.dtype, quantity) }
+    };
+    tensors.into_iter().map(expected).collect()
+}
+
+impl Dtype {
+    /// Every element as this type can hold it.
+    fn round(self, mut values: Vec<f32>) -> Vec<f32> {
+        if self == Dtype::Bf16 {
+            values.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+        }
+        values
+    }
+}

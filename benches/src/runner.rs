@@ -1,0 +1,105 @@
+//! From a case to a row: verify, time, account.
+
+use crate::workload::{Workload, verify, verify_start};
+use crate::{Case, Ceilings, Effort, Error, Row, Samples, ops};
+use std::time::Duration;
+
+/// Runs benchmarks on a number of threads.
+pub struct Runner {
+    pool: rayon::ThreadPool,
+    ceilings: Ceilings,
+    effort: Effort,
+}
+
+impl Runner {
+    /// Starts the threads and measures their ceilings. `threads` of 0 are as many as there are processors (or as
+    /// `RAYON_NUM_THREADS` says).
+    ///
+    /// # Errors
+    /// If the threads cannot be started.
+    pub fn new(threads: usize, effort: Effort) -> Result<Self, Error> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        let time = Duration::from_secs_f64((effort.seconds / 4.0).min(0.4));
+        let ceilings = pool.install(|| Ceilings::measure(time));
+        Ok(Self { pool, ceilings, effort })
+    }
+
+    /// The measured ceilings.
+    pub fn ceilings(&self) -> &Ceilings {
+        &self.ceilings
+    }
+
+    /// Verifies, then times.
+    ///
+    /// # Errors
+    /// [`Error::Wrong`] if the results are not the oracle's; nothing is timed then.
+    pub fn run(&self, case: &Case) -> Result<Row, Error> {
+        self.pool.install(|| {
+            let error = verify(case)?;
+            let memory = Memory::start();
+            let mut workload = ops::build(case)?;
+            workload.run()?;
+            let peak = memory.peak();
+            let error = error.max(verify_start(case, workload.as_ref())?);
+            let samples = Samples::take(self.effort, || workload.run())?;
+            let work = (workload.cost(), workload.tokens());
+            Ok(Row::new(case, &samples, work, &self.ceilings, error, peak))
+        })
+    }
+
+    /// Verifies a case and makes it ready to be timed again and again.
+    pub(crate) fn prepare(&self, case: &Case) -> Result<Prepared, Error> {
+        self.pool.install(|| {
+            let error = verify(case)?;
+            let mut workload = ops::build(case)?;
+            workload.run()?;
+            let error = error.max(verify_start(case, workload.as_ref())?);
+            Ok(Prepared { case: case.clone(), workload, error })
+        })
+    }
+
+    pub(crate) fn time(&self, prepared: &mut Prepared, effort: Effort) -> Result<(Row, Samples), Error> {
+        let Prepared { case, workload, error } = prepared;
+        let samples = self.pool.install(|| Samples::take(effort, || workload.run()))?;
+        let work = (workload.cost(), workload.tokens());
+        Ok((Row::new(case, &samples, work, &self.ceilings, *error, 0), samples))
+    }
+}
+
+/// A verified benchmark with its inputs in memory.
+pub(crate) struct Prepared {
+    case: Case,
+    workload: Box<dyn Workload>,
+    error: f64,
+}
+
+/// The resident memory of this process, where the system can reset its peak.
+struct Memory {
+    before: Option<u64>,
+}
+
+impl Memory {
+    fn start() -> Self {
+        // What was freed but not given back would be taken again unseen.
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        // Safety: it has no preconditions.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+        // Linux: 5 sets the peak to what is resident now.
+        let reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
+        Self { before: if reset { status("VmRSS:") } else { None } }
+    }
+
+    /// Bytes above the start, at the most, since the start.
+    fn peak(&self) -> u64 {
+        self.before.zip(status("VmHWM:")).map_or(0, |(before, peak)| peak.saturating_sub(before))
+    }
+}
+
+/// A field of the process's status, in bytes.
+fn status(field: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find(|line| line.starts_with(field))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
