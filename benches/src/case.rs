@@ -131,9 +131,7 @@ impl Case {
     pub(crate) fn small(&self, batch: usize) -> Case {
         let mut small = self.clone();
         small.shape[0] = small.shape[0].min(batch);
-        if self.pass != Pass::Step {
-            small.shape[1] = small.shape[1].min(self.chunk.unwrap_or(64) + 36);
-        }
+        small.shape[1] = small.shape[1].min(self.chunk.unwrap_or(64) + 36);
         small
     }
 }

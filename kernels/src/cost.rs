@@ -8,6 +8,7 @@
 //! With `f` FLOP and `b` bytes no implementation on a machine of `F` FLOP/s and `B` bytes/s needs less than
 //! `max(f / F, b / B)`.
 
+use crate::attention::AttentionProblem;
 use crate::channels::ScanProblem;
 use crate::matrix::{Gate, MatrixProblem, Write};
 use crate::short_conv::{Activation, ConvProblem};
@@ -231,6 +232,36 @@ pub fn short_conv(p: &ConvProblem, element: usize, pass: Pass) -> Cost {
     }
 }
 
+/// Softmax attention. A step is a problem whose `time` is 1 and whose `kv_time` counts the tokens seen, its own included.
+pub fn attention(p: &AttentionProblem, element: usize, pass: Pass) -> Cost {
+    let lengths: Vec<(usize, usize)> = match &p.cu_seqlens {
+        Some(bounds) => bounds.windows(2).map(|b| b[1].saturating_sub(b[0])).map(|n| (n, n)).collect(),
+        None => vec![(p.time, p.kv_time); p.batch],
+    };
+    // Query i of the last `time` sees what came before it, but no more than the window.
+    let seen = |&(time, kv_time): &(usize, usize)| -> u64 {
+        let window = p.window.unwrap_or(kv_time);
+        (kv_time - time.min(kv_time)..kv_time).map(|i| (i + 1).min(window) as u64).sum()
+    };
+    let pairs = p.heads as u64 * lengths.iter().map(seen).sum::<u64>();
+    let (k, v) = (p.key_dim as u64, p.value_dim as u64);
+    let queries = p.batch * p.time * p.heads;
+    let keys = p.batch * p.kv_time.min(p.window.map_or(usize::MAX, |window| p.time + window)) * p.kv_heads;
+    let [q, k_v, o] = [queries * p.key_dim, keys * (p.key_dim + p.value_dim), queries * p.value_dim];
+    let log_sums = 4 * queries;
+    match pass {
+        Pass::Step => Cost { flops: 2 * pairs * (k + v), bytes: (element * (q + k_v + o)) as u64 },
+        Pass::Forward => {
+            Cost { flops: 2 * pairs * (k + v), bytes: (element * (q + k_v + o) + log_sums) as u64 }
+        }
+        // The scores again; dP, dV; dQ, dK.
+        Pass::Backward => Cost {
+            flops: 2 * pairs * (3 * k + 2 * v),
+            bytes: (element * (2 * q + 2 * k_v + 2 * o) + log_sums) as u64,
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -318,5 +349,21 @@ mod tests {
                 assert!(cost.intensity() < 3.0 && cost.floor(300.0, 30.0) == cost.bytes as f64 / 30e9);
             }
         }
+    }
+
+    #[test]
+    fn a_causal_query_sees_itself_and_what_came_before() {
+        let p = AttentionProblem::new(1, 4, 1, 8);
+        assert_eq!(attention(&p, 4, Pass::Forward).flops, (1 + 2 + 3 + 4) * 2 * (8 + 8));
+        let windowed = AttentionProblem { window: Some(2), ..p.clone() };
+        assert_eq!(attention(&windowed, 4, Pass::Forward).flops, (1 + 2 + 2 + 2) * 2 * (8 + 8));
+        let step = AttentionProblem { kv_time: 4, ..AttentionProblem::new(1, 1, 1, 8) };
+        assert_eq!(attention(&step, 4, Pass::Step).flops, 4 * 2 * (8 + 8));
+    }
+
+    #[test]
+    fn attention_grows_with_the_square_of_the_time() {
+        let flops = |time| attention(&AttentionProblem::new(1, time, 4, 128), 4, Pass::Forward).flops as f64;
+        assert!((flops(8192) / flops(2048) - 16.0).abs() < 0.01);
     }
 }

@@ -1,6 +1,6 @@
 //! The operations on `[batch, time, channels]`.
 
-use super::{Any, Input, Op, cotangent, with_tolerance};
+use super::{Any, Input, Op, cotangent, narrow, total, widen, with_tolerance};
 use crate::noise::{fill, signed, wide};
 use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass, Path};
@@ -19,7 +19,7 @@ pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
     }
 }
 
-fn on_path<C: Channels + 'static>(case: &Case) -> Result<Box<dyn Workload>, Error> {
+pub(super) fn on_path<C: Channels + 'static>(case: &Case) -> Result<Box<dyn Workload>, Error> {
     match (case.path, case.dtype) {
         (Path::Native, Dtype::F32) => Ok(Box::new(Native::<C, f32>::new(case))),
         (Path::Native, Dtype::Bf16) => Ok(Box::new(Native::<C, bf16>::new(case))),
@@ -28,7 +28,7 @@ fn on_path<C: Channels + 'static>(case: &Case) -> Result<Box<dyn Workload>, Erro
 }
 
 /// An operation of this kind: its inputs, and the kernels that run it on slices.
-trait Channels: Op + Sized {
+pub(super) trait Channels: Op + Sized {
     /// Results of the last run, whose memory the next one takes.
     type Results<E: Element>: Default + Send;
 
@@ -54,14 +54,6 @@ struct Native<C: Channels, E: Element> {
     d_o: Vec<E>,
     state: Vec<f32>,
     results: C::Results<E>,
-}
-
-fn narrow<E: Element>(values: &[f32]) -> Vec<E> {
-    values.iter().map(|&x| E::from_f32(x)).collect()
-}
-
-fn widen<E: Element>(values: &[E]) -> Vec<f64> {
-    values.iter().map(|x| f64::from(x.to_f32())).collect()
 }
 
 impl<C: Channels, E: Element> Native<C, E> {
@@ -115,26 +107,17 @@ impl<C: Channels, E: Element> Workload for Native<C, E> {
     }
 }
 
-fn problem(case: &Case) -> ScanProblem {
+pub(super) fn problem(case: &Case) -> ScanProblem {
     ScanProblem::new(case.shape[0], case.shape[1], case.shape[2])
 }
 
-fn sizes(problem: &ScanProblem) -> Vec<usize> {
+pub(super) fn sizes(problem: &ScanProblem) -> Vec<usize> {
     vec![problem.batch, problem.time, problem.channels]
 }
 
-fn shape(problem: &ScanProblem) -> Shape {
+pub(super) fn shape(problem: &ScanProblem) -> Shape {
     let ScanProblem { batch, time, channels, .. } = *problem;
     Shape { batch, time, channels, cu_seqlens: None }
-}
-
-/// The work of a pass from that of its parts.
-fn total(pass: Pass, cost: impl Fn(cost::Pass) -> Cost) -> Cost {
-    match pass {
-        Pass::Forward => cost(cost::Pass::Forward),
-        Pass::Train => cost(cost::Pass::Forward) + cost(cost::Pass::Backward),
-        Pass::Step => cost(cost::Pass::Step),
-    }
 }
 
 /// `h = a h + x`.

@@ -1,6 +1,6 @@
 //! The matrix-state recurrences.
 
-use super::{Any, Input, Op, cotangent, with_tolerance};
+use super::{Any, Input, Op, cotangent, narrow, total, widen, with_tolerance};
 use crate::noise::{fill, signed, wide};
 use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass, Path};
@@ -163,12 +163,7 @@ impl Op for Data {
     }
 
     fn cost(&self, pass: Pass, element: usize) -> Cost {
-        let cost = |pass| cost::matrix(&self.problem, self.gate, self.write, element, pass);
-        match pass {
-            Pass::Forward => cost(cost::Pass::Forward),
-            Pass::Train => cost(cost::Pass::Forward) + cost(cost::Pass::Backward),
-            Pass::Step => cost(cost::Pass::Step),
-        }
+        total(pass, |pass| cost::matrix(&self.problem, self.gate, self.write, element, pass))
     }
 
     fn tokens(&self) -> usize {
@@ -226,14 +221,6 @@ struct Native<E> {
     out: Option<MatrixOutputs<E>>,
     gradients: Option<MatrixGradients<E>>,
     o: Vec<E>,
-}
-
-fn narrow<E: Element>(values: &[f32]) -> Vec<E> {
-    values.iter().map(|&x| E::from_f32(x)).collect()
-}
-
-fn widen<E: Element>(values: &[E]) -> Vec<f64> {
-    values.iter().map(|x| f64::from(x.to_f32())).collect()
 }
 
 impl<E: Element> Native<E> {

@@ -1,12 +1,15 @@
 //! The operations: on slices, and through Burn.
 
+mod attention;
 mod burn;
 mod channels;
+mod gated;
 mod matrix;
 
 use crate::workload::{Expected, Workload};
 use crate::{Case, Dtype, Entry, Error, Part, Pass, Path};
-use thalweg_kernels::cost::Cost;
+use thalweg_kernels::Element;
+use thalweg_kernels::cost::{self, Cost};
 use thalweg_scan as scan;
 
 use self::burn::{Any, BurnOp};
@@ -16,10 +19,9 @@ const ALL: &[Path] = &[Path::Native, Path::Burn, Path::Portable];
 
 type Shapes = &'static [&'static [usize]];
 
-const fn channels(name: &'static str, shapes: Shapes) -> Entry {
-    const STEPS: Shapes = &[&[8, 1, 2560]];
+const fn channels(name: &'static str, shapes: Shapes, steps: Shapes) -> Entry {
     let axes = &["batch", "time", "channels"];
-    Entry { part: Part::Ops, name, axes, shapes, steps: STEPS, chunked: false, paths: ALL, dtypes: BOTH }
+    Entry { part: Part::Ops, name, axes, shapes, steps, chunked: false, paths: ALL, dtypes: BOTH }
 }
 
 const fn matrix(name: &'static str) -> Entry {
@@ -31,8 +33,20 @@ const fn matrix(name: &'static str) -> Entry {
 
 /// Every operation; the shapes are those at which other implementations are known.
 pub(crate) const ENTRIES: &[Entry] = &[
-    channels("scan", &[&[4, 4096, 1024]]),
-    channels("short_conv", &[&[1, 2048, 2560]]),
+    channels("scan", &[&[4, 4096, 1024]], &[&[8, 1, 2560]]),
+    channels("complex_scan", &[&[1, 2048, 2560]], &[]),
+    channels("rg_lru", &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
+    Entry {
+        part: Part::Ops,
+        name: "rg_lru_block",
+        axes: &["batch", "time", "channels", "blocks"],
+        shapes: &[&[1, 2048, 2560, 10]],
+        steps: &[],
+        chunked: false,
+        paths: &[Path::Burn, Path::Portable],
+        dtypes: &[Dtype::F32],
+    },
+    channels("short_conv", &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
     matrix("linear_attention"),
     matrix("retention"),
     matrix("simple_gla"),
@@ -41,6 +55,16 @@ pub(crate) const ENTRIES: &[Entry] = &[
     matrix("gated_delta_rule"),
     matrix("kda"),
     matrix("dplr"),
+    Entry {
+        part: Part::Ops,
+        name: "attention",
+        axes: &["batch", "time", "heads", "head_dim"],
+        shapes: &[&[1, 2048, 4, 128], &[1, 8192, 4, 128]],
+        steps: &[&[1, 2048, 4, 128], &[8, 2048, 4, 128]],
+        chunked: false,
+        paths: ALL,
+        dtypes: BOTH,
+    },
 ];
 
 /// A tensor that goes in.
@@ -74,6 +98,23 @@ pub(crate) trait Op: Send {
     fn apply_step(&self, inputs: &[Any], state: Any, path: scan::Path) -> Result<(Any, Any), scan::Error>;
 }
 
+/// The work of a pass from that of its parts.
+fn total(pass: Pass, cost: impl Fn(cost::Pass) -> Cost) -> Cost {
+    match pass {
+        Pass::Forward => cost(cost::Pass::Forward),
+        Pass::Train => cost(cost::Pass::Forward) + cost(cost::Pass::Backward),
+        Pass::Step => cost(cost::Pass::Step),
+    }
+}
+
+fn narrow<E: Element>(values: &[f32]) -> Vec<E> {
+    values.iter().map(|&x| E::from_f32(x)).collect()
+}
+
+fn widen<E: Element>(values: &[E]) -> Vec<f64> {
+    values.iter().map(|x| f64::from(x.to_f32())).collect()
+}
+
 /// Makes a benchmark ready to run.
 pub(crate) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
     let entry = ENTRIES.iter().find(|entry| entry.part == case.part && entry.name == case.name);
@@ -86,6 +127,8 @@ pub(crate) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
     }
     match case.name.as_str() {
         "scan" | "short_conv" => channels::build(case),
+        "complex_scan" | "rg_lru" | "rg_lru_block" => gated::build(case),
+        "attention" => attention::build(case),
         _ => matrix::build(case),
     }
 }
