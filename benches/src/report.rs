@@ -78,7 +78,7 @@ impl Row {
     /// The heading that goes with the rows' `Display`.
     pub fn heading() -> String {
         format!(
-            "{:<66} {:>3} {:>10} {:>10} {:>9} {:>8} {:>7} {:>13} {:>11} {:>8}",
+            "{:<84} {:>3} {:>10} {:>10} {:>9} {:>8} {:>7} {:>13} {:>11} {:>8}",
             "benchmark", "thr", "median ms", "min ms", "spread", "GFLOP/s", "GB/s", "of ceiling", "tokens/s", "error"
         )
     }
@@ -92,7 +92,7 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(
             f,
-            "{:<66} {:>3} {:>10.4} {:>10.4} {:>9.4} {:>8.1} {:>7.1} {:>4.0} % {:<7} {:>10.0} {:>8.1e}",
+            "{:<84} {:>3} {:>10.4} {:>10.4} {:>9.4} {:>8.1} {:>7.1} {:>4.0} % {:<7} {:>10.0} {:>8.1e}",
             self.case.to_string(),
             self.threads,
             self.median_ms,

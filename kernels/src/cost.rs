@@ -251,14 +251,11 @@ pub fn attention(p: &AttentionProblem, element: usize, pass: Pass) -> Cost {
     let log_sums = 4 * queries;
     match pass {
         Pass::Step => Cost { flops: 2 * pairs * (k + v), bytes: (element * (q + k_v + o)) as u64 },
-        Pass::Forward => {
-            Cost { flops: 2 * pairs * (k + v), bytes: (element * (q + k_v + o) + log_sums) as u64 }
-        }
+        Pass::Forward => Cost { flops: 2 * pairs * (k + v), bytes: (element * (q + k_v + o) + log_sums) as u64 },
         // The scores again; dP, dV; dQ, dK.
-        Pass::Backward => Cost {
-            flops: 2 * pairs * (3 * k + 2 * v),
-            bytes: (element * (2 * q + 2 * k_v + 2 * o) + log_sums) as u64,
-        },
+        Pass::Backward => {
+            Cost { flops: 2 * pairs * (3 * k + 2 * v), bytes: (element * (2 * q + 2 * k_v + 2 * o) + log_sums) as u64 }
+        }
     }
 }
 

@@ -58,17 +58,8 @@ impl Op for Data {
         let AttentionProblem { batch, time, kv_time, heads, kv_heads, key_dim, value_dim, scale, .. } = self.problem;
         let scale = f64::from(scale);
         let (window, cu_seqlens) = (None, None);
-        let problem = oracle::Problem {
-            batch,
-            time: kv_time,
-            heads,
-            kv_heads,
-            key_dim,
-            value_dim,
-            scale,
-            window,
-            cu_seqlens,
-        };
+        let problem =
+            oracle::Problem { batch, time: kv_time, heads, kv_heads, key_dim, value_dim, scale, window, cu_seqlens };
         // The oracle has as many queries as keys: those before a step's are zero, and not looked at.
         let row = heads * key_dim;
         let q: Vec<f64> = wide(&self.q)

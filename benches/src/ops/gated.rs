@@ -283,7 +283,8 @@ impl Block {
         }
         let width = channels / blocks;
         let size = (3.0 / width as f32).sqrt();
-        let gate = |id| (fill(id, [blocks, width, width], |u| size * (2.0 * u - 1.0)), signed(id + 1, [1, 1, channels]));
+        let gate =
+            |id| (fill(id, [blocks, width, width], |u| size * (2.0 * u - 1.0)), signed(id + 1, [1, 1, channels]));
         let x = signed(1, [problem.batch, problem.time, channels]);
         Ok(Self { x, gates: [gate(10), gate(20)], param: decay_parameter(channels), problem, blocks })
     }
@@ -314,9 +315,8 @@ impl Op for Block {
     fn expected(&self, pass: Pass, d_o: &[f32]) -> Vec<(&'static str, Vec<f64>)> {
         let (x, param) = (wide(&self.x), wide(&self.param));
         let gates = self.gates.each_ref().map(|(weight, bias)| (wide(weight), wide(bias)));
-        let [recurrent, input] = gates
-            .each_ref()
-            .map(|(weight, bias)| oracle::BlockDiagonal { weight, bias, blocks: self.blocks });
+        let [recurrent, input] =
+            gates.each_ref().map(|(weight, bias)| oracle::BlockDiagonal { weight, bias, blocks: self.blocks });
         let (recurrent_logits, input_logits) = (recurrent.forward(&x), input.forward(&x));
         let inputs = oracle::Inputs {
             x: &x,

@@ -1,7 +1,6 @@
 //! `thalweg bench`: verified times of operations, layers and models.
 
 use crate::Outcome;
-use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -87,6 +86,7 @@ pub fn run(args: &Args) -> Outcome {
     };
     let cases = selection.cases()?;
     let earlier = args.compare.as_deref().map(Report::load).transpose()?;
+    writable(args)?;
 
     let mut report = Report::new();
     describe(&report.machine, earlier.as_ref());
@@ -129,6 +129,19 @@ pub fn run(args: &Args) -> Outcome {
     Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
+/// Finds out before the measurements whether their results can be kept.
+fn writable(args: &Args) -> Result<(), Error> {
+    let file = |path: &std::path::Path| {
+        let error = |source| Error::File { path: path.into(), source };
+        std::fs::OpenOptions::new().append(true).create(true).open(path).map(drop).map_err(error)
+    };
+    args.json.as_deref().map(file).transpose()?;
+    if let Some(folder) = &args.plot {
+        std::fs::create_dir_all(folder).map_err(|source| Error::File { path: folder.clone(), source })?;
+    }
+    Ok(())
+}
+
 fn describe(machine: &Machine, earlier: Option<&Report>) {
     let or = |text: &str, other: &str| if text.is_empty() { other.to_string() } else { text.to_string() };
     let line = |machine: &Machine| -> String {
@@ -139,10 +152,6 @@ fn describe(machine: &Machine, earlier: Option<&Report>) {
     };
     println!("{}", line(machine));
     if let Some(earlier) = earlier {
-        show("compared with", line(&earlier.machine));
+        println!("compared with {}", line(&earlier.machine));
     }
-}
-
-fn show(what: &str, text: impl Display) {
-    println!("{what}: {text}");
 }
