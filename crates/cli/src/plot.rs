@@ -12,7 +12,7 @@ const PICTURE: &str = "loss.svg";
 /// Points of a line; more cannot be told apart.
 const POINTS: usize = 800;
 
-type Points = Vec<(f64, f64)>;
+type Point = (f64, f64);
 
 /// Draws `loss.svg` from the run's metrics. Without fonts of the system, the picture has no text but keeps its lines.
 pub fn loss_curve(run: &Path) -> Result<PathBuf, Box<dyn Error>> {
@@ -26,15 +26,15 @@ pub fn loss_curve(run: &Path) -> Result<PathBuf, Box<dyn Error>> {
     Ok(path)
 }
 
-fn points(lines: &[Value], key: &str) -> Points {
+fn points(lines: &[Value], key: &str) -> Vec<Point> {
     let point = |line: &Value| Some((line.get("step")?.as_f64()?, line.get(key)?.as_f64()?));
     lines.iter().filter_map(point).collect()
 }
 
 /// Means over stretches of the run.
-fn smooth(points: &Points) -> Points {
+fn smooth(points: &[Point]) -> Vec<Point> {
     let size = points.len().div_ceil(POINTS).max(1);
-    let mean = |stretch: &[(f64, f64)]| {
+    let mean = |stretch: &[Point]| {
         let count = stretch.len() as f64;
         let sum = stretch.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
         (sum.0 / count, sum.1 / count)
@@ -42,7 +42,7 @@ fn smooth(points: &Points) -> Points {
     points.chunks(size).map(mean).collect()
 }
 
-fn draw(path: &Path, train: &Points, held_out: &Points) -> Result<(), Box<dyn Error>> {
+fn draw(path: &Path, train: &[Point], held_out: &[Point]) -> Result<(), Box<dyn Error>> {
     let root = SVGBackend::new(path, (900, 520)).into_drawing_area();
     root.fill(&WHITE)?;
     let all = || train.iter().chain(held_out);

@@ -1,0 +1,158 @@
+//! The command from the outside: a run that is killed goes on, bad input is one line and exit code 2.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const CONFIG: &str = r#"
+    hidden_size = 32
+    pattern = ["gated_delta_net", "attention"]
+    [mixers.gated_delta_net]
+    num_heads = 2
+    head_dim = 16
+    [mixers.attention]
+    num_heads = 2
+    [channel_mixer]
+    intermediate_size = 48
+"#;
+
+fn thalweg(folder: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_thalweg"));
+    command.current_dir(folder).args(arguments);
+    command
+}
+
+fn output(folder: &Path, arguments: &[&str]) -> Output {
+    thalweg(folder, arguments).output().unwrap()
+}
+
+/// A folder with a text and a configuration.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let text: String = (0..400).map(|i| format!("line {i} of the water's way.\n")).collect();
+    std::fs::write(folder.path().join("text.txt"), text).unwrap();
+    std::fs::write(folder.path().join("small.toml"), CONFIG).unwrap();
+    std::fs::write(folder.path().join("empty.txt"), "").unwrap();
+    folder
+}
+
+const TRAIN: [&str; 17] = [
+    "train",
+    "--text",
+    "text.txt",
+    "--config",
+    "small.toml",
+    "--steps",
+    "40",
+    "--batch",
+    "2",
+    "--context",
+    "32",
+    "--save-every",
+    "4",
+    "--eval-every",
+    "0",
+    "--lr",
+    "0.01",
+];
+
+fn train(folder: &Path, more: &[&str]) -> Output {
+    output(folder, &[&TRAIN[..], more].concat())
+}
+
+/// Step and loss of every line, as they are written.
+fn losses(run: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let steps = text.lines().filter(|line| line.contains("\"lr\""));
+    steps.map(|line| line.split(",\"accuracy\"").next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_killed_run_goes_on_with_the_same_losses_and_generates() {
+    let folder = folder();
+    let path = folder.path();
+    let whole = train(path, &["--out", "whole"]);
+    assert!(whole.status.success(), "{}", String::from_utf8_lossy(&whole.stderr));
+
+    let arguments = [&TRAIN[..], &["--out", "killed"]].concat();
+    let mut child = thalweg(path, &arguments).stdout(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    while !path.join("killed/step-00000008").exists() && start.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let resumed = output(path, &["train", "--resume", "--out", "killed"]);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert_eq!(losses(&path.join("killed")), losses(&path.join("whole")));
+    assert_eq!(losses(&path.join("whole")).len(), 40);
+    assert!(path.join("killed/loss.svg").exists());
+
+    let generate = ["generate", "--checkpoint", "whole", "--prompt", "line 1", "--max-tokens", "20", "--stats"];
+    let (first, second) = (output(path, &generate), output(path, &generate));
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    assert!(first.stdout.starts_with(b"line 1") && first.stdout.len() > 12);
+    assert_eq!(first.stdout, second.stdout);
+    assert!(String::from_utf8_lossy(&first.stderr).contains("tokens/s"));
+
+    // Nothing that exists is overwritten, and what is broken is told.
+    let weights = path.join("whole/step-00000040/model.safetensors");
+    let saved = std::fs::read(&weights).unwrap();
+    refused(&train(path, &["--out", "whole"]), "out: ");
+    refused(&output(path, &["train", "--resume", "--out", "whole", "--lr", "1"]), "lr: ");
+    refused(&output(path, &["generate", "--checkpoint", "whole", "--prompt", ""]), "prompt: is empty");
+    refused(&output(path, &["generate", "--checkpoint", "whole", "--prompt", "wXy"]), "prompt: byte 0x58");
+    refused(&output(path, &["generate", "--checkpoint", "whole", "--prompt", "w", "--top-p", "2"]), "top-p: ");
+    assert_eq!(std::fs::read(&weights).unwrap(), saved);
+    std::fs::write(&weights, &saved[..saved.len() / 2]).unwrap();
+    refused(&output(path, &["generate", "--checkpoint", "whole", "--prompt", "w"]), "is truncated");
+    refused(&output(path, &["train", "--resume", "--out", "whole", "--steps", "50"]), "is truncated");
+    assert!(!path.join("whole/step-00000050").exists());
+}
+
+fn refused(output: &Output, message: &str) {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains(message) && error.trim_end().lines().count() == 1, "{message}: {error}");
+}
+
+#[test]
+fn bad_input_is_one_line_and_exit_code_2() {
+    let folder = folder();
+    for (arguments, message) in [
+        (&["train", "--text", "none.txt"][..], "text: "),
+        (&["train", "--text", "empty.txt"], "text: "),
+        (&["train"], "text: not given"),
+        (&["train", "--text", "text.txt", "--preset", "gla-4:1-tiny"], "near names: gla-"),
+        (&["train", "--text", "text.txt", "--config", "text.txt"], "config: "),
+        (&["train", "--text", "text.txt", "--tokenizer", "small.toml"], "tokenizer: "),
+        (&["train", "--text", "text.txt", "--context", "0"], "context: "),
+        (&["train", "--text", "text.txt", "--context", "100000"], "text: its training part"),
+        (&["train", "--text", "text.txt", "--device", "abacus"], "device: "),
+        (&["train", "--text", "text.txt", "--steps", "few"], "--steps"),
+        (&["train", "--task", "mqar", "--context", "16", "--task-items", "9"], "task-items: "),
+        (&["train", "--task", "chess"], "--task"),
+        (&["train", "--resume"], "resume: "),
+        (&["train", "--resume", "--out", "none"], "checkpoint none: does not exist"),
+        (&["generate", "--checkpoint", "none", "--prompt", "x"], "checkpoint none: does not exist"),
+        (&["generate", "--prompt", "x"], "--checkpoint"),
+    ] {
+        let output = output(folder.path(), arguments);
+        refused(&output, message);
+    }
+    assert!(!folder.path().join("runs").exists(), "nothing was made");
+}
+
+#[test]
+fn a_task_reports_its_accuracy() {
+    let folder = folder();
+    let arguments =
+        ["train", "--task", "parity", "--config", "small.toml", "--context", "8", "--steps", "3", "--batch", "4"];
+    let run = output(folder.path(), &arguments);
+    let text = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && text.contains("held-out examples: "), "{text}");
+    let run = folder.path().join("runs/parity-small");
+    assert!(run.join("step-00000003/manifest.json").exists());
+    let generate = output(&run, &["generate", "--checkpoint", ".", "--prompt", "1"]);
+    refused(&generate, "synthetic task");
+}
