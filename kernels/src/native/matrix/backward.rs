@@ -317,8 +317,7 @@ impl<S> Work<S> {
             scale_rows(&diagonal_b[..rows], Mode::Add, &c.q, b_right);
             add_rows(rows, b_end, b_right);
             for (next, key, right) in [(&self.next_k, &c.k, k_right), (&self.next_b, &c.b, b_right)] {
-                for i in 1..rows {
-                    let d = next[i];
+                for (i, &d) in next[..rows].iter().enumerate().skip(1) {
                     self.a_left.row_mut(i).iter_mut().zip(key.row(i - 1)).for_each(|(x, k)| *x += d * k);
                     right.row_mut(i - 1).iter_mut().zip(c.a.row(i)).for_each(|(x, a)| *x += d * a);
                 }
