@@ -8,6 +8,7 @@ pub mod cost;
 mod element;
 pub mod elementwise_scan;
 mod error;
+pub mod glu;
 pub mod matrix;
 mod native;
 pub mod rg_lru;

@@ -6,6 +6,7 @@ mod delta_rule;
 mod dplr;
 mod gated_delta_rule;
 mod gla;
+mod glu;
 mod hgrn2;
 mod kda;
 mod linear_attention;
@@ -20,6 +21,7 @@ pub use delta_rule::{delta_rule, delta_rule_step};
 pub use dplr::{dplr, dplr_step};
 pub use gated_delta_rule::{gated_delta_rule, gated_delta_rule_step};
 pub use gla::{gla, gla_step};
+pub use glu::glu;
 pub use hgrn2::{hgrn2, hgrn2_step};
 pub use kda::{kda, kda_step};
 pub use linear_attention::{
@@ -30,3 +32,4 @@ pub use linear_scan::{ScanOutput, hgrn, hgrn_step, linear_scan, linear_scan_step
 pub use rg_lru::{rg_lru, rg_lru_step};
 pub use short_conv::{ConvActivation, ShortConvOutput, short_conv, short_conv_step};
 pub use simple_gla::{retention, retention_step, simple_gla, simple_gla_step};
+pub use thalweg_kernels::glu::Activation as GluActivation;

@@ -2,6 +2,7 @@
 
 use thalweg_kernels::ScanProblem;
 use thalweg_kernels::attention::AttentionProblem;
+use thalweg_kernels::glu::Activation;
 use thalweg_kernels::matrix::MatrixProblem;
 use thalweg_kernels::short_conv::ConvProblem;
 
@@ -24,6 +25,8 @@ pub(crate) enum Operation {
     ShortConv { problem: ConvProblem },
     /// `q, k, v -> o, log-sum-exp`; the second is for the backward pass and takes no gradient
     Attention { problem: AttentionProblem },
+    /// `x, z -> f(x) z, nothing`
+    Glu { activation: Activation },
 }
 
 /// What the gate of a matrix-state operation depends on.

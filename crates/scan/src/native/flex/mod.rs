@@ -3,6 +3,7 @@
 
 mod attention;
 mod complex_scan;
+mod glu;
 mod matrix;
 mod rg_lru;
 mod scan;
@@ -80,6 +81,10 @@ impl Kernels for Flex {
                 let dtype = dtype(&operands, 0);
                 for_element!(dtype, attention::forward(problem, operands, keep))
             }
+            Operation::Glu { activation } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, glu::forward(*activation, operands))
+            }
         }
     }
 
@@ -117,6 +122,10 @@ impl Kernels for Flex {
             Operation::Attention { problem } => {
                 let dtype = dtype(&operands, 0);
                 for_element!(dtype, attention::backward(problem, operands, saved, d_o))
+            }
+            Operation::Glu { activation } => {
+                let dtype = dtype(&operands, 0);
+                for_element!(dtype, glu::backward(*activation, operands, d_o))
             }
         }
     }

@@ -1,0 +1,248 @@
+//! Gated units: `y = f(x) z`, and `y = f(x)` alone, for the activations whose cost is an exponential.
+//!
+//! They stand in every block of a model, between its projections; a plain element-wise pass per arithmetic operation
+//! would read and write the same memory four times over, and a scalar `exp` per element costs as much as a small
+//! matrix product.
+
+use rayon::prelude::*;
+
+use crate::native::simd::{sigmoid, vectorize};
+use crate::{Element, Error};
+
+/// The `f` of a gated unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `s(x) = 1 / (1 + exp(-x))`
+    Sigmoid,
+    /// `x s(x)`
+    Silu,
+    /// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`
+    GeluTanh,
+}
+
+/// Gradients of [`forward`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct GluGradients<E> {
+    /// Of `x`.
+    pub dx: Vec<E>,
+    /// Of `z`, if there is one.
+    pub dz: Option<Vec<E>>,
+}
+
+/// Elements that are widened to f32 at a time.
+const BLOCK: usize = 256;
+
+/// Elements per task; below two of them waking a thread costs more than it saves.
+const TASK: usize = 32 * BLOCK;
+
+/// An element-wise function with its derivative.
+trait Function {
+    fn value(x: f32) -> f32;
+    /// `(f(x), f'(x))`
+    fn slope(x: f32) -> (f32, f32);
+}
+
+struct Sigmoid;
+struct Silu;
+struct GeluTanh;
+
+impl Function for Sigmoid {
+    #[inline(always)]
+    fn value(x: f32) -> f32 {
+        sigmoid(x)
+    }
+    #[inline(always)]
+    fn slope(x: f32) -> (f32, f32) {
+        let s = sigmoid(x);
+        (s, s * (1.0 - s))
+    }
+}
+
+impl Function for Silu {
+    #[inline(always)]
+    fn value(x: f32) -> f32 {
+        x * sigmoid(x)
+    }
+    #[inline(always)]
+    fn slope(x: f32) -> (f32, f32) {
+        let s = sigmoid(x);
+        (x * s, s + x * s * (1.0 - s))
+    }
+}
+
+impl GeluTanh {
+    /// `2 sqrt(2 / pi)`: `(1 + tanh u) / 2 = s(2 u)`.
+    const RATE: f32 = 1.595_769;
+    const CUBIC: f32 = 0.044715 * Self::RATE;
+}
+
+impl Function for GeluTanh {
+    #[inline(always)]
+    fn value(x: f32) -> f32 {
+        x * sigmoid(x * (Self::RATE + Self::CUBIC * x * x))
+    }
+    #[inline(always)]
+    fn slope(x: f32) -> (f32, f32) {
+        let s = sigmoid(x * (Self::RATE + Self::CUBIC * x * x));
+        // The factor s (1 - s) is 0 long before the cube overflows.
+        let bounded = x.clamp(-1e6, 1e6);
+        let inner = Self::RATE + 3.0 * Self::CUBIC * bounded * bounded;
+        (x * s, s + x * s * (1.0 - s) * inner)
+    }
+}
+
+/// `f(x) z`, or `f(x)` if `z` is absent.
+///
+/// # Errors
+/// If `z` is not as long as `x`.
+pub fn forward<E: Element>(activation: Activation, x: &[E], z: Option<&[E]>) -> Result<Vec<E>, Error> {
+    Error::check_len("z", z.map_or(x.len(), <[E]>::len), &[x.len()])?;
+    let mut y = vec![E::default(); x.len()];
+    let tasks = y.par_chunks_mut(TASK).enumerate().with_max_len(1);
+    let task = |(n, y): (usize, &mut [E])| {
+        let range = n * TASK..n * TASK + y.len();
+        let (x, z) = (&x[range.clone()], z.map(|z| &z[range]));
+        match activation {
+            Activation::Sigmoid => values::<Sigmoid, E>(x, z, y),
+            Activation::Silu => values::<Silu, E>(x, z, y),
+            Activation::GeluTanh => values::<GeluTanh, E>(x, z, y),
+        }
+    };
+    if x.len() < 2 * TASK {
+        y.chunks_mut(TASK).enumerate().for_each(task);
+    } else {
+        tasks.for_each(task);
+    }
+    Ok(y)
+}
+
+/// Gradients of [`forward`] for the cotangent `dy` of its result.
+///
+/// # Errors
+/// If `z` or `dy` is not as long as `x`.
+pub fn backward<E: Element>(
+    activation: Activation,
+    x: &[E],
+    z: Option<&[E]>,
+    dy: &[E],
+) -> Result<GluGradients<E>, Error> {
+    Error::check_len("z", z.map_or(x.len(), <[E]>::len), &[x.len()])?;
+    Error::check_len("dy", dy.len(), &[x.len()])?;
+    let mut dx = vec![E::default(); x.len()];
+    let mut dz = z.map(|z| vec![E::default(); z.len()]);
+    let outputs: Vec<(&mut [E], Option<&mut [E]>)> = match &mut dz {
+        Some(dz) => dx.chunks_mut(TASK).zip(dz.chunks_mut(TASK).map(Some)).collect(),
+        None => dx.chunks_mut(TASK).map(|dx| (dx, None)).collect(),
+    };
+    let task = |(n, (dx, dz)): (usize, (&mut [E], Option<&mut [E]>))| {
+        let range = n * TASK..n * TASK + dx.len();
+        let inputs = (&x[range.clone()], z.map(|z| &z[range.clone()]), &dy[range]);
+        match activation {
+            Activation::Sigmoid => slopes::<Sigmoid, E>(inputs, dx, dz),
+            Activation::Silu => slopes::<Silu, E>(inputs, dx, dz),
+            Activation::GeluTanh => slopes::<GeluTanh, E>(inputs, dx, dz),
+        }
+    };
+    if x.len() < 2 * TASK {
+        outputs.into_iter().enumerate().for_each(task);
+    } else {
+        outputs.into_par_iter().enumerate().with_max_len(1).for_each(task);
+    }
+    Ok(GluGradients { dx, dz })
+}
+
+fn values<F: Function, E: Element>(x: &[E], z: Option<&[E]>, y: &mut [E]) {
+    let (mut xs, mut zs) = ([0.0; BLOCK], [0.0; BLOCK]);
+    for (n, y) in y.chunks_mut(BLOCK).enumerate() {
+        let range = n * BLOCK..n * BLOCK + y.len();
+        let xs = &mut xs[..y.len()];
+        E::to_f32_slice(&x[range.clone()], xs);
+        let zs = z.map(|z| {
+            let zs = &mut zs[..y.len()];
+            E::to_f32_slice(&z[range], zs);
+            &*zs
+        });
+        vectorize(
+            #[inline(always)]
+            || match zs {
+                Some(zs) => xs.iter_mut().zip(zs).for_each(|(x, z)| *x = F::value(*x) * z),
+                None => xs.iter_mut().for_each(|x| *x = F::value(*x)),
+            },
+        );
+        E::from_f32_slice(xs, y);
+    }
+}
+
+fn slopes<F: Function, E: Element>((x, z, dy): (&[E], Option<&[E]>, &[E]), dx: &mut [E], mut dz: Option<&mut [E]>) {
+    let (mut xs, mut zs, mut ds) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+    for (n, dx) in dx.chunks_mut(BLOCK).enumerate() {
+        let range = n * BLOCK..n * BLOCK + dx.len();
+        let (xs, zs, ds) = (&mut xs[..dx.len()], &mut zs[..dx.len()], &mut ds[..dx.len()]);
+        E::to_f32_slice(&x[range.clone()], xs);
+        E::to_f32_slice(&dy[range.clone()], ds);
+        match z {
+            Some(z) => E::to_f32_slice(&z[range.clone()], zs),
+            None => zs.fill(1.0),
+        }
+        vectorize(
+            #[inline(always)]
+            || {
+                for ((x, z), d) in xs.iter_mut().zip(zs.iter_mut()).zip(ds.iter()) {
+                    let (value, slope) = F::slope(*x);
+                    (*x, *z) = (d * *z * slope, d * value);
+                }
+            },
+        );
+        E::from_f32_slice(xs, dx);
+        if let Some(dz) = &mut dz {
+            E::from_f32_slice(zs, &mut dz[range]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equals_the_formulas_in_f64() {
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let tanh = |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh());
+        // Long enough for several tasks, with a ragged end.
+        let x: Vec<f32> = (0..3 * TASK + 77).map(|i| (i % 1999) as f32 * 0.01 - 10.0).collect();
+        let z: Vec<f32> = (0..x.len()).map(|i| ((i * 7) % 31) as f32 * 0.1 - 1.5).collect();
+        let dy: Vec<f32> = (0..x.len()).map(|i| ((i * 5) % 17) as f32 * 0.1 - 0.8).collect();
+        for activation in [Activation::Sigmoid, Activation::Silu, Activation::GeluTanh] {
+            let f = |x: f64| match activation {
+                Activation::Sigmoid => sigmoid(x),
+                Activation::Silu => x * sigmoid(x),
+                Activation::GeluTanh => tanh(x),
+            };
+            for gate in [None, Some(z.as_slice())] {
+                let y = forward(activation, &x, gate).unwrap();
+                let grads = backward(activation, &x, gate, &dy).unwrap();
+                for i in 0..x.len() {
+                    let (xi, zi, di) = (f64::from(x[i]), gate.map_or(1.0, |z| f64::from(z[i])), f64::from(dy[i]));
+                    let slope = (f(xi + 1e-5) - f(xi - 1e-5)) / 2e-5;
+                    assert!((f64::from(y[i]) - f(xi) * zi).abs() < 2e-6 * f(xi).abs().max(1.0), "{activation:?} {xi}");
+                    assert!((f64::from(grads.dx[i]) - di * zi * slope).abs() < 1e-5, "{activation:?} {xi}");
+                    if let Some(dz) = &grads.dz {
+                        assert!((f64::from(dz[i]) - di * f(xi)).abs() < 1e-5, "{activation:?} {xi}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn stays_finite_and_refuses_lengths() {
+        let x = [-1e30f32, -1e4, 0.0, 1e4, 1e30];
+        for activation in [Activation::Sigmoid, Activation::Silu, Activation::GeluTanh] {
+            let y = forward(activation, &x, None).unwrap();
+            let grads = backward(activation, &x, None, &[1.0; 5]).unwrap();
+            assert!(y.iter().chain(&grads.dx).all(|v| v.is_finite()), "{y:?} {grads:?}");
+            assert!(forward(activation, &x, Some(&x[1..])).is_err());
+            assert!(backward(activation, &x, None, &x[1..]).is_err());
+        }
+    }
+}
