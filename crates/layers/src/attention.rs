@@ -3,12 +3,12 @@
 
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
-use thalweg_scan::{attention, attention_step};
+use thalweg_scan::{GluActivation, attention, attention_step};
 
 use crate::error::{divide, even, positive, positive_number, shape_error};
+use crate::gated::gated;
 use crate::heads::{merge, split, token};
 use crate::init::linear;
 use crate::kv_cache::{AttentionState, aligned};
@@ -192,7 +192,7 @@ impl Attention {
 
     fn output(&self, o: Tensor<4>, gate: Option<Tensor<4>>) -> Tensor<3> {
         let o = match gate {
-            Some(gate) => o * sigmoid(gate),
+            Some(gate) => gated(GluActivation::Sigmoid, gate, o),
             None => o,
         };
         self.o_proj.forward(merge(o))

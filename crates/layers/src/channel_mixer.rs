@@ -138,7 +138,7 @@ impl ChannelMixer {
     /// Mixes the last axis of `x`, `[.., hidden]`; the output has the shape of `x`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let inner = match &self.gate_proj {
-            Some(gate) => self.activation.forward(gate.forward(x.clone())) * self.up_proj.forward(x),
+            Some(gate) => self.activation.gate(gate.forward(x.clone()), self.up_proj.forward(x)),
             None => self.activation.forward(self.up_proj.forward(x)),
         };
         self.down_proj.forward(inner)

@@ -2,12 +2,13 @@
 
 use burn::module::{Module, Param};
 use burn::nn::{Initializer, Linear};
-use burn::tensor::activation::{log_sigmoid, sigmoid, silu, softmax};
+use burn::tensor::activation::{log_sigmoid, softmax};
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
-use thalweg_scan::{hgrn, hgrn_step};
+use thalweg_scan::{GluActivation, hgrn, hgrn_step};
 
 use crate::error::{positive, shape_error};
+use crate::gated::{gated, sigmoid};
 use crate::heads::{full_precision, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
@@ -138,9 +139,10 @@ impl Hgrn {
         context.check_input(x, self.hidden_size)?;
         let logits = self.f_proj.forward(x.clone());
         let (g, rest) = forget_gate(logits, context.lower_bound.as_ref())?;
-        let input = silu(self.i_proj.forward(x.clone()));
+        let input = self.i_proj.forward(x.clone());
         let dtype = input.dtype();
-        Ok([(full_precision(input) * rest).cast(dtype), g])
+        let input = gated(GluActivation::Silu, full_precision(input), rest).cast(dtype);
+        Ok([input, g])
     }
 
     fn output(&self, h: Tensor<3>, x: Tensor<3>) -> Tensor<3> {

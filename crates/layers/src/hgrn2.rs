@@ -2,12 +2,12 @@
 
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use thalweg_scan::{gla, gla_step};
 
 use crate::error::{divide, positive};
+use crate::gated::silu;
 use crate::heads::{merge, split, token};
 use crate::hgrn::forget_gate;
 use crate::init::linear;

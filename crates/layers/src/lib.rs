@@ -10,6 +10,7 @@ pub mod channel_mixer;
 pub mod decay;
 pub mod delta_net;
 pub mod error;
+mod gated;
 pub mod gated_delta_net;
 pub mod gla;
 mod heads;

@@ -2,12 +2,12 @@
 
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::tensor::activation::{sigmoid, silu};
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
-use thalweg_scan::{retention, retention_step};
+use thalweg_scan::{GluActivation, retention, retention_step};
 
 use crate::error::{divide, positive};
+use crate::gated::{gated, silu};
 use crate::heads::{merge, split, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
@@ -122,8 +122,9 @@ impl Lightning {
     }
 
     fn output(&self, o: Tensor<4>, x: Tensor<3>) -> Tensor<3> {
-        let gate = sigmoid(self.output_gate.forward(x));
-        self.out_proj.forward(self.norm.forward(merge(o)) * gate)
+        let o = self.norm.forward(merge(o));
+        let gate = self.output_gate.forward(x);
+        self.out_proj.forward(gated(GluActivation::Sigmoid, gate, o))
     }
 }
 

@@ -2,12 +2,13 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
-use burn::tensor::activation::{sigmoid, silu};
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+use thalweg_scan::GluActivation;
 
 use crate::ConfigError;
 use crate::error::{positive, positive_number};
+use crate::gated::gated;
 use crate::heads::full_precision;
 
 /// Options of [`RmsNorm`].
@@ -89,10 +90,10 @@ pub enum OutputGate {
 }
 
 impl OutputGate {
-    pub(crate) fn apply<const D: usize>(self, z: Tensor<D>) -> Tensor<D> {
+    fn function(self) -> GluActivation {
         match self {
-            Self::Silu => silu(z),
-            Self::Sigmoid => sigmoid(z),
+            Self::Silu => GluActivation::Silu,
+            Self::Sigmoid => GluActivation::Sigmoid,
         }
     }
 }
@@ -116,7 +117,7 @@ impl GatedRmsNorm {
 
     /// `x` and the gate's input `z` have the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, z: Tensor<D>) -> Tensor<D> {
-        self.normalize(x) * self.gate.apply(z)
+        gated(self.gate.function(), z, self.normalize(x))
     }
 
     /// The norm without the gate, for layers whose gate is an option.

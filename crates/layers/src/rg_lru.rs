@@ -5,10 +5,10 @@ use burn::module::{Module, Param};
 use burn::nn::{Initializer, Linear};
 use burn::tensor::{Bool, Device, Distribution, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
-use thalweg_scan::{ConvActivation, rg_lru, rg_lru_step};
+use thalweg_scan::{ConvActivation, GluActivation, rg_lru, rg_lru_step};
 
-use crate::activation::gelu_tanh;
 use crate::error::{divide, positive, positive_number};
+use crate::gated::gated;
 use crate::heads::token;
 use crate::init::{linear, param};
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
@@ -168,7 +168,8 @@ state_parts!(RgLruState as "rg_lru" { h, conv, positions });
 
 impl RgLruBlock {
     fn output(&self, h: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
-        self.linear_out.forward(gelu_tanh(self.linear_y.forward(x)) * h)
+        let gate = self.linear_y.forward(x);
+        self.linear_out.forward(gated(GluActivation::GeluTanh, gate, h))
     }
 }
 

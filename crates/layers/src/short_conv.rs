@@ -2,10 +2,10 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
 use thalweg_scan::{ConvActivation, ShortConvOptions, short_conv};
 
+use crate::gated::silu;
 use crate::state::state_parts;
 use crate::{ConfigError, Context, Error};
 
