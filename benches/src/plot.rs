@@ -5,6 +5,9 @@ use plotters::prelude::*;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+/// A picture's name, its vertical axis, and what it shows of a row.
+type Picture<'a> = (&'a str, &'a str, &'a dyn Fn(&Row) -> f64);
+
 const SIZE: (u32, u32) = (960, 600);
 
 /// Okabe and Ito's colours, told apart by every eye.
@@ -30,8 +33,7 @@ pub fn draw(report: &Report, folder: &Path) -> Result<Vec<PathBuf>, Error> {
     for &pass in Pass::ALL {
         let (time, memory) = (|row: &Row| row.median_ms, |row: &Row| row.peak_bytes as f64 / 1e6);
         let name = pass.name().replace('+', "-");
-        let pictures: [(&str, &str, &dyn Fn(&Row) -> f64); 2] =
-            [("time", "milliseconds", &time), ("memory", "MB above the start", &memory)];
+        let pictures: [Picture; 2] = [("time", "milliseconds", &time), ("memory", "MB above the start", &memory)];
         for (kind, unit, value) in pictures {
             let series = by_length(report, pass, value);
             if !series.is_empty() {

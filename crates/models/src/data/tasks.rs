@@ -139,8 +139,8 @@ impl TaskOptions {
                 let modulus = self.symbols as u32;
                 track(rng, &mut example, modulus, |sum, digit| (sum + digit) % modulus);
             }
-            Task::S3 => track(rng, &mut example, 6, |product, next| compose::<3>(product, next)),
-            Task::S5 => track(rng, &mut example, 120, |product, next| compose::<5>(product, next)),
+            Task::S3 => track(rng, &mut example, 6, compose::<3>),
+            Task::S5 => track(rng, &mut example, 120, compose::<5>),
         }
         example
     }
