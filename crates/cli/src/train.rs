@@ -280,8 +280,10 @@ impl Args {
             let name = path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
             return Ok((name, ModelConfig::load(path)?));
         }
-        let name = self.preset.as_deref().unwrap_or(DEFAULT_PRESET);
-        Ok((name.to_owned(), preset(name)?))
+        match &self.preset {
+            Some(name) => Ok((name.clone(), preset(name)?)),
+            None => Ok(("default".to_owned(), preset(DEFAULT_PRESET)?)),
+        }
     }
 
     fn tokenizer(&self) -> Result<Option<Tokenizer>, Error> {

@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Task {
-    /// Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): key-value pairs, then some of the keys
-    /// in random order among blanks; the answer to each is its value.
+    /// Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): key-value pairs, then the keys in random
+    /// order, over and over to the end; the answer to each is its value.
     Mqar,
     /// Symbols, a mark, then as many blanks; the answers are the symbols in their order.
     Copy,
@@ -155,10 +155,12 @@ impl TaskOptions {
             example.inputs[2 * pair] = key;
             example.inputs[2 * pair + 1] = value;
         }
-        let mut places: Vec<usize> = (2 * self.items..self.length).collect();
-        places.shuffle(rng);
-        for (&place, (&key, &value)) in places.iter().zip(keys.iter().zip(&values)) {
-            example.ask(place, key, value);
+        let mut order: Vec<usize> = (0..self.items).collect();
+        for round in (2 * self.items..self.length).step_by(self.items) {
+            order.shuffle(rng);
+            for (place, &pair) in (round..self.length).zip(&order) {
+                example.ask(place, keys[pair], values[pair]);
+            }
         }
     }
 
@@ -277,11 +279,11 @@ mod tests {
     }
 
     #[test]
-    fn recall_asks_each_key_once_for_its_value() {
+    fn recall_asks_every_key_for_its_value() {
         let (options, batch) = one(Task::Mqar, 64);
         let pairs = &batch.inputs[..2 * options.items];
         let asked: Vec<usize> = (0..64).filter(|&at| batch.weights.as_ref().unwrap()[at] > 0.0).collect();
-        assert_eq!(asked.len(), options.items);
+        assert_eq!(asked, (2 * options.items..64).collect::<Vec<_>>());
         for at in asked {
             let pair = pairs.chunks(2).find(|pair| pair[0] == batch.inputs[at]).unwrap();
             assert_eq!(batch.targets[at], pair[1]);
