@@ -38,6 +38,9 @@ pub enum Error {
     /// A layer refused its options.
     #[error(transparent)]
     Config(#[from] thalweg_layers::ConfigError),
+    /// A model refused its arguments.
+    #[error(transparent)]
+    Model(#[from] thalweg_models::Error),
     /// A file cannot be read or written.
     #[error("{}: {source}", path.display())]
     File {

@@ -11,7 +11,9 @@
 
 mod case;
 mod error;
+mod layers;
 mod machine;
+mod models;
 mod noise;
 mod ops;
 pub mod plot;

@@ -1,7 +1,7 @@
 //! From a case to a row: verify, time, account.
 
-use crate::workload::{Workload, verify, verify_start};
-use crate::{Case, Ceilings, Effort, Error, Row, Samples, ops};
+use crate::workload::{Workload, build, verify, verify_start};
+use crate::{Case, Ceilings, Effort, Error, Row, Samples};
 use std::time::Duration;
 
 /// Runs benchmarks on a number of threads.
@@ -37,11 +37,11 @@ impl Runner {
         self.pool.install(|| {
             let error = verify(case)?;
             let memory = Memory::start();
-            let mut workload = ops::build(case)?;
+            let mut workload = build(case)?;
             workload.run()?;
             let peak = memory.peak();
             let error = error.max(verify_start(case, workload.as_ref())?);
-            let samples = Samples::take(self.effort, || workload.run())?;
+            let samples = Samples::take(self.effort, workload.calls(), || workload.run())?;
             let work = (workload.cost(), workload.tokens());
             Ok(Row::new(case, &samples, work, &self.ceilings, error, peak))
         })
@@ -51,7 +51,7 @@ impl Runner {
     pub(crate) fn prepare(&self, case: &Case) -> Result<Prepared, Error> {
         self.pool.install(|| {
             let error = verify(case)?;
-            let mut workload = ops::build(case)?;
+            let mut workload = build(case)?;
             workload.run()?;
             let error = error.max(verify_start(case, workload.as_ref())?);
             Ok(Prepared { case: case.clone(), workload, error })
@@ -60,7 +60,7 @@ impl Runner {
 
     pub(crate) fn time(&self, prepared: &mut Prepared, effort: Effort) -> Result<(Row, Samples), Error> {
         let Prepared { case, workload, error } = prepared;
-        let samples = self.pool.install(|| Samples::take(effort, || workload.run()))?;
+        let samples = self.pool.install(|| Samples::take(effort, workload.calls(), || workload.run()))?;
         let work = (workload.cost(), workload.tokens());
         Ok((Row::new(case, &samples, work, &self.ceilings, *error, 0), samples))
     }

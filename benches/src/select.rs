@@ -25,7 +25,8 @@ pub struct Entry {
 
 /// All benchmarks.
 pub fn catalogue() -> Vec<&'static Entry> {
-    crate::ops::ENTRIES.iter().collect()
+    let parts = [crate::ops::ENTRIES, crate::layers::ENTRIES, crate::models::ENTRIES];
+    parts.into_iter().flatten().collect()
 }
 
 /// A choice of benchmarks; an empty list is the default of each benchmark.

@@ -32,8 +32,12 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// Times `run`, after one untimed run (two, if they are short).
-    pub(crate) fn take(effort: Effort, mut run: impl FnMut() -> Result<(), Error>) -> Result<Samples, Error> {
+    /// Times `run`, which makes `calls` calls, after an untimed run and one that tells how long it takes.
+    pub(crate) fn take(
+        effort: Effort,
+        calls: usize,
+        mut run: impl FnMut() -> Result<(), Error>,
+    ) -> Result<Samples, Error> {
         run()?;
         let warm = Instant::now();
         run()?;
@@ -45,9 +49,10 @@ impl Samples {
             for _ in 0..runs {
                 run()?;
             }
-            samples.wall.push(start.elapsed().as_secs_f64() / runs as f64);
+            let calls = (runs * calls) as f64;
+            samples.wall.push(start.elapsed().as_secs_f64() / calls);
             if let Some((before, after)) = cpu.zip(processor_seconds()) {
-                samples.cpu.push((after - before) / runs as f64);
+                samples.cpu.push((after - before) / calls);
             }
         }
         Ok(samples)
@@ -91,6 +96,6 @@ mod tests {
 
     #[test]
     fn an_error_stops_the_measurement() {
-        assert!(Samples::take(Effort::QUICK, || Err(Error::argument("x", "is bad"))).is_err());
+        assert!(Samples::take(Effort::QUICK, 1, || Err(Error::argument("x", "is bad"))).is_err());
     }
 }

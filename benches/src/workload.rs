@@ -34,16 +34,43 @@ pub(crate) trait Workload: Send {
     fn head(&self, len: usize) -> Vec<f64>;
     /// What the first run should give; the main output is the first.
     fn expected(&self) -> Result<Vec<Expected>, Error>;
-    /// Work of a run.
+    /// Work of a call.
     fn cost(&self) -> Cost;
-    /// Tokens of a run.
+    /// Tokens of a call.
     fn tokens(&self) -> usize;
+    /// Calls of what is timed in a run; times are those of one.
+    fn calls(&self) -> usize {
+        1
+    }
+}
+
+/// Makes a benchmark ready to run.
+pub(crate) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
+    let entry = crate::catalogue().into_iter().find(|entry| entry.part == case.part && entry.name == case.name);
+    let Some(entry) = entry else {
+        return Err(Error::argument("name", format!("`{}` is no benchmark of {}", case.name, case.part)));
+    };
+    if case.shape.len() != entry.axes.len() || case.shape.contains(&0) {
+        let reason = format!("{:?} is not {} sizes: {}", case.shape, entry.axes.len(), entry.axes.join(","));
+        return Err(Error::argument("shape", reason));
+    }
+    if !entry.paths.contains(&case.path) {
+        return Err(Error::argument("path", format!("`{}` cannot run {}", case.path, case.name)));
+    }
+    if !entry.dtypes.contains(&case.dtype) {
+        return Err(Error::argument("dtype", format!("`{}` is none that {} takes", case.dtype, case.name)));
+    }
+    match case.part {
+        Part::Ops => crate::ops::build(case),
+        Part::Layers => Ok(Box::new(crate::layers::Layer::new(case)?)),
+        Part::Models => Ok(Box::new(crate::models::Whole::new(case)?)),
+    }
 }
 
 /// Compares a small run with the oracle. Returns the largest error.
 pub(crate) fn verify(case: &Case) -> Result<f64, Error> {
     let small = case.small(2);
-    let mut workload = crate::ops::build(&small)?;
+    let mut workload = build(&small)?;
     workload.run()?;
     let expected = workload.expected()?;
     let mut largest = 0.0f64;
@@ -62,7 +89,7 @@ pub(crate) fn verify_start(case: &Case, workload: &dyn Workload) -> Result<f64, 
         return Ok(0.0);
     }
     let small = case.small(1);
-    match crate::ops::build(&small)?.expected()?.first() {
+    match build(&small)?.expected()?.first() {
         Some(expected) => check(case, &workload.head(expected.values.len()), expected),
         None => Ok(0.0),
     }
