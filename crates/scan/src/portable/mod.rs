@@ -20,7 +20,12 @@ pub(crate) const SUB_BLOCK: usize = 16;
 
 /// `1 - exp(x)` for `x <= 0` without cancellation near 0, as `-tanh(x / 2) (1 + exp x)`.
 pub(crate) fn one_minus_exp<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    x.clone().div_scalar(-2.0).tanh() * x.exp().add_scalar(1.0)
+    let value = x.clone().detach();
+    let value = value.clone().div_scalar(-2.0).tanh() * value.exp().add_scalar(1.0);
+    // The difference is zero and carries the gradient: that of the product above has the wrong sign from x = -17 on,
+    // where tanh is 1 to rounding.
+    let exp = x.exp();
+    value - (exp.clone() - exp.detach())
 }
 
 /// The parts of a tensor between consecutive bounds, which start at 0 and end at the axis' size.
