@@ -9,9 +9,6 @@ const LATER: [&str; 4] = ["rwkv6", "rwkv7", "selective_scan", "ssd"];
 /// What `thalweg conform` allows by default.
 const TOLERANCE: f64 = 1e-4;
 
-/// Operations without a native kernel behind the Burn operation so far: their native path is the portable one.
-const PORTABLE_ONLY: [&str; 2] = ["complex_scan", "rg_lru"];
-
 fn cases() -> Vec<Case> {
     let found = load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("golden")).unwrap();
     let cases = found.cases.into_iter().map(|(_, case)| case.unwrap());
@@ -39,7 +36,6 @@ fn native_path_is_not_the_portable_one() {
     let [native, portable] = [Engine::native(), Engine::portable()];
     let fell_back: Vec<_> = cases()
         .iter()
-        .filter(|case| !PORTABLE_ONLY.contains(&case.op.as_str()))
         .filter(|case| native.run(case).unwrap() == portable.run(case).unwrap())
         .map(|case| case.name.clone())
         .collect();
