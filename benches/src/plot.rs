@@ -10,6 +10,9 @@ type Picture<'a> = (&'a str, &'a str, &'a dyn Fn(&Row) -> f64);
 
 const SIZE: (u32, u32) = (960, 600);
 
+/// Labels of the axes and of lines and points.
+const LABEL: (&str, u32) = ("sans-serif", 15);
+
 /// Okabe and Ito's colours, told apart by every eye.
 const COLORS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
@@ -23,7 +26,7 @@ const COLORS: [RGBColor; 8] = [
 ];
 
 /// Draws what the report has data for into `folder`, which is made if need be. Returns the files: for each pass
-/// `time-PASS.svg` and `memory-PASS.svg` where a benchmark was run at several lengths, and `roofline.svg`.
+/// `time-PASS.svg`, `token-PASS.svg` (time per token) and `memory-PASS.svg` where a benchmark was run at several lengths, and `roofline.svg`.
 ///
 /// # Errors
 /// If a file cannot be written.
@@ -31,14 +34,17 @@ pub fn draw(report: &Report, folder: &Path) -> Result<Vec<PathBuf>, Error> {
     std::fs::create_dir_all(folder).map_err(|source| Error::File { path: folder.into(), source })?;
     let mut files = Vec::new();
     for &pass in Pass::ALL {
-        let (time, memory) = (|row: &Row| row.median_ms, |row: &Row| row.peak_bytes as f64 / 1e6);
         let name = pass.name().replace('+', "-");
-        let pictures: [Picture; 2] = [("time", "milliseconds", &time), ("memory", "MB above the start", &memory)];
+        let pictures: [(&str, &str, fn(&Row) -> f64); 3] = [
+            ("time", "milliseconds", |row| row.median_ms),
+            ("token", "microseconds per token", |row| 1e6 / row.tokens_per_s),
+            ("memory", "MB above the start", |row| row.peak_bytes as f64 / 1e6),
+        ];
         for (kind, unit, value) in pictures {
             let series = by_length(report, pass, value);
             if !series.is_empty() {
                 let file = folder.join(format!("{kind}-{name}.svg"));
-                lengths(&file, &format!("{kind} of {pass} by sequence length"), unit, &series)
+                lengths(&file, &format!("{pass}: {unit} by sequence length"), unit, &series)
                     .map_err(|error| Error::Plot(error.to_string()))?;
                 files.push(file);
             }
@@ -57,7 +63,7 @@ pub fn draw(report: &Report, folder: &Path) -> Result<Vec<PathBuf>, Error> {
 type Series = BTreeMap<String, Vec<(f64, f64)>>;
 
 /// Values by sequence length, for each benchmark that was run at several; the rest of its description is its name.
-fn by_length(report: &Report, pass: Pass, value: &dyn Fn(&Row) -> f64) -> Series {
+fn by_length(report: &Report, pass: Pass, value: fn(&Row) -> f64) -> Series {
     let mut series = Series::new();
     for row in report.rows.iter().filter(|row| row.case.pass == pass && value(row) > 0.0) {
         let case = &row.case;
@@ -99,6 +105,10 @@ fn lengths(file: &Path, title: &str, unit: &str, series: &Series) -> Drawn {
         .y_desc(unit)
         .x_label_formatter(&|x| number(*x))
         .y_label_formatter(&|y| number(*y))
+        .label_style(LABEL)
+        .axis_desc_style(LABEL)
+        .light_line_style(RGBColor(240, 240, 240))
+        .bold_line_style(RGBColor(215, 215, 215))
         .draw()?;
     for (i, (name, points)) in series.iter().enumerate() {
         let color = COLORS[i % COLORS.len()];
@@ -109,6 +119,7 @@ fn lengths(file: &Path, title: &str, unit: &str, series: &Series) -> Drawn {
     }
     chart
         .configure_series_labels()
+        .label_font(LABEL)
         .position(SeriesLabelPosition::UpperLeft)
         .background_style(WHITE.mix(0.8))
         .border_style(RGBColor(200, 200, 200))
@@ -143,6 +154,10 @@ fn roofline(file: &Path, report: &Report, rows: &[&Row]) -> Drawn {
         .y_desc("GFLOP/s")
         .x_label_formatter(&|x| number(*x))
         .y_label_formatter(&|y| number(*y))
+        .label_style(LABEL)
+        .axis_desc_style(LABEL)
+        .light_line_style(RGBColor(240, 240, 240))
+        .bold_line_style(RGBColor(215, 215, 215))
         .draw()?;
     for (i, &(bytes, copy)) in ceilings.copies.iter().enumerate() {
         let color = RGBColor(120, 120, 120).mix(1.0 - 0.3 * i as f64);
@@ -176,6 +191,7 @@ fn roofline(file: &Path, report: &Report, rows: &[&Row]) -> Drawn {
     }
     chart
         .configure_series_labels()
+        .label_font(LABEL)
         .position(SeriesLabelPosition::LowerRight)
         .background_style(WHITE.mix(0.8))
         .border_style(RGBColor(200, 200, 200))

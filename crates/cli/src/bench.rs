@@ -52,7 +52,7 @@ pub struct Args {
     /// Holds the results against an earlier report and marks what changed by more than the spread.
     #[arg(long)]
     compare: Option<PathBuf>,
-    /// Draws time and memory against sequence length, and the roofline, as SVG in this folder.
+    /// Draws time, time per token and memory against sequence length, and the roofline, as SVG in this folder.
     #[arg(long)]
     plot: Option<PathBuf>,
 }
