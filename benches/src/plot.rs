@@ -5,9 +5,6 @@ use plotters::prelude::*;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// A picture's name, its vertical axis, and what it shows of a row.
-type Picture<'a> = (&'a str, &'a str, &'a dyn Fn(&Row) -> f64);
-
 const SIZE: (u32, u32) = (960, 600);
 
 /// Labels of the axes and of lines and points.
@@ -35,7 +32,7 @@ pub fn draw(report: &Report, folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut files = Vec::new();
     for &pass in Pass::ALL {
         let name = pass.name().replace('+', "-");
-        let pictures: [(&str, &str, fn(&Row) -> f64); 3] = [
+        let pictures: [(&str, &str, Value); 3] = [
             ("time", "milliseconds", |row| row.median_ms),
             ("token", "microseconds per token", |row| 1e6 / row.tokens_per_s),
             ("memory", "MB above the start", |row| row.peak_bytes as f64 / 1e6),
@@ -59,11 +56,14 @@ pub fn draw(report: &Report, folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(files)
 }
 
+/// What is drawn of a row.
+type Value = fn(&Row) -> f64;
+
 /// A line: its name and its points.
 type Series = BTreeMap<String, Vec<(f64, f64)>>;
 
 /// Values by sequence length, for each benchmark that was run at several; the rest of its description is its name.
-fn by_length(report: &Report, pass: Pass, value: fn(&Row) -> f64) -> Series {
+fn by_length(report: &Report, pass: Pass, value: Value) -> Series {
     let mut series = Series::new();
     for row in report.rows.iter().filter(|row| row.case.pass == pass && value(row) > 0.0) {
         let case = &row.case;
