@@ -174,7 +174,8 @@ mod tests {
 
     #[test]
     fn lists_multiply() {
-        assert_eq!(gla().cases().unwrap().len(), 2);
+        let defaults: Vec<_> = gla().cases().unwrap().iter().map(|case| (case.pass, case.shape[0])).collect();
+        assert_eq!(defaults, [(Pass::Forward, 1), (Pass::Train, 1), (Pass::Step, 1), (Pass::Step, 8)]);
         let selection = Selection {
             time: vec![64, 128],
             chunk: vec![32, 64],
