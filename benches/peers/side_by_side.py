@@ -222,7 +222,7 @@ def main():
     parser.add_argument("--only", default="", help="rows whose label, name, pass or shape contains this")
     parser.add_argument("--threads", default="2,1")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each side in each round")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of each side in each round")
     parser.add_argument("--binary", default=str(ROOT / "target" / "release" / "thalweg"))
     parser.add_argument("--json", help="writes all figures to this file")
     parser.add_argument("--markdown", help="writes the table to this file")

@@ -22,6 +22,15 @@ impl Effort {
 /// Samples are at least this long, so that a call of some microseconds is not the clock's.
 const SHORTEST: f64 = 1e-3;
 
+/// A run of this many seconds is no different when it is warm.
+const LONG: f64 = 0.2;
+
+fn seconds(run: &mut impl FnMut() -> Result<(), Error>) -> Result<f64, Error> {
+    let start = Instant::now();
+    run()?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
 /// The samples of a benchmark, in seconds per run.
 #[derive(Debug, Clone, Default)]
 pub struct Samples {
@@ -32,16 +41,18 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// Times `run`, which makes `calls` calls, after an untimed run and one that tells how long it takes.
+    /// Times `run`, which makes `calls` calls, after an untimed run and, if that was short, one that tells how long a
+    /// warm one takes.
     pub(crate) fn take(
         effort: Effort,
         calls: usize,
         mut run: impl FnMut() -> Result<(), Error>,
     ) -> Result<Samples, Error> {
-        run()?;
-        let warm = Instant::now();
-        run()?;
-        let runs = (SHORTEST / warm.elapsed().as_secs_f64().max(1e-9)).ceil().max(1.0) as usize;
+        let mut once = seconds(&mut run)?;
+        if once < LONG {
+            once = seconds(&mut run)?;
+        }
+        let runs = (SHORTEST / once.max(1e-9)).ceil().max(1.0) as usize;
         let mut samples = Samples::default();
         let all = Instant::now();
         while samples.wall.len() < effort.samples || all.elapsed().as_secs_f64() < effort.seconds {
