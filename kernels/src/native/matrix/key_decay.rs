@@ -46,6 +46,7 @@ pub(crate) struct KeySums {
     block: Tile,
     dots: Vec<f32>,
     row: Vec<f32>,
+    pair: Vec<f32>,
     /// Of the sums `c_i`; and, in row `j + 1`, what all gates after token `j` get.
     gradient: Tile,
     ending: Tile,
@@ -71,6 +72,7 @@ impl Decay for KeyDecay<'_> {
             block: Tile::new(chunk, chunk),
             dots: vec![0.0; chunk],
             row: vec![0.0; key_dim],
+            pair: vec![0.0; key_dim],
             gradient: tile(chunk + 1),
             ending: tile(chunk + 1),
         }
@@ -295,7 +297,8 @@ fn factor(s: &mut KeySums, lo: usize, hi: usize, (x, reads): (&Tile, Reads), y: 
 /// Scores of the pairs `i > j` within `lo..hi`.
 fn scores(s: &mut KeySums, lo: usize, hi: usize, x: (&Tile, Reads), y: &Tile, p: &mut Tile) {
     if hi - lo <= PAIRS {
-        return pairs(&s.g, lo, hi, x.1, |i, j, w| {
+        let KeySums { g, row, pair, .. } = s;
+        return pairs(g, (row, pair), lo, hi, x.1, |i, j, w| {
             let sum = x.0.row(i).iter().zip(y.row(j)).zip(w).map(|((x, y), w)| x * y * w).sum();
             p.row_mut(i)[j] = sum;
         });
@@ -330,7 +333,8 @@ fn scores_backward(
     dy: &mut Tile,
 ) {
     if hi - lo <= PAIRS {
-        return pairs(&s.g, lo, hi, x.1, |i, j, w| {
+        let KeySums { g, row, pair, .. } = s;
+        return pairs(g, (row, pair), lo, hi, x.1, |i, j, w| {
             let d = dp.row(i)[j];
             dx.row_mut(i).iter_mut().zip(y.row(j)).zip(w).for_each(|((dx, y), w)| *dx += d * y * w);
             dy.row_mut(j).iter_mut().zip(x.0.row(i)).zip(w).for_each(|((dy, x), w)| *dy += d * x * w);
@@ -373,9 +377,14 @@ fn scores_backward(
 }
 
 /// Calls `pair(i, j, w)` with the decay `w` from `j` to `i`, for all `i > j` in `lo..hi`.
-fn pairs(g: &Tile, lo: usize, hi: usize, reads: Reads, mut pair: impl FnMut(usize, usize, &[f32])) {
-    let mut sum = vec![0.0f32; g.cols()];
-    let mut w = sum.clone();
+fn pairs(
+    g: &Tile,
+    (sum, w): (&mut [f32], &mut [f32]),
+    lo: usize,
+    hi: usize,
+    reads: Reads,
+    mut pair: impl FnMut(usize, usize, &[f32]),
+) {
     for j in lo..hi {
         sum.fill(0.0);
         for i in j + 1..hi {
@@ -384,9 +393,9 @@ fn pairs(g: &Tile, lo: usize, hi: usize, reads: Reads, mut pair: impl FnMut(usiz
             }
             vectorize(
                 #[inline(always)]
-                || w.iter_mut().zip(&sum).for_each(|(w, s)| *w = exp(*s)),
+                || w.iter_mut().zip(&*sum).for_each(|(w, s)| *w = exp(*s)),
             );
-            pair(i, j, &w);
+            pair(i, j, w);
             if reads == Reads::Before {
                 sum.iter_mut().zip(g.row(i)).for_each(|(s, g)| *s += g);
             }
