@@ -28,9 +28,8 @@ pub(crate) struct HeadSums {
     /// `e^{c_i}` for `i` in `0..=n`, and `e^{c_n - c_{i+1}}`.
     from_start: Vec<f32>,
     to_end: Vec<f32>,
-    /// `e^{c_{i+1} - c_{j+1}}` for `i >= j`, and `e^{c_i - c_{j+1}}` for `i > j`; zero elsewhere.
-    decayed: Tile,
-    before: Tile,
+    /// `e^{c_{i+1} - c_{j+1}}` for `i >= j`.
+    ratio: Tile,
     log: Vec<f32>,
     transposed: Tile,
     dots: Vec<f32>,
@@ -54,11 +53,10 @@ impl Decay for HeadDecay<'_> {
             g: vec![0.0; chunk],
             from_start: vec![1.0; chunk + 1],
             to_end: vec![1.0; chunk],
-            decayed: Tile::new(chunk, chunk),
-            before: Tile::new(chunk, chunk),
+            ratio: Tile::new(chunk, chunk),
             log: vec![0.0; chunk],
             transposed: Tile::new(key_dim, chunk),
-            dots: vec![0.0; chunk],
+            dots: vec![0.0; chunk.max(key_dim)],
             gradient: vec![0.0; chunk + 1],
             ending: vec![0.0; chunk],
         }
@@ -80,22 +78,14 @@ impl Decay for HeadDecay<'_> {
             s.to_end[rows - 1 - i] = exp(backward);
             backward += s.g[rows - 1 - i];
         }
-        let HeadSums { decayed, before, log, g, .. } = s;
+        let HeadSums { ratio, log, g, .. } = s;
         vectorize(
             #[inline(always)]
             || {
                 for i in 0..rows {
-                    // Between j and the state before token i lie the same tokens as between j and token i - 1.
-                    let row = before.row_mut(i);
-                    row[i..].fill(0.0);
-                    if i > 0 {
-                        row[..i].copy_from_slice(&decayed.row(i - 1)[..i]);
-                    }
                     log[..i].iter_mut().for_each(|l| *l += g[i]);
                     log[i] = 0.0;
-                    let row = decayed.row_mut(i);
-                    row[..=i].iter_mut().zip(&log[..=i]).for_each(|(r, l)| *r = exp(*l));
-                    row[i + 1..].fill(0.0);
+                    ratio.row_mut(i)[..=i].iter_mut().zip(&log[..=i]).for_each(|(r, l)| *r = exp(*l));
                 }
             },
         );
@@ -141,11 +131,12 @@ impl Decay for HeadDecay<'_> {
     }
 
     fn gradient_of_state(&self, s: &mut HeadSums, state: &Tile, dstate: &Tile) {
-        let mut dots = vec![0.0; state.rows()];
-        dot_rows(state, dstate, &mut dots);
+        let dots = &mut s.dots[..state.rows()];
+        dot_rows(state, dstate, dots);
+        let total: f32 = dots.iter().sum();
         s.gradient.fill(0.0);
         s.ending.fill(0.0);
-        s.gradient[s.rows] = s.end() * dots.iter().sum::<f32>();
+        s.gradient[s.rows] = s.end() * total;
     }
 
     fn gradient_of_end(&self, s: &mut HeadSums, x: &Tile, dx: &Tile) {
@@ -179,14 +170,15 @@ impl Decay for HeadDecay<'_> {
 
 /// `p = ratio (.) p` on and below the diagonal (or just below it), zero elsewhere.
 fn multiply_lower(s: &HeadSums, reads: Reads, diagonal: bool, p: &mut Tile) {
-    let ratio = if reads == Reads::Decayed { &s.decayed } else { &s.before };
     vectorize(
         #[inline(always)]
         || {
             for i in 0..s.rows {
                 let keep = i + diagonal as usize;
+                // Between j and the state before token i lie the same tokens as between j and token i - 1.
+                let ratio = s.ratio.row((i + reads.offset()).saturating_sub(1));
                 let row = p.row_mut(i);
-                row[..keep].iter_mut().zip(ratio.row(i)).for_each(|(p, r)| *p *= r);
+                row[..keep].iter_mut().zip(ratio).for_each(|(p, r)| *p *= r);
                 row[keep..].fill(0.0);
             }
         },
