@@ -4,7 +4,7 @@ use super::super::gemm::{Lhs, Mode, gemm};
 use super::super::simd::vectorize;
 use super::super::tile::{LINE, Rows, Tile, prefetch};
 use super::decay::{Decay, Reads};
-use super::lower;
+use super::{chunks_before, lower};
 use crate::element::Element;
 use crate::matrix::{Gate, MatrixInputs, MatrixProblem, Write};
 use crate::sequences::Sequences;
@@ -58,7 +58,7 @@ impl<'a> Layout<'a> {
         let (block, head) = (task % blocks, task / blocks);
         let (value_head, sequence) = (head % p.value_heads, head / p.value_heads);
         let range = sequences.range(sequence);
-        let first: usize = (0..sequence).map(|m| sequences.range(m).len().div_ceil(p.chunk)).sum();
+        let first = chunks_before(sequences, sequence, p.chunk);
         let place = |(i, token): (usize, usize)| {
             let rows = p.chunk.min(range.end - token);
             Place { sequence, token, rows, value_head, block, chunk: first + i }

@@ -29,7 +29,12 @@ pub(crate) use step::step;
 
 /// How many chunks all sequences have together.
 pub(crate) fn chunk_count(sequences: &Sequences, chunk: usize) -> usize {
-    (0..sequences.count()).map(|n| sequences.range(n).len().div_ceil(chunk)).sum()
+    chunks_before(sequences, sequences.count(), chunk)
+}
+
+/// How many chunks the sequences before `n` have: the index of the first of sequence `n`.
+fn chunks_before(sequences: &Sequences, n: usize, chunk: usize) -> usize {
+    (0..n).map(|m| sequences.range(m).len().div_ceil(chunk)).sum()
 }
 
 /// Calls `$body` with `$decay` bound to the gate's implementation of [`decay::Decay`].
