@@ -42,6 +42,12 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A device cannot run the kernel, or failed while it ran.
+    #[error("the device failed: {reason}")]
+    Device {
+        /// What the device said.
+        reason: String,
+    },
 }
 
 impl Error {

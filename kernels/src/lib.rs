@@ -9,6 +9,8 @@ mod element;
 pub mod elementwise_scan;
 mod error;
 pub mod glu;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod matrix;
 mod native;
 pub mod rg_lru;

@@ -1,0 +1,122 @@
+//! Tensors in a device's memory.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cubecl::client::Client;
+use cubecl::ir::ElemType;
+use cubecl::prelude::{BufferArg, Scalar};
+use cubecl::server::Handle;
+use half::{bf16, f16};
+
+use crate::element::Element;
+use crate::error::Error;
+
+/// The element types that a tensor may have on a device; arithmetic is f32 except inside tensor-core products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// 32 bits.
+    F32,
+    /// The upper half of an f32.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl Storage {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Storage::F32 => 4,
+            Storage::Bf16 | Storage::F16 => 2,
+        }
+    }
+
+    /// CubeCL's name of the type.
+    pub fn elem_type(self) -> ElemType {
+        match self {
+            Storage::F32 => f32::elem_type_native(),
+            Storage::Bf16 => bf16::elem_type_native(),
+            Storage::F16 => f16::elem_type_native(),
+        }
+    }
+
+    /// The storage type of a Rust element.
+    pub fn of<E: Element>() -> Self {
+        match E::NAME {
+            "bf16" => Storage::Bf16,
+            "f16" => Storage::F16,
+            _ => Storage::F32,
+        }
+    }
+}
+
+/// A contiguous row-major tensor on a device. Cloning shares the memory.
+#[derive(Debug, Clone)]
+pub struct Buffer {
+    /// CubeCL's handle.
+    pub handle: Handle,
+    /// Element type.
+    pub storage: Storage,
+    /// Elements.
+    pub len: usize,
+}
+
+static POISON: AtomicBool = AtomicBool::new(false);
+
+/// From now on, fills every output with NaN before its kernel runs, so that an element which no kernel writes is found.
+/// For tests.
+#[doc(hidden)]
+pub fn poison_outputs() {
+    POISON.store(true, Ordering::Relaxed);
+}
+
+impl Buffer {
+    /// Copies elements to the device.
+    pub fn from_slice<E: Element + bytemuck::Pod>(client: &Client, data: &[E]) -> Self {
+        let handle = client.create_from_slice(bytemuck::cast_slice(data));
+        Self { handle, storage: Storage::of::<E>(), len: data.len() }
+    }
+
+    /// Memory for an output: its elements are arbitrary.
+    pub fn output(client: &Client, storage: Storage, len: usize) -> Self {
+        let handle = if POISON.load(Ordering::Relaxed) {
+            client.create_from_slice(&vec![0xFF; len * storage.size()])
+        } else {
+            client.empty(len * storage.size())
+        };
+        Self { handle, storage, len }
+    }
+
+    /// Copies the elements back, waiting for all kernels that write them.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if `E` is not the buffer's element type, [`Error::Device`] if the device failed.
+    pub fn read<E: Element + bytemuck::Pod>(&self, client: &Client) -> Result<Vec<E>, Error> {
+        if Storage::of::<E>() != self.storage {
+            let found = format!("{:?}", self.storage);
+            return Err(Error::Value { argument: "buffer", found, expected: E::NAME });
+        }
+        let bytes = client.read_one(self.handle.clone()).map_err(|e| Error::Device { reason: e.to_string() })?;
+        Ok(bytemuck::pod_collect_to_vec(&bytes[..self.len * self.storage.size()]))
+    }
+
+    /// The buffer as an argument of a kernel.
+    pub(crate) fn arg(&self) -> BufferArg {
+        // Safety: `len` elements were allocated.
+        unsafe { BufferArg::from_raw_parts(self.handle.clone(), self.len) }
+    }
+
+    pub(crate) fn check(&self, argument: &'static str, storage: Storage, shape: &[usize]) -> Result<(), Error> {
+        Error::check_len(argument, self.len, shape)?;
+        if self.storage != storage {
+            let found = format!("a {:?} tensor", self.storage);
+            let expected = match storage {
+                Storage::F32 => "f32",
+                Storage::Bf16 => "bf16, as `q`",
+                Storage::F16 => "f16, as `q`",
+            };
+            return Err(Error::Value { argument, found, expected });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,6 @@
+//! The recurrences on any GPU that CubeCL reaches: one source for CUDA, ROCm, Metal, Vulkan and WebGPU.
+
+mod buffer;
+
+pub use buffer::{Buffer, Storage, poison_outputs};
+pub use cubecl::client::Client;
