@@ -1,6 +1,8 @@
 //! The recurrences on any GPU that CubeCL reaches: one source for CUDA, ROCm, Metal, Vulkan and WebGPU.
 
 mod buffer;
+pub mod matrix;
+mod tile;
 
 pub use buffer::{Buffer, Storage, poison_outputs};
 pub use cubecl::client::Client;
