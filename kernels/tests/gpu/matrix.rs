@@ -1,7 +1,6 @@
 //! The matrix recurrences: every gate with every write, forward and gradients.
 
 use crate::client;
-use half::f16;
 use thalweg_kernels::Element;
 use thalweg_kernels::gpu::{Buffer, Client, matrix};
 use thalweg_kernels::matrix::MatrixProblem;

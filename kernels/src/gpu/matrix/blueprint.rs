@@ -11,8 +11,7 @@ use crate::matrix::MatrixProblem;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum GateKind {
     None,
-    /// One per head; its gradient is summed over the tokens by a kernel of its own.
-    Constant,
+    /// One per head, for each token or for all.
     Head,
     Key,
 }
@@ -33,8 +32,6 @@ pub(crate) struct Blueprint {
     pub engine: Engine,
     /// Bytes of an element of an operand tile: the storage type on matrix units, f32 in registers.
     pub operand_size: usize,
-    /// Whether chunks are found in a table.
-    pub packed: bool,
 }
 
 /// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
@@ -46,8 +43,7 @@ impl Blueprint {
         let hardware = &client.properties().hardware;
         let engine = engine(client, storage);
         let room = hardware.max_shared_memory_size.min(SHARED_MEMORY);
-        let operand_size = if engine == Engine::Registers { 4 } else { storage.size() };
-        let packed = p.cu_seqlens.is_some();
+        let operand_size = if engine.on_matrix_units() { storage.size() } else { 4 };
         let sizes = [(64, 64), (64, 32), (32, 32), (32, 16), (16, 16)];
         let widest = p.key_dim.max(p.value_dim).next_multiple_of(BLOCK);
         sizes
@@ -55,12 +51,12 @@ impl Blueprint {
             .map(|(chunk, block)| {
                 let block = widest.min(block);
                 let units = match engine {
-                    Engine::Registers => (chunk * block / 8).min(256),
+                    Engine::Registers { .. } => (chunk * block / 8).min(256),
                     Engine::Matrix { plane } => plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8),
                 };
                 let units = units.min(hardware.max_units_per_cube as usize);
                 let (key_dim, value_dim) = (p.key_dim, p.value_dim);
-                Self { gate, delta, key_dim, value_dim, chunk, block, units, engine, operand_size, packed }
+                Self { gate, delta, key_dim, value_dim, chunk, block, units, engine, operand_size }
             })
             .find(|blueprint| blueprint.shared_memory() <= room)
     }
@@ -90,9 +86,9 @@ impl Blueprint {
         self.engine.padding(self.operand_size)
     }
 
-    /// Whether the decay is the same for all key features.
-    pub const fn scalar_gate(&self) -> bool {
-        matches!(self.gate, GateKind::Constant | GateKind::Head)
+    /// Side of a unit's blocks in products that are f32 on every device.
+    pub fn side(&self) -> usize {
+        if let Engine::Registers { side } = self.engine { side } else { 4 }
     }
 
     /// Blocks of key features that one cube of a state pass holds: all of them if the write reads the state, else one,
@@ -143,6 +139,7 @@ fn engine(client: &Client, storage: Storage) -> Engine {
     if storage != Storage::F32 && plane_min == plane && properties.features.matmul.cmma.contains(&wanted) {
         Engine::Matrix { plane: plane as usize }
     } else {
-        Engine::Registers
+        // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
+        Engine::Registers { side: if plane > 8 { 4 } else { 1 } }
     }
 }

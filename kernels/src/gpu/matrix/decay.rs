@@ -42,7 +42,7 @@ pub(crate) struct Decay {
 #[cube]
 impl Decay {
     pub fn new(#[comptime] b: Blueprint) -> Decay {
-        let tokens = comptime!(if b.scalar_gate() { b.chunk } else { 1 });
+        let tokens = comptime!(if b.gate == GateKind::Head { b.chunk } else { 1 });
         let (totals, rows, cols) =
             comptime!(if b.gate == GateKind::Key { (b.segments() * b.block, b.chunk, b.block) } else { (1, 1, 1) });
         Decay {
@@ -56,16 +56,11 @@ impl Decay {
 
     /// Begins a chunk: reads scalar gates. Synchronises.
     pub fn load(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
-        if comptime!(b.scalar_gate()) {
+        if comptime!(b.gate == GateKind::Head) {
             for i in range_stepped(unit(), b.chunk, units()) {
                 let mut gate = f32::new(0.0);
                 if i < place.rows {
-                    if comptime!(b.gate == GateKind::Constant) {
-                        gate = g[place.head];
-                    } else {
-                        let (at, stride) = place.scalars(sizes);
-                        gate = g[at + i * stride];
-                    }
+                    gate = g[(place.token + i) * sizes.gate_stride + place.head];
                 }
                 self.g[i] = gate;
             }
@@ -151,10 +146,10 @@ impl Decay {
         if comptime!(b.gate == GateKind::Key && role != Role::Plain) {
             weight = self.weights.get(row, k);
         }
-        if comptime!(b.scalar_gate() && role == Role::FromStart) {
+        if comptime!(b.gate == GateKind::Head && role == Role::FromStart) {
             weight = self.from_start[row];
         }
-        if comptime!(b.scalar_gate() && role == Role::ToEnd) {
+        if comptime!(b.gate == GateKind::Head && role == Role::ToEnd) {
             weight = self.to_end[row];
         }
         weight
@@ -163,7 +158,7 @@ impl Decay {
     /// `e^{c_n}`, the decay of a row of the state over the whole chunk.
     pub fn end(&self, k: usize, #[comptime] b: Blueprint) -> f32 {
         let mut weight = f32::new(1.0);
-        if comptime!(b.scalar_gate()) {
+        if comptime!(b.gate == GateKind::Head) {
             weight = self.from_start[comptime!(b.chunk - 1)];
         }
         if comptime!(b.gate == GateKind::Key) {
@@ -183,14 +178,14 @@ impl Decay {
             let (segment, j) = (item / b.chunk, item % b.chunk);
             let first = segment * BLOCK;
             let mut sum = f32::new(0.0);
-            if comptime!(b.scalar_gate()) {
+            if comptime!(b.gate == GateKind::Head) {
                 for i in j + 1..first {
                     sum += self.g[i];
                 }
             }
             for i in first..first + BLOCK {
                 let mut value = f32::new(0.0);
-                if comptime!(b.scalar_gate()) {
+                if comptime!(b.gate == GateKind::Head) {
                     if i > j {
                         sum += self.g[i];
                     }
@@ -225,11 +220,10 @@ pub(crate) fn read<I: Float>(
     col: usize,
     #[comptime] dim: usize,
 ) -> f32 {
-    let mut value = f32::new(0.0);
-    if row < rows && col < dim {
-        value = f32::cast_from(x[at.0 + row * at.1 + col]);
-    }
-    value
+    // No branch: it reads some element of the tensor in any case.
+    let inside = row < rows && col < dim;
+    let value = f32::cast_from(x[select(inside, at.0 + row * at.1 + col, at.0)]);
+    select(inside, value, f32::new(0.0))
 }
 
 /// Fills a tile from the features `col0..` of a tensor.

@@ -6,14 +6,14 @@ use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 
 use super::super::buffer::{Buffer, Storage};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::super::tile::Engine;
 use super::blueprint::{Blueprint, GateKind};
-use super::place::Layout;
+use super::output::Direction;
+use super::place::{SizesLaunch, table};
 use super::{Inputs, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
 
-use super::{Gradients, chunk_backward, output, scores, state, state_backward};
+use super::{Gate, Gradients, chunk_backward, output, scores, state, state_backward};
 
 /// Stage 2 reversed.
 pub(crate) struct WalkBack {
@@ -29,8 +29,9 @@ pub(crate) struct Launch<'a> {
     client: &'a Client,
     pub p: &'a MatrixProblem,
     x: &'a Inputs<'a>,
-    b: Blueprint,
-    layout: Layout,
+    pub b: Blueprint,
+    chunks: usize,
+    sequences: usize,
     table: Buffer,
     /// Stands for tensors that are absent.
     nothing: Buffer,
@@ -62,22 +63,27 @@ impl<'a> Launch<'a> {
             let reason = format!("{room} bytes of shared memory are too few for `key_dim` {}", p.key_dim);
             return Err(Error::Device { reason });
         };
-        let layout = Layout::new(p, &sequences, b.chunk);
-        let table = Buffer::table(client, &layout.table);
+        let (table, chunks) = table(&sequences, b.chunk);
+        let (table, sequences) = (Buffer::table(client, &table), sequences.count());
         let nothing = Buffer::from_slice(client, &[0.0f32]);
-        let operand = if b.engine == Engine::Registers { Storage::F32 } else { storage };
-        let largest = (layout.all_chunks * p.value_heads * p.key_dim * p.value_dim)
+        let operand = if b.engine.on_matrix_units() { storage } else { Storage::F32 };
+        let largest = (chunks * p.value_heads * p.key_dim * p.value_dim)
             .max(x.q.len)
             .max(x.v.len)
             .max(x.gate.tensor().map_or(0, |g| g.len))
-            .max(layout.all_chunks * p.value_heads * b.chunk * b.chunk);
+            .max(chunks * p.value_heads * b.chunk * b.chunk);
         let address = if largest > i32::MAX as usize { AddressType::U64 } else { AddressType::U32 };
         let types = [storage.elem_type(), operand.elem_type()];
-        Ok(Self { client, p, x, b, layout, table, nothing, address, types })
+        Ok(Self { client, p, x, b, chunks, sequences, table, nothing, address, types })
+    }
+
+    fn sizes(&self) -> SizesLaunch {
+        let gate_stride = if let Gate::Constant(_) = self.x.gate { 0 } else { self.p.value_heads };
+        SizesLaunch::new(self.chunks, self.sequences, self.p.heads, self.p.value_heads, gate_stride, self.p.scale)
     }
 
     fn operand(&self) -> Storage {
-        if self.b.engine == Engine::Registers { Storage::F32 } else { self.x.q.storage }
+        if self.b.engine.on_matrix_units() { self.x.q.storage } else { Storage::F32 }
     }
 
     /// An output that only exists if `wanted`.
@@ -102,11 +108,11 @@ impl<'a> Launch<'a> {
 
     fn walks(&self) -> CubeCount {
         let parts = self.b.key_blocks() / self.b.state_key_blocks() * self.b.value_blocks();
-        self.cubes(self.layout.sequences * self.p.value_heads * parts)
+        self.cubes(self.sequences * self.p.value_heads * parts)
     }
 
     fn chunk_heads(&self) -> usize {
-        self.layout.all_chunks * self.p.value_heads
+        self.chunks * self.p.value_heads
     }
 
     pub fn scores(&self) -> Scores {
@@ -125,7 +131,7 @@ impl<'a> Launch<'a> {
             self.table.arg(),
             a.arg(),
             t.arg(),
-            self.layout.sizes(),
+            self.sizes(),
             self.b,
             self.types,
         );
@@ -152,8 +158,7 @@ impl<'a> Launch<'a> {
             x.arg(),
             states.arg(),
             final_state.arg(),
-            self.layout.sizes(),
-            self.layout.sequences,
+            self.sizes(),
             self.x.initial_state.is_some(),
             self.b,
             self.types,
@@ -163,21 +168,31 @@ impl<'a> Launch<'a> {
     }
 
     pub fn output(&self, scores: &Scores, walk: &Walk) -> Buffer {
+        self.read_out(self.x.q, &walk.x, &scores.a, &walk.states, Direction::Forward)
+    }
+
+    /// `dv` of the additive write.
+    pub fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Buffer {
+        self.read_out(self.x.k, d_o, &scores.a, &back.dstates, Direction::Backward)
+    }
+
+    fn read_out(&self, keys: &Buffer, x: &Buffer, a: &Buffer, states: &Buffer, direction: Direction) -> Buffer {
         let o = Buffer::output(self.client, self.x.q.storage, self.x.v.len);
         output::output_kernel::launch(
             self.client,
             self.cubes(self.chunk_heads() * self.b.value_blocks()),
             self.units(),
             self.address,
-            self.x.q.arg(),
-            walk.x.arg(),
+            keys.arg(),
+            x.arg(),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
-            scores.a.arg(),
-            walk.states.arg(),
+            a.arg(),
+            states.arg(),
             self.table.arg(),
             o.arg(),
-            self.layout.sizes(),
+            self.sizes(),
+            direction,
             self.b,
             self.types,
         );
@@ -206,8 +221,7 @@ impl<'a> Launch<'a> {
             z.arg(),
             dstates.arg(),
             d_initial_state.arg(),
-            self.layout.sizes(),
-            self.layout.sequences,
+            self.sizes(),
             d_final_state.is_some(),
             self.b,
             self.types,
@@ -225,7 +239,7 @@ impl<'a> Launch<'a> {
         let by_head = tokens * p.value_heads;
         let dq = Buffer::output(self.client, part, by_key);
         let dk = Buffer::output(self.client, part, by_key);
-        let dv = self.output_if(!delta, storage, self.x.v.len);
+        let dv = if delta { back.z.clone() } else { self.values(scores, &back, d_o) };
         let dg_len = if gate == GateKind::Key { by_key } else { by_head };
         let dg = self.output_if(gate != GateKind::None, Storage::F32, dg_len);
         let dbeta = self.output_if(delta, Storage::F32, by_head);
@@ -240,28 +254,27 @@ impl<'a> Launch<'a> {
                 self.tensor(self.x.gate.tensor()),
                 self.tensor(self.x.write.beta()),
                 walk.x.arg(),
-                scores.a.arg(),
                 walk.states.arg(),
             ),
             d_o.arg(),
             back.z.arg(),
             back.dstates.arg(),
             self.table.arg(),
-            chunk_backward::GradientsLaunch::new(dq.arg(), dk.arg(), dv.arg(), dg.arg(), dbeta.arg()),
-            self.layout.sizes(),
+            chunk_backward::GradientsLaunch::new(dq.arg(), dk.arg(), dg.arg(), dbeta.arg()),
+            self.sizes(),
             self.b,
             [self.types[0], self.types[1], part.elem_type()],
         );
         let ungroup = |x: Buffer| if group > 1 { sum_rows(self.client, &x, group, p.key_dim, storage) } else { x };
-        let dg = match gate {
-            GateKind::None => None,
-            GateKind::Constant => Some(sum_all_rows(self.client, dg, p.value_heads)),
-            GateKind::Head | GateKind::Key => Some(dg),
+        let dg = match self.x.gate {
+            Gate::None => None,
+            Gate::Constant(_) => Some(sum_all_rows(self.client, dg, p.value_heads)),
+            Gate::Head(_) | Gate::Key(_) => Some(dg),
         };
         Gradients {
             dq: ungroup(dq),
             dk: ungroup(dk),
-            dv: if delta { back.z } else { dv },
+            dv,
             dg,
             dbeta: delta.then_some(dbeta),
             d_initial_state: self.x.initial_state.map(|_| back.d_initial_state),

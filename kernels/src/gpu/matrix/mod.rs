@@ -44,8 +44,7 @@ impl<'a> Gate<'a> {
     fn kind(self) -> GateKind {
         match self {
             Gate::None => GateKind::None,
-            Gate::Constant(_) => GateKind::Constant,
-            Gate::Head(_) => GateKind::Head,
+            Gate::Constant(_) | Gate::Head(_) => GateKind::Head,
             Gate::Key(_) => GateKind::Key,
         }
     }

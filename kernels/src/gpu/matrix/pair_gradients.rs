@@ -11,7 +11,7 @@ use super::place::{Place, Sizes};
 /// `P` and `R` below the diagonal, times the decay between the tokens if that is a scalar.
 #[cube]
 pub(crate) fn pair_gradients<I: Float, E: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
     do_: &[I],
     z: &[I],
     place: &Place,
@@ -69,7 +69,7 @@ fn outer<I: Float, E: Float>(
 /// Adds the pairs, whose decay is in `p` and `r` already. Synchronises.
 #[cube]
 pub(crate) fn scalar_pairs<I: Float, E: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -122,7 +122,7 @@ fn load_stepped<I: Float, E: Float>(
 /// of the later one, those within a sub-block one by one. Synchronises.
 #[cube]
 pub(crate) fn key_pairs<I: Float, E: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -187,7 +187,7 @@ pub(crate) fn key_pairs<I: Float, E: Float>(
 
 #[cube]
 fn within_segments<I: Float, E: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,

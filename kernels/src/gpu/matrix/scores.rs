@@ -30,10 +30,10 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
     #[define(I, E)] _types: [ElemType; 2],
 ) {
     let cube = CUBE_POS;
-    if cube >= sizes.all_chunks * sizes.value_heads {
+    if cube >= sizes.chunks * sizes.value_heads {
         terminate!();
     }
-    let place = Place::new(sizes, table, cube / sizes.value_heads, cube % sizes.value_heads, b);
+    let place = Place::of(cube, sizes, table, b);
     let mut decay = Decay::new(b);
     let c = comptime!(b.chunk);
     let mut a = Tile::<f32>::new(c, c, comptime!(b.padding()));
@@ -205,6 +205,7 @@ fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
         }
     }
     sync_cube();
+    let registers = comptime!(Engine::Registers { side: b.side() });
     // Below: T_IJ = -T_II sum_M L_IM T_MJ.
     let mut w = Tile::<f32>::new(BLOCK, b.chunk, comptime!(b.padding()));
     let solved = t.alias();
@@ -213,11 +214,11 @@ fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
         let row = comptime!(block * BLOCK).runtime();
         let n = comptime!(block * BLOCK);
         let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
-        product_at::<f32>(l, &solved, &mut w, &corner, comptime!(Form::ab(BLOCK, n, n, Mode::Set)), Engine::Registers);
+        product_at::<f32>(l, &solved, &mut w, &corner, comptime!(Form::ab(BLOCK, n, n, Mode::Set)), registers);
         sync_cube();
         let corner = Corner { a_row: row, a_col: row, b_row: 0usize, out_row: row };
         let form = comptime!(Form::ab(BLOCK, n, BLOCK, Mode::SetNegative));
-        product_at::<f32>(&solved, &w, t, &corner, form, Engine::Registers);
+        product_at::<f32>(&solved, &w, t, &corner, form, registers);
         sync_cube();
     }
 }

@@ -12,7 +12,7 @@ use cubecl::prelude::*;
 use super::super::tile::{Corner, Form, Mode, Tile, copy, product, product_at, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, load, load_keys, read, store};
-use super::place::{Place, Sizes, walk};
+use super::place::{Sizes, Walk};
 
 /// The part of the state that a cube holds.
 #[derive(CubeType, Clone, Copy)]
@@ -110,14 +110,13 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
     states: &mut [f32],
     final_state: &mut [f32],
     sizes: &Sizes,
-    sequences: usize,
     #[comptime] has_initial: bool,
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
     let cube = CUBE_POS;
     let parts = comptime!(b.key_blocks() / b.state_key_blocks() * b.value_blocks());
-    if cube >= sequences * sizes.value_heads * parts {
+    if cube >= sizes.sequences * sizes.value_heads * parts {
         terminate!();
     }
     let part = Part::of(cube, sizes, b);
@@ -130,9 +129,9 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
     let of_state = (part.sequence * sizes.value_heads + part.head) * comptime!(b.key_dim * b.value_dim);
     load_state::<f32>(initial_state, of_state, part.k0, part.v0, &mut state, has_initial, b);
 
-    let (first, chunks) = walk(sizes, table, part.sequence, b);
-    for chunk in first..first + chunks {
-        let place = Place::new(sizes, table, chunk, part.head, b);
+    let walk = Walk::of(sizes, table, part.sequence, b);
+    for n in 0..walk.chunks {
+        let place = walk.place(sizes, n, part.head, b);
         sync_cube();
         store_state(&state, states, place.state(sizes, b), part.k0, part.v0, b);
         decay.load(g, &place, sizes, b);

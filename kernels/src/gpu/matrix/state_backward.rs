@@ -11,7 +11,7 @@ use cubecl::prelude::*;
 use super::super::tile::{Corner, Form, Mode, Tile, copy, product, product_at, unit, units};
 use super::blueprint::Blueprint;
 use super::decay::{Decay, Role, load, load_keys, store};
-use super::place::{Place, Sizes, walk};
+use super::place::{Sizes, Walk};
 use super::state::{Part, decay_rows, load_state, scale_rows, store_state};
 
 #[cube(launch, address_type = "dynamic")]
@@ -29,14 +29,13 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float>(
     dstates: &mut [f32],
     d_initial: &mut [f32],
     sizes: &Sizes,
-    sequences: usize,
     #[comptime] has_final: bool,
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
     let cube = CUBE_POS;
     let parts = comptime!(b.key_blocks() / b.state_key_blocks() * b.value_blocks());
-    if cube >= sequences * sizes.value_heads * parts {
+    if cube >= sizes.sequences * sizes.value_heads * parts {
         terminate!();
     }
     let part = Part::of(cube, sizes, b);
@@ -51,9 +50,9 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float>(
     let of_state = (part.sequence * sizes.value_heads + part.head) * comptime!(b.key_dim * b.value_dim);
     load_state::<f32>(d_final, of_state, part.k0, part.v0, &mut dstate, has_final, b);
 
-    let (first, chunks) = walk(sizes, table, part.sequence, b);
-    for i in 0..chunks {
-        let place = Place::new(sizes, table, first + (chunks - 1 - i), part.head, b);
+    let walk = Walk::of(sizes, table, part.sequence, b);
+    for n in 0..walk.chunks {
+        let place = walk.place(sizes, walk.chunks - 1 - n, part.head, b);
         sync_cube();
         store_state(&dstate, dstates, place.state(sizes, b), part.k0, part.v0, b);
         decay.load(g, &place, sizes, b);
