@@ -16,14 +16,12 @@ pub(crate) enum GateKind {
     Key,
 }
 
-/// The compile-time key of the kernels. Lengths, batch and head counts are not in it: a new sequence length compiles
-/// and tunes nothing.
+/// The compile-time key of the kernels. Lengths, batch, head counts and head sizes are not in it: a new sequence
+/// length compiles and tunes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Blueprint {
     pub gate: GateKind,
     pub delta: bool,
-    pub key_dim: usize,
-    pub value_dim: usize,
     /// Tokens of a chunk.
     pub chunk: usize,
     /// Key or value features that are in shared memory at a time; at most `chunk`.
@@ -55,20 +53,9 @@ impl Blueprint {
                     Engine::Matrix { plane } => plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8),
                 };
                 let units = units.min(hardware.max_units_per_cube as usize);
-                let (key_dim, value_dim) = (p.key_dim, p.value_dim);
-                Self { gate, delta, key_dim, value_dim, chunk, block, units, engine, operand_size }
+                Self { gate, delta, chunk, block, units, engine, operand_size }
             })
-            .find(|blueprint| blueprint.shared_memory() <= room)
-    }
-
-    /// Blocks of key features, the last one padded with zeros.
-    pub const fn key_blocks(&self) -> usize {
-        self.key_dim.div_ceil(self.block)
-    }
-
-    /// Blocks of value features, likewise.
-    pub const fn value_blocks(&self) -> usize {
-        self.value_dim.div_ceil(self.block)
+            .find(|blueprint| blueprint.shared_memory(p.key_dim) <= room)
     }
 
     /// Sub-blocks of a chunk.
@@ -93,28 +80,23 @@ impl Blueprint {
 
     /// Blocks of key features that one cube of a state pass holds: all of them if the write reads the state, else one,
     /// so that more cubes can work.
-    pub const fn state_key_blocks(&self) -> usize {
-        if self.delta { self.key_blocks() } else { 1 }
-    }
-
-    /// Rows of the state that one cube of a state pass holds.
-    pub const fn state_keys(&self) -> usize {
-        self.state_key_blocks() * self.block
+    pub fn state_blocks(&self, key_dim: usize) -> usize {
+        if self.delta { key_dim.div_ceil(self.block) } else { 1 }
     }
 
     /// The most that one of the kernels needs, in bytes.
-    pub fn shared_memory(&self) -> usize {
+    pub fn shared_memory(&self, key_dim: usize) -> usize {
         let float = |rows: usize, cols: usize| rows * (cols + self.padding()) * 4;
         let operand = |rows: usize, cols: usize| rows * (cols + self.operand_padding()) * self.operand_size;
         let (c, d, only_delta) = (self.chunk, self.block, self.delta as usize);
         let scores = 2 * float(c, c) + float(BLOCK, c) + 3 * operand(c, d);
-        let state = float(self.state_keys(), d)
+        let state = float(self.state_blocks(key_dim) * d, d)
             + 2 * operand(c, d)
             + only_delta * (float(c, d) + operand(c, d) + operand(d, d) + operand(c, c));
         let output = float(c, d) + 2 * operand(c, d) + operand(d, d) + operand(c, c);
-        let backward = float(c, c)
-            + (1 + only_delta) * operand(c, c)
-            + (3 + only_delta) * float(c, d)
+        let key_wise = (self.gate == GateKind::Key) as usize;
+        let backward = (1 + only_delta) * operand(c, c)
+            + (3 + only_delta + key_wise) * float(c, d)
             + 2 * operand(c, d)
             + operand(d, d);
         let decay = if self.gate == GateKind::Key { float(c, d) + self.segments() * d * 4 } else { 3 * c * 4 };

@@ -18,7 +18,7 @@ use cubecl::prelude::*;
 use super::super::tile::{Form, Mode, Tile, fill, product, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, load, read, scale};
-use super::pair_gradients::{key_pairs, pair_gradients, scalar_pairs};
+use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
 use super::state::load_state;
 
@@ -82,6 +82,8 @@ pub(crate) struct Pairs<E: Float> {
 #[cube(launch, address_type = "dynamic")]
 pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
     x: &Operands<I>,
+    p: &[E],
+    r: &[E],
     do_: &[I],
     z: &[I],
     dstates: &[f32],
@@ -102,7 +104,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
     let mut pairs = Pairs::<E> {
         p: Tile::<E>::new(c, c, operand),
         r: Tile::<E>::new(delta_rows, c, operand),
-        square: Tile::<f32>::new(c, c, padding),
+        square: Tile::<f32>::new(comptime!(if b.gate == GateKind::Key { c } else { 1 }), b.block, padding),
         one: Tile::<E>::new(c, b.block, operand),
         two: Tile::<E>::new(c, b.block, operand),
         state: Tile::<E>::new(b.block, b.block, operand),
@@ -136,10 +138,22 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
         tokens.ending[i] = 0.0;
     }
     decay.load(&x.g, &place, sizes, b);
-    pair_gradients::<I, E>(x, do_, z, &place, sizes, &decay, &mut pairs, &mut tokens.diagonal, b);
+    let squares = place.scores(sizes, b);
+    for i in range_stepped(unit(), comptime!(c * c), units()) {
+        let (row, col) = (i / c, i % c);
+        let value = f32::cast_from(p[squares + i]);
+        pairs.p.set(row, col, select(row == col, f32::new(0.0), value));
+        if row == col {
+            tokens.diagonal[row] = value;
+        }
+        if comptime!(b.delta) {
+            pairs.r.set(row, col, f32::cast_from(r[squares + i]));
+        }
+    }
+    sync_cube();
 
     let mut total = f32::new(0.0);
-    for block in 0..comptime!(b.key_blocks()) {
+    for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         decay.load_block(&x.g, &place, sizes, k0, b);
         through_state::<I, E>(
@@ -226,7 +240,7 @@ fn through_state<I: Float, E: Float>(
     tokens: &mut ByToken,
     #[comptime] b: Blueprint,
 ) {
-    let (at, state_at) = (place.values(sizes, b), place.state(sizes, b));
+    let (at, state_at) = (place.values(sizes), place.state(sizes));
     let form = comptime!(Form::abt(b.chunk, b.block, b.block, Mode::Add));
     fill::<f32>(&mut roles.q_left, 0.0);
     fill::<f32>(&mut roles.k_left, 0.0);
@@ -235,31 +249,31 @@ fn through_state<I: Float, E: Float>(
     for k in range_stepped(unit(), b.block, units()) {
         tokens.carry[k] = 0.0;
     }
-    for part in 0..comptime!(b.value_blocks()) {
+    for part in 0..sizes.value_blocks {
         let v0 = part * b.block;
-        load::<I, E>(do_, at, place.rows, v0, b.value_dim, &mut pairs.one);
-        load_state::<E>(&x.states, state_at, k0, v0, &mut pairs.state, true, b);
+        load::<I, E>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
+        load_state::<E>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
         product::<E>(&pairs.one, &pairs.state, &mut roles.q_left, form, b.engine);
         // `sum_v S dS'`, in f32.
         for k in range_stepped(unit(), b.block, units()) {
             let mut sum = tokens.carry[k];
             for v in 0..b.block {
-                let row = (state_at, b.value_dim.runtime());
-                let s = read::<f32>(&x.states, row, b.key_dim.runtime(), k0 + k, v0 + v, b.value_dim);
-                sum += s * read::<f32>(dstates, row, b.key_dim.runtime(), k0 + k, v0 + v, b.value_dim);
+                let row = (state_at, sizes.value_dim);
+                let s = read::<f32>(&x.states, row, sizes.key_dim, k0 + k, v0 + v, sizes.value_dim);
+                sum += s * read::<f32>(dstates, row, sizes.key_dim, k0 + k, v0 + v, sizes.value_dim);
             }
             tokens.carry[k] = sum;
         }
         sync_cube();
         if comptime!(b.delta) {
-            load::<I, E>(z, at, place.rows, v0, b.value_dim, &mut pairs.one);
+            load::<I, E>(z, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
             sync_cube();
             product::<E>(&pairs.one, &pairs.state, &mut roles.k_left, form, b.engine);
             sync_cube();
         }
-        load::<I, E>(&x.x, at, place.rows, v0, b.value_dim, &mut pairs.one);
-        load_state::<E>(dstates, state_at, k0, v0, &mut pairs.state, true, b);
+        load::<I, E>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
+        load_state::<E>(dstates, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
         product::<E>(&pairs.one, &pairs.state, &mut roles.k_end, form, b.engine);
         sync_cube();
@@ -291,11 +305,11 @@ fn finish<I: Float, O: Float>(
     out: &mut Gradients<O>,
     #[comptime] b: Blueprint,
 ) {
-    let (at, to) = (place.keys(sizes, b), place.key_gates(sizes, b));
+    let (at, to) = (place.keys(sizes), place.key_gates(sizes));
     for item in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (row, d) = (item / b.block, item % b.block);
-        let query = read::<I>(&x.q, at, place.rows, row, k0 + d, b.key_dim);
-        let key = read::<I>(&x.k, at, place.rows, row, k0 + d, b.key_dim);
+        let query = read::<I>(&x.q, at, place.rows, row, k0 + d, sizes.key_dim);
+        let key = read::<I>(&x.k, at, place.rows, row, k0 + d, sizes.key_dim);
         let (beta, diagonal) = (tokens.beta[row], tokens.diagonal[row]);
         let (q_left, end) = (roles.q_left.get(row, d), roles.k_end.get(row, d));
         let right = roles.k_right.get(row, d);
@@ -307,7 +321,7 @@ fn finish<I: Float, O: Float>(
             dk += k_left;
             dc += key * k_left;
         }
-        if row < place.rows && k0 + d < b.key_dim {
+        if row < place.rows && k0 + d < sizes.key_dim {
             out.dq[to.0 + row * to.1 + k0 + d] = O::cast_from(q_left + diagonal * beta * key);
             out.dk[to.0 + row * to.1 + k0 + d] = O::cast_from(dk);
         }
@@ -328,7 +342,7 @@ fn key_gate_gradient(
     dg: &mut [f32],
     #[comptime] b: Blueprint,
 ) {
-    let at = place.key_gates(sizes, b);
+    let at = place.key_gates(sizes);
     for d in range_stepped(unit(), b.block, units()) {
         let mut earlier = f32::new(0.0);
         for row in 0..b.chunk {
@@ -340,7 +354,7 @@ fn key_gate_gradient(
         for i in 0..b.chunk {
             let row = comptime!(b.chunk - 1).runtime() - i;
             later += roles.q_left.get(row, d);
-            if row < place.rows && k0 + d < b.key_dim {
+            if row < place.rows && k0 + d < sizes.key_dim {
                 dg[at.0 + row * at.1 + k0 + d] = later + roles.k_end.get(row, d);
             }
         }

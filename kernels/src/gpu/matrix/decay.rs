@@ -87,7 +87,7 @@ impl Decay {
                 let (segment, k) = (item / b.block, item % b.block);
                 let mut sum = f32::new(0.0);
                 for row in segment * BLOCK..(segment + 1) * BLOCK {
-                    sum += key_gate(g, place, sizes, row, k0 + k, b);
+                    sum += key_gate(g, place, sizes, row, k0 + k);
                 }
                 self.totals[item] = sum;
             }
@@ -127,12 +127,12 @@ impl Decay {
                 for i in 0..BLOCK {
                     if comptime!(forward) {
                         let row = segment * BLOCK + i;
-                        sum += key_gate(g, place, sizes, row, k0 + k, b);
+                        sum += key_gate(g, place, sizes, row, k0 + k);
                         self.weights.set(row, k, sum.exp());
                     } else {
                         let row = (segment + 1) * BLOCK - 1 - i;
                         self.weights.set(row, k, sum.exp());
-                        sum += key_gate(g, place, sizes, row, k0 + k, b);
+                        sum += key_gate(g, place, sizes, row, k0 + k);
                     }
                 }
             }
@@ -206,20 +206,13 @@ impl Decay {
 
 /// The log-decay of a token and key feature; 0 outside of the tensor.
 #[cube]
-pub(crate) fn key_gate(g: &[f32], place: &Place, sizes: &Sizes, row: usize, k: usize, #[comptime] b: Blueprint) -> f32 {
-    read::<f32>(g, place.key_gates(sizes, b), place.rows, row, k, b.key_dim)
+pub(crate) fn key_gate(g: &[f32], place: &Place, sizes: &Sizes, row: usize, k: usize) -> f32 {
+    read::<f32>(g, place.key_gates(sizes), place.rows, row, k, sizes.key_dim)
 }
 
 /// An element of a row of a tensor, `at` being its first row and the distance of rows; 0 outside of the tensor.
 #[cube]
-pub(crate) fn read<I: Float>(
-    x: &[I],
-    at: (usize, usize),
-    rows: usize,
-    row: usize,
-    col: usize,
-    #[comptime] dim: usize,
-) -> f32 {
+pub(crate) fn read<I: Float>(x: &[I], at: (usize, usize), rows: usize, row: usize, col: usize, dim: usize) -> f32 {
     // No branch: it reads some element of the tensor in any case.
     let inside = row < rows && col < dim;
     let value = f32::cast_from(x[select(inside, at.0 + row * at.1 + col, at.0)]);
@@ -233,7 +226,7 @@ pub(crate) fn load<I: Float, E: Float>(
     at: (usize, usize),
     rows: usize,
     col0: usize,
-    #[comptime] dim: usize,
+    dim: usize,
     tile: &mut Tile<E>,
 ) {
     let (tile_rows, cols) = comptime!((tile.rows, tile.cols));
@@ -249,6 +242,7 @@ pub(crate) fn load_keys<I: Float, E: Float>(
     at: (usize, usize),
     rows: usize,
     k0: usize,
+    dim: usize,
     factor: f32,
     decay: &Decay,
     tile: &mut Tile<E>,
@@ -257,7 +251,7 @@ pub(crate) fn load_keys<I: Float, E: Float>(
 ) {
     for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (row, k) = (i / b.block, i % b.block);
-        let value = read::<I>(x, at, rows, row, k0 + k, b.key_dim) * factor;
+        let value = read::<I>(x, at, rows, row, k0 + k, dim) * factor;
         tile.set(row, k, value * decay.weight(row, k, role, b));
     }
 }
@@ -285,7 +279,7 @@ pub(crate) fn store<I: Float, E: Float>(
     at: (usize, usize),
     rows: usize,
     col0: usize,
-    #[comptime] dim: usize,
+    dim: usize,
 ) {
     let (tile_rows, cols) = comptime!((tile.rows, tile.cols));
     for i in range_stepped(unit(), tile_rows * cols, units()) {

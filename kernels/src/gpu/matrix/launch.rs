@@ -13,7 +13,7 @@ use super::{Inputs, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
 
-use super::{Gate, Gradients, chunk_backward, output, scores, state, state_backward};
+use super::{Gate, Gradients, chunk_backward, output, scores, scores_backward, state, state_backward};
 
 /// Stage 2 reversed.
 pub(crate) struct WalkBack {
@@ -79,7 +79,26 @@ impl<'a> Launch<'a> {
 
     fn sizes(&self) -> SizesLaunch {
         let gate_stride = if let Gate::Constant(_) = self.x.gate { 0 } else { self.p.value_heads };
-        SizesLaunch::new(self.chunks, self.sequences, self.p.heads, self.p.value_heads, gate_stride, self.p.scale)
+        SizesLaunch::new(
+            self.chunks,
+            self.sequences,
+            self.p.heads,
+            self.p.value_heads,
+            gate_stride,
+            self.p.key_dim,
+            self.p.value_dim,
+            self.p.key_dim.div_ceil(self.b.block),
+            self.value_blocks(),
+            self.p.scale,
+        )
+    }
+
+    fn value_blocks(&self) -> usize {
+        self.p.value_dim.div_ceil(self.b.block)
+    }
+
+    fn state_blocks(&self) -> usize {
+        self.b.state_blocks(self.p.key_dim)
     }
 
     fn operand(&self) -> Storage {
@@ -107,7 +126,8 @@ impl<'a> Launch<'a> {
     }
 
     fn walks(&self) -> CubeCount {
-        let parts = self.b.key_blocks() / self.b.state_key_blocks() * self.b.value_blocks();
+        let key_parts = self.p.key_dim.div_ceil(self.b.block) / self.state_blocks();
+        let parts = key_parts * self.value_blocks();
         self.cubes(self.sequences * self.p.value_heads * parts)
     }
 
@@ -160,6 +180,7 @@ impl<'a> Launch<'a> {
             final_state.arg(),
             self.sizes(),
             self.x.initial_state.is_some(),
+            self.state_blocks(),
             self.b,
             self.types,
         );
@@ -180,7 +201,7 @@ impl<'a> Launch<'a> {
         let o = Buffer::output(self.client, self.x.q.storage, self.x.v.len);
         output::output_kernel::launch(
             self.client,
-            self.cubes(self.chunk_heads() * self.b.value_blocks()),
+            self.cubes(self.chunk_heads() * self.value_blocks()),
             self.units(),
             self.address,
             keys.arg(),
@@ -223,10 +244,35 @@ impl<'a> Launch<'a> {
             d_initial_state.arg(),
             self.sizes(),
             d_final_state.is_some(),
+            self.state_blocks(),
             self.b,
             self.types,
         );
         WalkBack { z, dstates, d_initial_state }
+    }
+
+    /// The gradients of the scores, in the places of `A` and `T`.
+    fn scores_backward(&self, walk: &Walk, back: &WalkBack, d_o: &Buffer) -> Scores {
+        let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
+        let p = Buffer::output(self.client, self.operand(), squares);
+        let r = self.output_if(self.b.delta, self.operand(), squares);
+        scores_backward::scores_backward_kernel::launch(
+            self.client,
+            self.cubes(self.chunk_heads()),
+            self.units(),
+            self.address,
+            walk.x.arg(),
+            self.tensor(self.x.gate.tensor()),
+            d_o.arg(),
+            back.z.arg(),
+            self.table.arg(),
+            p.arg(),
+            r.arg(),
+            self.sizes(),
+            self.b,
+            self.types,
+        );
+        Scores { a: p, t: r }
     }
 
     pub fn chunk_backward(&self, scores: &Scores, walk: &Walk, back: WalkBack, d_o: &Buffer) -> Gradients {
@@ -240,6 +286,7 @@ impl<'a> Launch<'a> {
         let dq = Buffer::output(self.client, part, by_key);
         let dk = Buffer::output(self.client, part, by_key);
         let dv = if delta { back.z.clone() } else { self.values(scores, &back, d_o) };
+        let pairs = self.scores_backward(walk, &back, d_o);
         let dg_len = if gate == GateKind::Key { by_key } else { by_head };
         let dg = self.output_if(gate != GateKind::None, Storage::F32, dg_len);
         let dbeta = self.output_if(delta, Storage::F32, by_head);
@@ -256,6 +303,8 @@ impl<'a> Launch<'a> {
                 walk.x.arg(),
                 walk.states.arg(),
             ),
+            pairs.a.arg(),
+            pairs.t.arg(),
             d_o.arg(),
             back.z.arg(),
             back.dstates.arg(),

@@ -16,6 +16,7 @@ mod output;
 mod pair_gradients;
 mod place;
 mod scores;
+mod scores_backward;
 mod state;
 mod state_backward;
 

@@ -36,7 +36,7 @@ pub(crate) fn output_kernel<I: Float, E: Float>(
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
-    let (cube, v0) = (CUBE_POS / comptime!(b.value_blocks()), CUBE_POS % comptime!(b.value_blocks()) * b.block);
+    let (cube, v0) = (CUBE_POS / sizes.value_blocks, CUBE_POS % sizes.value_blocks * b.block);
     if cube >= sizes.chunks * sizes.value_heads {
         terminate!();
     }
@@ -51,26 +51,26 @@ pub(crate) fn output_kernel<I: Float, E: Float>(
     let mut u = Tile::<E>::new(c, b.block, operand);
     fill::<f32>(&mut sum, 0.0);
     decay.load(g, &place, sizes, b);
-    load::<E, E>(a, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c, &mut scores);
+    load::<E, E>(a, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c.runtime(), &mut scores);
     let (role, factor, weigh) = match comptime!(direction) {
         Direction::Forward => (comptime!(Role::FromStart), sizes.scale, comptime!(true)),
         Direction::Backward => (comptime!(Role::ToEnd), f32::new(1.0), comptime!(false)),
     };
     load_written::<I, E>(x, beta, &place, sizes, v0, &mut u, weigh, b);
-    for block in 0..comptime!(b.key_blocks()) {
+    for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         decay.load_block(g, &place, sizes, k0, b);
         decay.prepare(g, &place, sizes, k0, role, b);
-        let at = place.keys(sizes, b);
-        load_keys::<I, E>(q, at, place.rows, k0, factor, &decay, &mut queries, role, b);
-        load_state::<E>(states, place.state(sizes, b), k0, v0, &mut state, true, b);
+        let at = place.keys(sizes);
+        load_keys::<I, E>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, b);
+        load_state::<E>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
         sync_cube();
         product::<E>(&queries, &state, &mut sum, comptime!(Form::ab(c, b.block, b.block, Mode::Add)), b.engine);
         sync_cube();
     }
     product::<E>(&scores, &u, &mut sum, comptime!(scores_form(direction, b)), b.engine);
     sync_cube();
-    store::<I, f32>(&sum, o, place.values(sizes, b), place.rows, v0, b.value_dim);
+    store::<I, f32>(&sum, o, place.values(sizes), place.rows, v0, sizes.value_dim);
 }
 
 fn scores_form(direction: Direction, b: Blueprint) -> Form {
@@ -92,10 +92,10 @@ fn load_written<I: Float, E: Float>(
     #[comptime] weigh: bool,
     #[comptime] b: Blueprint,
 ) {
-    let (at, scalars) = (place.values(sizes, b), place.scalars(sizes));
+    let (at, scalars) = (place.values(sizes), place.scalars(sizes));
     for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (row, v) = (i / b.block, i % b.block);
-        let mut value = read::<I>(x, at, place.rows, row, v0 + v, b.value_dim);
+        let mut value = read::<I>(x, at, place.rows, row, v0 + v, sizes.value_dim);
         if comptime!(b.delta && weigh) {
             if row < place.rows {
                 value *= beta[scalars.0 + row * scalars.1];

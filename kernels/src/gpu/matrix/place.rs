@@ -15,6 +15,11 @@ pub(crate) struct Sizes {
     pub value_heads: usize,
     /// From the scalar gate of a token to that of the next: 0 if all tokens of a head share one.
     pub gate_stride: usize,
+    pub key_dim: usize,
+    pub value_dim: usize,
+    /// Blocks of key and of value features, the last ones padded with zeros.
+    pub key_blocks: usize,
+    pub value_blocks: usize,
     pub scale: f32,
 }
 
@@ -82,18 +87,18 @@ impl Place {
     }
 
     /// Where the chunk's first row is in a `[tokens, heads, key_dim]` tensor, and from there to the next row.
-    pub fn keys(&self, sizes: &Sizes, #[comptime] b: Blueprint) -> (usize, usize) {
-        ((self.token * sizes.heads + self.key_head) * b.key_dim, sizes.heads * b.key_dim)
+    pub fn keys(&self, sizes: &Sizes) -> (usize, usize) {
+        ((self.token * sizes.heads + self.key_head) * sizes.key_dim, sizes.heads * sizes.key_dim)
     }
 
     /// The same in `[tokens, value_heads, key_dim]`.
-    pub fn key_gates(&self, sizes: &Sizes, #[comptime] b: Blueprint) -> (usize, usize) {
-        ((self.token * sizes.value_heads + self.head) * b.key_dim, sizes.value_heads * b.key_dim)
+    pub fn key_gates(&self, sizes: &Sizes) -> (usize, usize) {
+        ((self.token * sizes.value_heads + self.head) * sizes.key_dim, sizes.value_heads * sizes.key_dim)
     }
 
     /// The same in `[tokens, value_heads, value_dim]`.
-    pub fn values(&self, sizes: &Sizes, #[comptime] b: Blueprint) -> (usize, usize) {
-        ((self.token * sizes.value_heads + self.head) * b.value_dim, sizes.value_heads * b.value_dim)
+    pub fn values(&self, sizes: &Sizes) -> (usize, usize) {
+        ((self.token * sizes.value_heads + self.head) * sizes.value_dim, sizes.value_heads * sizes.value_dim)
     }
 
     /// The same in `[tokens, value_heads]`.
@@ -102,8 +107,8 @@ impl Place {
     }
 
     /// Where the chunk's state is in `[chunks, value_heads, key_dim, value_dim]`.
-    pub fn state(&self, sizes: &Sizes, #[comptime] b: Blueprint) -> usize {
-        (self.chunk * sizes.value_heads + self.head) * comptime!(b.key_dim * b.value_dim)
+    pub fn state(&self, sizes: &Sizes) -> usize {
+        (self.chunk * sizes.value_heads + self.head) * (sizes.key_dim * sizes.value_dim)
     }
 
     /// Where the chunk's scores are in `[chunks, value_heads, chunk, chunk]`.

@@ -45,21 +45,32 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
     let mut q_left = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
     let mut k_left = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), b.block, comptime!(b.operand_padding()));
     let mut right = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
-    for block in 0..comptime!(b.key_blocks()) {
+    for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
-        let at = place.keys(sizes, b);
+        let at = place.keys(sizes);
         decay.load_block(g, &place, sizes, k0, b);
         decay.prepare(g, &place, sizes, k0, Role::Within, b);
-        load_keys::<I, E>(q, at, place.rows, k0, 1.0, &decay, &mut q_left, Role::Within, b);
+        load_keys::<I, E>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Within, b);
         if comptime!(b.delta) {
-            load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut k_left, Role::Within, b);
+            load_keys::<I, E>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut k_left, Role::Within, b);
         }
         if comptime!(b.gate == GateKind::Key) {
             #[unroll]
             for later in 1..comptime!(b.segments()) {
                 sync_cube();
                 decay.prepare(g, &place, sizes, k0, comptime!(Role::Toward(later)), b);
-                load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut right, comptime!(Role::Toward(later)), b);
+                load_keys::<I, E>(
+                    k,
+                    at,
+                    place.rows,
+                    k0,
+                    sizes.key_dim,
+                    1.0,
+                    &decay,
+                    &mut right,
+                    comptime!(Role::Toward(later)),
+                    b,
+                );
                 sync_cube();
                 let row = comptime!(later * BLOCK).runtime();
                 let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
@@ -72,7 +83,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
             sync_cube();
             pairs::<I>(q, k, g, &place, sizes, k0, &mut a, &mut m, b);
         } else {
-            load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut right, Role::Plain, b);
+            load_keys::<I, E>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
             sync_cube();
             let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
             product::<E>(&q_left, &right, &mut a, form, b.engine);
@@ -131,7 +142,7 @@ fn pairs<I: Float>(
 ) {
     // The units of a cube are a multiple of the tokens of a chunk.
     let shares = comptime!((b.units / b.chunk).min(b.block));
-    let at = place.keys(sizes, b);
+    let at = place.keys(sizes);
     let (j, share) = (unit() % b.chunk, unit() / b.chunk);
     let first = (j / BLOCK) * BLOCK;
     let mut sum_q = Array::<f32>::new(BLOCK);
@@ -143,19 +154,19 @@ fn pairs<I: Float>(
     }
     if share < shares {
         for d in range_stepped(share, b.block, shares) {
-            let key = read::<I>(k, at, place.rows, j, k0 + d, b.key_dim);
+            let key = read::<I>(k, at, place.rows, j, k0 + d, sizes.key_dim);
             let mut sum = f32::new(0.0);
             #[unroll]
             for i in 0..BLOCK {
                 let row = first + i;
                 if row > j {
-                    sum += key_gate(g, place, sizes, row, k0 + d, b);
+                    sum += key_gate(g, place, sizes, row, k0 + d);
                 }
                 if row >= j {
                     let weight = key * sum.exp();
-                    sum_q[i] += weight * read::<I>(q, at, place.rows, row, k0 + d, b.key_dim);
+                    sum_q[i] += weight * read::<I>(q, at, place.rows, row, k0 + d, sizes.key_dim);
                     if comptime!(b.delta) {
-                        sum_k[i] += weight * read::<I>(k, at, place.rows, row, k0 + d, b.key_dim);
+                        sum_k[i] += weight * read::<I>(k, at, place.rows, row, k0 + d, sizes.key_dim);
                     }
                 }
             }
