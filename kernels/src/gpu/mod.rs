@@ -1,6 +1,8 @@
 //! The recurrences on any GPU that CubeCL reaches: one source for CUDA, ROCm, Metal, Vulkan and WebGPU.
 
 mod buffer;
+mod scan;
 
 pub use buffer::{Buffer, Storage, poison_outputs};
 pub use cubecl::client::Client;
+pub use scan::{complex_scan, elementwise_scan, rg_lru};

@@ -2,6 +2,8 @@
 //! software Vulkan driver will do.
 #![cfg(any(feature = "wgpu", feature = "cuda", feature = "rocm"))]
 
+mod scan;
+
 use std::io::Write as _;
 use thalweg_kernels::gpu::{self, Client};
 
