@@ -24,8 +24,8 @@
 //! channels a cube has: the carry is handed on segment by segment, whichever lane owns it. So the host may shape the
 //! cubes by the size of the batch (few channels a cube and many lanes where there are few sequences), and a sequence
 //! gives the same bits alone and in any batch, with any device's cube. This is also why time is not cut over cubes: that
-//! reads everything twice, while 16 channels a cube already keep the 132 multiprocessors of an H100 busy from
-//! `batch * channels = 2112` on.
+//! reads everything twice, while cubes of 16 channels keep most of the 132 multiprocessors of an H100 busy from
+//! `batch * channels = 1600` on.
 //!
 //! A factor of exactly 0 forgets also what is not finite (real recurrences): a reset document is not poisoned by its
 //! neighbour.
@@ -61,6 +61,9 @@ pub(crate) struct Outputs<I: Float, N: Size> {
     /// `[sequences, channels]`: sums over the tokens of a sequence.
     pub sums: Sequence<Box<[Vector<f32, N>]>>,
 }
+
+/// Lanes divide by it: so many maps are fetched from shared memory before the carry needs the first.
+pub(crate) const GROUP: usize = 8;
 
 /// What is known when the kernel is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -272,6 +275,42 @@ fn advance<N: Size>(
     }
 }
 
+/// Takes the carry over the maps of all lanes, and leaves in `shift` what each starts with.
+#[cube]
+fn hand_on<N: Size>(
+    carry: &mut Array<Vector<f32, N>>,
+    factor: &Shared<[Vector<f32, N>]>,
+    shift: &mut Shared<[Vector<f32, N>]>,
+    channel: usize,
+    lanes: usize,
+    width: usize,
+    #[comptime] plan: Plan,
+) {
+    let (units, planes) = comptime!((plan.units, plan.planes));
+    let mut a = Array::<Vector<f32, N>>::new(comptime!(GROUP * planes));
+    let mut b = Array::<Vector<f32, N>>::new(comptime!(GROUP * planes));
+    for group in range_stepped(0, lanes, GROUP) {
+        #[unroll]
+        for i in 0..GROUP {
+            #[unroll]
+            for k in 0..planes {
+                let at = k * units + (group + i) * width + channel;
+                a[i * planes + k] = factor[at];
+                b[i * planes + k] = shift[at];
+            }
+        }
+        #[unroll]
+        for i in 0..GROUP {
+            #[unroll]
+            for k in 0..planes {
+                shift[k * units + (group + i) * width + channel] = carry[k];
+            }
+            let (re, im) = comptime!((i * planes, i * planes + planes - 1));
+            affine::<N>(carry, a[re], a[im], b[re], b[im], planes);
+        }
+    }
+}
+
 /// See the top of this file. `channels` and `width` count vectors; the cubes are numbered sequence by sequence.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
@@ -361,15 +400,7 @@ pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
             }
             sync_cube();
             if lane == 0 {
-                for l in 0..lanes {
-                    let (re, im) = (l * width + unit, (planes - 1) * units + l * width + unit);
-                    let (b_re, b_im) = (shift[re], shift[im]);
-                    #[unroll]
-                    for k in 0..planes {
-                        shift[k * units + l * width + unit] = carry[k];
-                    }
-                    affine::<N>(&mut carry, factor[re], factor[im], b_re, b_im, planes);
-                }
+                hand_on::<N>(&mut carry, &factor, &mut shift, unit, lanes, width, plan);
             }
             sync_cube();
             #[unroll]

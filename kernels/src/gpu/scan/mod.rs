@@ -108,8 +108,8 @@ impl Scan<'_> {
 /// not exceed the segments of the longest sequence; what is left over goes to channels.
 fn shape(client: &Client, plan: &Plan, sequences: usize, channels: usize, longest: usize) -> (usize, usize) {
     let busy = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
-    let width = [32, 16].into_iter().find(|&w| sequences * channels.div_ceil(w) >= busy).unwrap_or(8);
-    let lanes = (plan.units / width).min(longest.div_ceil(plan.tokens).next_power_of_two());
+    let width = [32, 16].into_iter().find(|&w| 4 * sequences * channels.div_ceil(w) >= 3 * busy).unwrap_or(8);
+    let lanes = (plan.units / width).min(longest.div_ceil(plan.tokens).next_power_of_two()).max(engine::GROUP);
     (lanes, plan.units / lanes)
 }
 
