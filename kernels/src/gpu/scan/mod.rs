@@ -4,6 +4,7 @@ pub mod complex_scan;
 pub mod elementwise_scan;
 mod engine;
 mod functions;
+pub mod hgrn;
 pub mod rg_lru;
 
 use cubecl::prelude::*;
