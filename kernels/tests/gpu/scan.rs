@@ -140,6 +140,17 @@ fn linear_scan_equals_the_oracle() {
     }
 }
 
+#[test]
+fn more_cubes_than_fit_on_an_axis_are_all_run() {
+    let Some(client) = super::client() else { return };
+    let x: Vec<f32> = (0..70_000).map(|i| i as f32).collect();
+    let (x, gate) = (Buffer::from_slice(&client, &x), Buffer::from_slice(&client, &[-1.0f32; 70_000]));
+    let h0 = Buffer::from_slice(&client, &[0.0f32; 70_000]);
+    let inputs = ScanInputs { gate: ScanGate::Log(&gate), x: &x, initial_state: Some(&h0) };
+    let out = elementwise_scan::forward(&client, &ScanProblem::new(70_000, 1, 1), &inputs).expect("valid arguments");
+    assert_eq!(bits(&client, &out.o), bits(&client, &x));
+}
+
 /// Two planes of random numbers.
 fn pair<E: Number>(client: &Client, random: &mut Random, len: usize) -> (Complex<Buffer>, Planes) {
     let (re, re_wide) = tensor::<E>(client, symmetric(random, len, 1.0));

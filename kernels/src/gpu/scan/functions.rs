@@ -10,6 +10,7 @@ pub(crate) fn all<N: Size>(#[comptime] x: f32) -> Vector<f32, N> {
 
 /// Horner's rule, highest power first.
 #[cube]
+#[allow(clippy::needless_range_loop)]
 fn polynomial<N: Size>(x: Vector<f32, N>, #[comptime] coefficients: Vec<f32>) -> Vector<f32, N> {
     let mut p = all::<N>(0.0);
     #[unroll]

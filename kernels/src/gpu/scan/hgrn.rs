@@ -16,8 +16,8 @@
 
 use cubecl::prelude::*;
 
-use super::engine::{ElementMap, Inputs, Outputs, Plan};
 use super::functions::{all, sigmoid};
+use super::map::{ElementMap, Inputs, Outputs, Plan};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, Storage, total};
 
 /// The arguments of [`forward`]. `x` and the gate have one element type.
@@ -79,6 +79,7 @@ fn scan<'a>(inputs: &HgrnInputs<'a>, mut tokens: Vec<&'a Buffer>, backward: bool
         constants: 1,
         sums: (backward && bounded) as usize,
         flags: [bounded, false],
+        packed: false,
         units: 0,
     };
     Scan {
