@@ -83,7 +83,7 @@ pub(crate) fn decay_rows(state: &mut Tile<f32>, row0: usize, decay: &Decay, #[co
     }
 }
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_kernel<I: Float, E: Float>(
     k: &[I],
     v: &[I],

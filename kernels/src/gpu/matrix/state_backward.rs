@@ -14,7 +14,7 @@ use super::decay::{Decay, Role, load, load_keys, store};
 use super::place::{Sizes, Walk};
 use super::state::{Part, decay_rows, load_state, scale_rows, store_state};
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_backward_kernel<I: Float, E: Float>(
     q: &[I],
     k: &[I],
