@@ -7,7 +7,7 @@ use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use super::super::buffer::{Buffer, Storage};
 use super::super::device::{address_type, grid};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::blueprint::{Blueprint, GateKind};
+use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::output::Direction;
 use super::place::{SizesLaunch, table};
 use super::step::{COLUMNS, StepBlueprint, StepSizesLaunch, step_kernel};
@@ -45,7 +45,8 @@ pub(crate) struct Launch<'a> {
     client: &'a Client,
     pub p: &'a MatrixProblem,
     x: &'a Inputs<'a>,
-    pub b: Blueprint,
+    b: Blueprint,
+    w: WalkBlueprint,
     chunks: usize,
     sequences: usize,
     table: Buffer,
@@ -81,6 +82,7 @@ impl<'a> Launch<'a> {
         };
         let (table, chunks) = table(&sequences, b.chunk);
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
+        let w = b.walk(client, p, sequences);
         let nothing = Buffer::from_slice(client, &[0.0f32]);
         let operand = if b.engine.on_matrix_units() { storage } else { Storage::F32 };
         let chunk_heads = chunks * p.value_heads;
@@ -92,7 +94,7 @@ impl<'a> Launch<'a> {
         ];
         let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operand.elem_type()];
-        Ok(Self { client, p, x, b, chunks, sequences, table, nothing, address, types })
+        Ok(Self { client, p, x, b, w, chunks, sequences, table, nothing, address, types })
     }
 
     fn sizes(&self) -> SizesLaunch {
@@ -113,10 +115,6 @@ impl<'a> Launch<'a> {
 
     fn value_blocks(&self) -> usize {
         self.p.value_dim.div_ceil(self.b.block)
-    }
-
-    fn state_blocks(&self) -> usize {
-        self.b.state_blocks(self.p.key_dim)
     }
 
     fn operand(&self) -> Storage {
@@ -141,8 +139,8 @@ impl<'a> Launch<'a> {
     }
 
     fn walks(&self) -> Result<CubeCount, Error> {
-        let key_parts = self.p.key_dim.div_ceil(self.b.block) / self.state_blocks();
-        let parts = key_parts * self.value_blocks();
+        let key_parts = self.p.key_dim.div_ceil(self.b.block) / self.w.state_blocks;
+        let parts = key_parts * self.p.value_dim.div_ceil(self.w.value_block);
         self.cubes(self.sequences * self.p.value_heads * parts)
     }
 
@@ -193,8 +191,7 @@ impl<'a> Launch<'a> {
             final_state.arg(),
             self.sizes(),
             self.x.initial_state.is_some(),
-            self.state_blocks(),
-            self.b,
+            self.w,
             self.types,
         );
         let x = if self.b.delta { x } else { self.x.v.clone() };
@@ -267,8 +264,7 @@ impl<'a> Launch<'a> {
             d_initial_state.arg(),
             self.sizes(),
             d_final_state.is_some(),
-            self.state_blocks(),
-            self.b,
+            self.w,
             self.types,
         );
         Ok(WalkBack { z, dstates, d_initial_state })
