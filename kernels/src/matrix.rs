@@ -68,7 +68,7 @@ impl MatrixProblem {
         [sequences, self.value_heads, self.key_dim, self.value_dim]
     }
 
-    fn head_shape(&self) -> [usize; 3] {
+    pub(crate) fn head_shape(&self) -> [usize; 3] {
         [self.batch, self.time, self.value_heads]
     }
 }
@@ -226,7 +226,8 @@ pub fn step<E: Element>(problem: &MatrixProblem, inputs: &MatrixInputs<E>, state
     Ok(native::step(problem, inputs, state))
 }
 
-fn validate<E: Element>(p: &MatrixProblem, x: &MatrixInputs<E>) -> Result<Sequences, Error> {
+/// Checks everything that is not a tensor.
+pub(crate) fn validate_sizes(p: &MatrixProblem) -> Result<Sequences, Error> {
     let sequences = Sequences::new(p.batch, p.time, p.cu_seqlens.as_deref())?;
     for (argument, size) in
         [("heads", p.heads), ("value_heads", p.value_heads), ("key_dim", p.key_dim), ("value_dim", p.value_dim)]
@@ -241,6 +242,11 @@ fn validate<E: Element>(p: &MatrixProblem, x: &MatrixInputs<E>) -> Result<Sequen
     if !p.scale.is_finite() {
         return Err(Error::Value { argument: "scale", found: p.scale.to_string(), expected: "a finite number" });
     }
+    Ok(sequences)
+}
+
+fn validate<E: Element>(p: &MatrixProblem, x: &MatrixInputs<E>) -> Result<Sequences, Error> {
+    let sequences = validate_sizes(p)?;
     Error::check_len("q", x.q.len(), &p.key_shape())?;
     Error::check_len("k", x.k.len(), &p.key_shape())?;
     Error::check_len("v", x.v.len(), &p.value_shape())?;

@@ -77,6 +77,11 @@ impl Buffer {
         Self { handle, storage: Storage::of::<E>(), len: data.len() }
     }
 
+    /// A table of numbers.
+    pub(crate) fn table(client: &Client, data: &[u32]) -> Self {
+        Self { handle: client.create_from_slice(bytemuck::cast_slice(data)), storage: Storage::F32, len: data.len() }
+    }
+
     /// Memory for an output: its elements are arbitrary.
     pub fn output(client: &Client, storage: Storage, len: usize) -> Self {
         let handle = if POISON.load(Ordering::Relaxed) {

@@ -1,7 +1,9 @@
 //! The recurrences on any GPU that CubeCL reaches: one source for CUDA, ROCm, Metal, Vulkan and WebGPU.
 
 mod buffer;
+pub mod matrix;
 mod scan;
+mod tile;
 
 pub use buffer::{Buffer, Storage, poison_outputs};
 pub use cubecl::client::Client;

@@ -2,6 +2,7 @@
 //! software Vulkan driver will do.
 #![cfg(any(feature = "wgpu", feature = "cuda", feature = "rocm"))]
 
+mod matrix;
 mod scan;
 
 use std::io::Write as _;

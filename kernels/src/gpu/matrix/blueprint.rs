@@ -1,0 +1,148 @@
+//! What the kernels of a matrix recurrence know when they are compiled, and how it is chosen from the device.
+
+use cubecl::client::Client;
+use cubecl::ir::features::MmaConfig;
+
+use super::super::buffer::Storage;
+use super::super::tile::{BLOCK, Engine};
+use crate::matrix::MatrixProblem;
+
+/// What the decay depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum GateKind {
+    None,
+    /// One per head; its gradient is summed over the tokens by a kernel of its own.
+    Constant,
+    Head,
+    Key,
+}
+
+/// The compile-time key of the kernels. Lengths, batch and head counts are not in it: a new sequence length compiles
+/// and tunes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Blueprint {
+    pub gate: GateKind,
+    pub delta: bool,
+    pub key_dim: usize,
+    pub value_dim: usize,
+    /// Tokens of a chunk.
+    pub chunk: usize,
+    /// Key or value features that are in shared memory at a time; at most `chunk`.
+    pub block: usize,
+    pub units: usize,
+    pub engine: Engine,
+    /// Bytes of an element of an operand tile: the storage type on matrix units, f32 in registers.
+    pub operand_size: usize,
+    /// Whether chunks are found in a table.
+    pub packed: bool,
+}
+
+/// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
+const SHARED_MEMORY: usize = 100 << 10;
+
+impl Blueprint {
+    /// The largest tiles that the device has room for.
+    pub fn select(client: &Client, p: &MatrixProblem, storage: Storage, gate: GateKind, delta: bool) -> Option<Self> {
+        let hardware = &client.properties().hardware;
+        let engine = engine(client, storage);
+        let room = hardware.max_shared_memory_size.min(SHARED_MEMORY);
+        let operand_size = if engine == Engine::Registers { 4 } else { storage.size() };
+        let packed = p.cu_seqlens.is_some();
+        let sizes = [(64, 64), (64, 32), (32, 32), (32, 16), (16, 16)];
+        let widest = p.key_dim.max(p.value_dim).next_multiple_of(BLOCK);
+        sizes
+            .into_iter()
+            .map(|(chunk, block)| {
+                let block = widest.min(block);
+                let units = match engine {
+                    Engine::Registers => (chunk * block / 8).min(256),
+                    Engine::Matrix { plane } => plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8),
+                };
+                let units = units.min(hardware.max_units_per_cube as usize);
+                let (key_dim, value_dim) = (p.key_dim, p.value_dim);
+                Self { gate, delta, key_dim, value_dim, chunk, block, units, engine, operand_size, packed }
+            })
+            .find(|blueprint| blueprint.shared_memory() <= room)
+    }
+
+    /// Blocks of key features, the last one padded with zeros.
+    pub const fn key_blocks(&self) -> usize {
+        self.key_dim.div_ceil(self.block)
+    }
+
+    /// Blocks of value features, likewise.
+    pub const fn value_blocks(&self) -> usize {
+        self.value_dim.div_ceil(self.block)
+    }
+
+    /// Sub-blocks of a chunk.
+    pub const fn segments(&self) -> usize {
+        self.chunk / BLOCK
+    }
+
+    /// Padding of f32 tiles.
+    pub fn padding(&self) -> usize {
+        self.engine.padding(4)
+    }
+
+    /// Padding of operand tiles.
+    pub fn operand_padding(&self) -> usize {
+        self.engine.padding(self.operand_size)
+    }
+
+    /// Whether the decay is the same for all key features.
+    pub const fn scalar_gate(&self) -> bool {
+        matches!(self.gate, GateKind::Constant | GateKind::Head)
+    }
+
+    /// Blocks of key features that one cube of a state pass holds: all of them if the write reads the state, else one,
+    /// so that more cubes can work.
+    pub const fn state_key_blocks(&self) -> usize {
+        if self.delta { self.key_blocks() } else { 1 }
+    }
+
+    /// Rows of the state that one cube of a state pass holds.
+    pub const fn state_keys(&self) -> usize {
+        self.state_key_blocks() * self.block
+    }
+
+    /// The most that one of the kernels needs, in bytes.
+    pub fn shared_memory(&self) -> usize {
+        let float = |rows: usize, cols: usize| rows * (cols + self.padding()) * 4;
+        let operand = |rows: usize, cols: usize| rows * (cols + self.operand_padding()) * self.operand_size;
+        let (c, d, only_delta) = (self.chunk, self.block, self.delta as usize);
+        let scores = 2 * float(c, c) + float(BLOCK, c) + 3 * operand(c, d);
+        let state = float(self.state_keys(), d)
+            + 2 * operand(c, d)
+            + only_delta * (float(c, d) + operand(c, d) + operand(d, d) + operand(c, c));
+        let output = float(c, d) + 2 * operand(c, d) + operand(d, d) + operand(c, c);
+        let backward = float(c, c)
+            + (1 + only_delta) * operand(c, c)
+            + (3 + only_delta) * float(c, d)
+            + 2 * operand(c, d)
+            + operand(d, d);
+        let decay = if self.gate == GateKind::Key { float(c, d) + self.segments() * d * 4 } else { 3 * c * 4 };
+        // Gradients by token, and the carry by key feature.
+        let small = (5 * c + 2 * d) * 4;
+        scores.max(state).max(output).max(backward) + decay + small
+    }
+}
+
+/// Matrix units compute with operands of 16 bits; f32 tensors keep their precision in registers.
+fn engine(client: &Client, storage: Storage) -> Engine {
+    let properties = client.properties();
+    let wanted = MmaConfig {
+        a_type: storage.elem_type(),
+        b_type: storage.elem_type(),
+        cd_type: Storage::F32.elem_type(),
+        m: BLOCK as u32,
+        n: BLOCK as u32,
+        k: BLOCK as u32,
+    };
+    let (plane_min, plane) = (properties.hardware.plane_size_min, properties.hardware.plane_size_max);
+    if storage != Storage::F32 && plane_min == plane && properties.features.matmul.cmma.contains(&wanted) {
+        Engine::Matrix { plane: plane as usize }
+    } else {
+        Engine::Registers
+    }
+}

@@ -1,0 +1,139 @@
+//! The matrix-state recurrences on a GPU: what [`crate::matrix`] computes, on tensors in a device's memory.
+//!
+//! A sequence is cut into chunks, of at most 64 tokens. `forward` is three launches: `scores` (all chunks at once),
+//! `state` (the chunks of a sequence in order, with the state on chip) and `output` (all chunks at once); `backward`
+//! computes the first two again and reverses them. Besides the tensors they need the state before each chunk
+//! (`4 key_dim value_dim` bytes for each chunk and head) and one or two `[chunk, chunk]` matrices of scores.
+//!
+//! Results do not depend on what else is in the batch, nor on the run. The values of gates are not read back: that they
+//! are at most 0 is the caller's to ensure.
+
+mod blueprint;
+mod decay;
+mod launch;
+mod output;
+mod place;
+mod scores;
+mod state;
+mod state_backward;
+
+use cubecl::client::Client;
+
+use super::buffer::{Buffer, Storage};
+use crate::error::Error;
+use crate::matrix::{MatrixProblem, validate_sizes};
+use blueprint::GateKind;
+use launch::Launch;
+
+/// The natural-log decay `g <= 0` of the state, f32.
+#[derive(Debug, Clone, Copy)]
+pub enum Gate<'a> {
+    /// The state never decays.
+    None,
+    /// One decay per head for all tokens: `[value_heads]`.
+    Constant(&'a Buffer),
+    /// One decay per token and head: `[batch, time, value_heads]`.
+    Head(&'a Buffer),
+    /// One decay per token, head and key feature: `[batch, time, value_heads, key_dim]`.
+    Key(&'a Buffer),
+}
+
+impl<'a> Gate<'a> {
+    fn kind(self) -> GateKind {
+        match self {
+            Gate::None => GateKind::None,
+            Gate::Constant(_) => GateKind::Constant,
+            Gate::Head(_) => GateKind::Head,
+            Gate::Key(_) => GateKind::Key,
+        }
+    }
+
+    fn tensor(self) -> Option<&'a Buffer> {
+        match self {
+            Gate::None => None,
+            Gate::Constant(g) | Gate::Head(g) | Gate::Key(g) => Some(g),
+        }
+    }
+}
+
+/// What a token writes into the state.
+#[derive(Debug, Clone, Copy)]
+pub enum Write<'a> {
+    /// `k v^T`.
+    Additive,
+    /// The delta rule; it decays the state first.
+    Delta {
+        /// Step size per token and head, `[batch, time, value_heads]`, f32.
+        beta: &'a Buffer,
+    },
+}
+
+impl<'a> Write<'a> {
+    fn beta(self) -> Option<&'a Buffer> {
+        match self {
+            Write::Additive => None,
+            Write::Delta { beta } => Some(beta),
+        }
+    }
+}
+
+/// The tensors that go in. `q`, `k` and `v` have one element type, all others are f32.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Queries, `[batch, time, heads, key_dim]`.
+    pub q: &'a Buffer,
+    /// Keys, `[batch, time, heads, key_dim]`.
+    pub k: &'a Buffer,
+    /// Values, `[batch, time, value_heads, value_dim]`.
+    pub v: &'a Buffer,
+    /// The decay.
+    pub gate: Gate<'a>,
+    /// The write.
+    pub write: Write<'a>,
+    /// State before the first token, `[sequences, value_heads, key_dim, value_dim]`; zero if absent.
+    pub initial_state: Option<&'a Buffer>,
+}
+
+/// The tensors that come out.
+#[derive(Debug, Clone)]
+pub struct Outputs {
+    /// Outputs, `[batch, time, value_heads, value_dim]`.
+    pub o: Buffer,
+    /// State after the last token, `[sequences, value_heads, key_dim, value_dim]`, f32.
+    pub final_state: Buffer,
+}
+
+/// The chunked forward pass. [`MatrixProblem::chunk`] is ignored: the device decides.
+///
+/// # Errors
+/// [`Error`] for a zero size, `value_heads` that is no multiple of `heads`, a tensor of the wrong length or type,
+/// boundaries that are no partition; [`Error::Device`] if the device has too little shared memory for `key_dim`.
+pub fn forward(client: &Client, problem: &MatrixProblem, inputs: &Inputs) -> Result<Outputs, Error> {
+    let launch = Launch::new(client, problem, inputs)?;
+    let scores = launch.scores();
+    let walk = launch.state(&scores);
+    let o = launch.output(&scores, &walk);
+    Ok(Outputs { o, final_state: walk.final_state })
+}
+
+fn validate(p: &MatrixProblem, x: &Inputs) -> Result<crate::Sequences, Error> {
+    let sequences = validate_sizes(p)?;
+    let storage = x.q.storage;
+    x.q.check("q", storage, &p.key_shape())?;
+    x.k.check("k", storage, &p.key_shape())?;
+    x.v.check("v", storage, &p.value_shape())?;
+    if let Some(h) = x.initial_state {
+        h.check("initial_state", Storage::F32, &p.state_shape())?;
+    }
+    let [b, t, h] = p.head_shape();
+    match x.gate {
+        Gate::None => {}
+        Gate::Constant(g) => g.check("g", Storage::F32, &[h])?,
+        Gate::Head(g) => g.check("g", Storage::F32, &[b, t, h])?,
+        Gate::Key(g) => g.check("g", Storage::F32, &[b, t, h, p.key_dim])?,
+    }
+    if let Write::Delta { beta } = x.write {
+        beta.check("beta", Storage::F32, &[b, t, h])?;
+    }
+    Ok(sequences)
+}

@@ -1,0 +1,81 @@
+//! Stage 3, all chunks at once: `o = scale (q e^{c}) S + A u`. One cube computes one chunk, head and block of value
+//! features.
+
+use cubecl::prelude::*;
+
+use super::super::tile::{Form, Mode, Tile, fill, product, unit, units};
+use super::blueprint::Blueprint;
+use super::decay::{Decay, Role, load, load_keys, read, store};
+use super::place::{Place, Sizes};
+use super::state::load_state;
+
+#[cube(launch, address_type = "dynamic")]
+pub(crate) fn output_kernel<I: Float, E: Float>(
+    q: &[I],
+    x: &[I],
+    g: &[f32],
+    beta: &[f32],
+    a: &[E],
+    states: &[f32],
+    table: &[u32],
+    o: &mut [I],
+    sizes: &Sizes,
+    #[comptime] b: Blueprint,
+    #[define(I, E)] _types: [ElemType; 2],
+) {
+    let (cube, v0) = (CUBE_POS / comptime!(b.value_blocks()), CUBE_POS % comptime!(b.value_blocks()) * b.block);
+    if cube >= sizes.all_chunks * sizes.value_heads {
+        terminate!();
+    }
+    let place = Place::new(sizes, table, cube / sizes.value_heads, cube % sizes.value_heads, b);
+    let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
+    let c = comptime!(b.chunk);
+    let mut decay = Decay::new(b);
+    let mut sum = Tile::<f32>::new(c, b.block, padding);
+    let mut queries = Tile::<E>::new(c, b.block, operand);
+    let mut state = Tile::<E>::new(b.block, b.block, operand);
+    let mut scores = Tile::<E>::new(c, c, operand);
+    let mut u = Tile::<E>::new(c, b.block, operand);
+    fill::<f32>(&mut sum, 0.0);
+    decay.load(g, &place, sizes, b);
+    load::<E, E>(a, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c, &mut scores);
+    load_written::<I, E>(x, beta, &place, sizes, v0, &mut u, b);
+    for block in 0..comptime!(b.key_blocks()) {
+        let k0 = block * b.block;
+        decay.load_block(g, &place, sizes, k0, b);
+        decay.prepare(g, &place, sizes, k0, Role::FromStart, b);
+        let at = place.keys(sizes, b);
+        load_keys::<I, E>(q, at, place.rows, k0, sizes.scale, &decay, &mut queries, Role::FromStart, b);
+        load_state::<E>(states, place.state(sizes, b), k0, v0, &mut state, true, b);
+        sync_cube();
+        product::<E>(&queries, &state, &mut sum, comptime!(Form::ab(c, b.block, b.block, Mode::Add)), b.engine);
+        sync_cube();
+    }
+    product::<E>(&scores, &u, &mut sum, comptime!(Form::ab(c, b.block, c, Mode::Add)), b.engine);
+    sync_cube();
+    store::<I, f32>(&sum, o, place.values(sizes, b), place.rows, v0, b.value_dim);
+}
+
+/// What the chunk's tokens write along their keys: `u = beta x`, or `v` without the delta rule.
+#[cube]
+pub(crate) fn load_written<I: Float, E: Float>(
+    x: &[I],
+    beta: &[f32],
+    place: &Place,
+    sizes: &Sizes,
+    v0: usize,
+    tile: &mut Tile<E>,
+    #[comptime] b: Blueprint,
+) {
+    let (at, scalars) = (place.values(sizes, b), place.scalars(sizes));
+    for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
+        let (row, v) = (i / b.block, i % b.block);
+        let mut value = read::<I>(x, at, place.rows, row, v0 + v, b.value_dim);
+        if comptime!(b.delta) {
+            if row < place.rows {
+                value *= beta[scalars.0 + row * scalars.1];
+            }
+        }
+        tile.set(row, v, value);
+    }
+}

@@ -1,0 +1,223 @@
+//! Stage 1, all chunks at once: the scores of the queries, and for the delta rule the inverse of its system.
+//!
+//! ```text
+//! A_ij = scale sum_d q_i[d] k_j[d] e^{c_i[d] - c_j[d]}   (i >= j)
+//! M_ij =       sum_d k_i[d] k_j[d] e^{c_i[d] - c_j[d]}   (i >  j)      T = (I + M Diag(beta))^-1
+//! ```
+//! One cube computes one chunk of one head. With key-wise gates the exponential sits inside the sum: between sub-blocks of
+//! 16 tokens it is split at the start of the later one, so that both factors are at most 1 and a product remains; inside
+//! a sub-block the pairs are summed one by one. `T` is found by forward substitution, which stays accurate when keys are
+//! nearly equal, in sub-blocks, and merged by products in f32.
+
+use cubecl::prelude::*;
+
+use super::super::tile::{BLOCK, Corner, Engine, Form, Mode, Tile, fill, product, product_at, unit, units};
+use super::blueprint::{Blueprint, GateKind};
+use super::decay::{Decay, Role, key_gate, load_keys, read};
+use super::place::{Place, Sizes};
+
+#[cube(launch, address_type = "dynamic")]
+pub(crate) fn scores_kernel<I: Float, E: Float>(
+    q: &[I],
+    k: &[I],
+    g: &[f32],
+    beta: &[f32],
+    table: &[u32],
+    a_out: &mut [E],
+    t_out: &mut [E],
+    sizes: &Sizes,
+    #[comptime] b: Blueprint,
+    #[define(I, E)] _types: [ElemType; 2],
+) {
+    let cube = CUBE_POS;
+    if cube >= sizes.all_chunks * sizes.value_heads {
+        terminate!();
+    }
+    let place = Place::new(sizes, table, cube / sizes.value_heads, cube % sizes.value_heads, b);
+    let mut decay = Decay::new(b);
+    let c = comptime!(b.chunk);
+    let mut a = Tile::<f32>::new(c, c, comptime!(b.padding()));
+    let mut m = Tile::<f32>::new(comptime!(if b.delta { c } else { 1 }), c, comptime!(b.padding()));
+    fill::<f32>(&mut a, 0.0);
+    fill::<f32>(&mut m, 0.0);
+    decay.load(g, &place, sizes, b);
+
+    let mut q_left = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
+    let mut k_left = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), b.block, comptime!(b.operand_padding()));
+    let mut right = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
+    for block in 0..comptime!(b.key_blocks()) {
+        let k0 = block * b.block;
+        let at = place.keys(sizes, b);
+        decay.load_block(g, &place, sizes, k0, b);
+        decay.prepare(g, &place, sizes, k0, Role::Within, b);
+        load_keys::<I, E>(q, at, place.rows, k0, 1.0, &decay, &mut q_left, Role::Within, b);
+        if comptime!(b.delta) {
+            load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut k_left, Role::Within, b);
+        }
+        if comptime!(b.gate == GateKind::Key) {
+            #[unroll]
+            for later in 1..comptime!(b.segments()) {
+                sync_cube();
+                decay.prepare(g, &place, sizes, k0, comptime!(Role::Toward(later)), b);
+                load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut right, comptime!(Role::Toward(later)), b);
+                sync_cube();
+                let row = comptime!(later * BLOCK).runtime();
+                let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
+                let form = comptime!(Form::abt(BLOCK, later * BLOCK, b.block, Mode::Add));
+                product_at::<E>(&q_left, &right, &mut a, &corner, form, b.engine);
+                if comptime!(b.delta) {
+                    product_at::<E>(&k_left, &right, &mut m, &corner, form, b.engine);
+                }
+            }
+            sync_cube();
+            pairs::<I>(q, k, g, &place, sizes, k0, &mut a, &mut m, b);
+        } else {
+            load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut right, Role::Plain, b);
+            sync_cube();
+            let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
+            product::<E>(&q_left, &right, &mut a, form, b.engine);
+            if comptime!(b.delta) {
+                product::<E>(&k_left, &right, &mut m, form, b.engine);
+            }
+        }
+        sync_cube();
+    }
+    if comptime!(b.gate != GateKind::Key) {
+        decay.multiply_lower(&mut a, false, b);
+        if comptime!(b.delta) {
+            decay.multiply_lower(&mut m, true, b);
+        }
+        sync_cube();
+    }
+
+    let out = place.scores(sizes, b);
+    for i in range_stepped(unit(), comptime!(c * c), units()) {
+        a_out[out + i] = E::cast_from(a.get(i / c, i % c) * sizes.scale);
+    }
+    if comptime!(b.delta) {
+        // `L = M Diag(beta)`, then its inverse in the place of `A`.
+        let (at, stride) = place.scalars(sizes);
+        for i in range_stepped(unit(), comptime!(c * c), units()) {
+            let (row, col) = (i / c, i % c);
+            let mut value = f32::new(0.0);
+            if col < place.rows {
+                value = m.get(row, col) * beta[at + col * stride];
+            }
+            m.set(row, col, value);
+        }
+        sync_cube();
+        fill::<f32>(&mut a, 0.0);
+        sync_cube();
+        invert(&m, &mut a, b);
+        for i in range_stepped(unit(), comptime!(c * c), units()) {
+            t_out[out + i] = E::cast_from(a.get(i / c, i % c));
+        }
+    }
+}
+
+/// Adds the pairs within sub-blocks, over one block of key features. Units take a token `j` and a share of the features
+/// each; the shares are added in turn.
+#[cube]
+fn pairs<I: Float>(
+    q: &[I],
+    k: &[I],
+    g: &[f32],
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    a: &mut Tile<f32>,
+    m: &mut Tile<f32>,
+    #[comptime] b: Blueprint,
+) {
+    // The units of a cube are a multiple of the tokens of a chunk.
+    let shares = comptime!((b.units / b.chunk).min(b.block));
+    let at = place.keys(sizes, b);
+    let (j, share) = (unit() % b.chunk, unit() / b.chunk);
+    let first = (j / BLOCK) * BLOCK;
+    let mut sum_q = Array::<f32>::new(BLOCK);
+    let mut sum_k = Array::<f32>::new(BLOCK);
+    #[unroll]
+    for i in 0..BLOCK {
+        sum_q[i] = f32::new(0.0);
+        sum_k[i] = f32::new(0.0);
+    }
+    if share < shares {
+        for d in range_stepped(share, b.block, shares) {
+            let key = read::<I>(k, at, place.rows, j, k0 + d, b.key_dim);
+            let mut sum = f32::new(0.0);
+            #[unroll]
+            for i in 0..BLOCK {
+                let row = first + i;
+                if row > j {
+                    sum += key_gate(g, place, sizes, row, k0 + d, b);
+                }
+                if row >= j {
+                    let weight = key * sum.exp();
+                    sum_q[i] += weight * read::<I>(q, at, place.rows, row, k0 + d, b.key_dim);
+                    if comptime!(b.delta) {
+                        sum_k[i] += weight * read::<I>(k, at, place.rows, row, k0 + d, b.key_dim);
+                    }
+                }
+            }
+        }
+    }
+    for turn in 0..shares {
+        if share == turn {
+            #[unroll]
+            for i in 0..BLOCK {
+                let row = first + i;
+                if row >= j {
+                    a.set(row, j, a.get(row, j) + sum_q[i]);
+                }
+                if comptime!(b.delta) {
+                    if row > j {
+                        m.set(row, j, m.get(row, j) + sum_k[i]);
+                    }
+                }
+            }
+        }
+        sync_cube();
+    }
+}
+
+/// `t = (I + l)^-1` for strictly lower-triangular `l`; `t` is zero before. Synchronises.
+#[cube]
+fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
+    // The sub-blocks on the diagonal, a column per unit.
+    for j in range_stepped(unit(), b.chunk, units()) {
+        let first = (j / BLOCK) * BLOCK;
+        let mut x = Array::<f32>::new(BLOCK);
+        #[unroll]
+        for i in 0..BLOCK {
+            let mut sum = f32::new(0.0);
+            #[unroll]
+            for earlier in 0..i {
+                sum += l.get(first + i, first + earlier) * x[earlier];
+            }
+            x[i] = -sum;
+            if first + i < j {
+                x[i] = f32::new(0.0);
+            }
+            if first + i == j {
+                x[i] = f32::new(1.0);
+            }
+            t.set(first + i, j, x[i]);
+        }
+    }
+    sync_cube();
+    // Below: T_IJ = -T_II sum_M L_IM T_MJ.
+    let mut w = Tile::<f32>::new(BLOCK, b.chunk, comptime!(b.padding()));
+    let solved = t.alias();
+    #[unroll]
+    for block in 1..comptime!(b.segments()) {
+        let row = comptime!(block * BLOCK).runtime();
+        let n = comptime!(block * BLOCK);
+        let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
+        product_at::<f32>(l, &solved, &mut w, &corner, comptime!(Form::ab(BLOCK, n, n, Mode::Set)), Engine::Registers);
+        sync_cube();
+        let corner = Corner { a_row: row, a_col: row, b_row: 0usize, out_row: row };
+        let form = comptime!(Form::ab(BLOCK, n, BLOCK, Mode::SetNegative));
+        product_at::<f32>(&solved, &w, t, &corner, form, Engine::Registers);
+        sync_cube();
+    }
+}
