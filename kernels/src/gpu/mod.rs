@@ -7,4 +7,4 @@ mod tile;
 
 pub use buffer::{Buffer, Storage, poison_outputs};
 pub use cubecl::client::Client;
-pub use scan::{complex_scan, elementwise_scan, rg_lru};
+pub use scan::{complex_scan, elementwise_scan, hgrn, rg_lru};

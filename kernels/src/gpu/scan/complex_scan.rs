@@ -16,8 +16,8 @@
 
 use cubecl::prelude::*;
 
-use super::engine::{ElementMap, Inputs, Outputs, Plan};
 use super::functions::sin_cos;
+use super::map::{ElementMap, Inputs, Outputs, Plan};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, total};
 use crate::complex_scan::Complex;
 
@@ -81,7 +81,7 @@ fn check_state(
     problem.check_state_buffer(im, sequences.count(), x.map(|x| x.im))
 }
 
-fn planes<'a>(x: Option<Complex<&'a Buffer>>) -> Vec<&'a Buffer> {
+fn planes(x: Option<Complex<&Buffer>>) -> Vec<&Buffer> {
     x.map_or(Vec::new(), |x| vec![x.re, x.im])
 }
 
@@ -106,6 +106,7 @@ fn scan<'a>(inputs: &ComplexInputs<'a>, tokens: Vec<&'a Buffer>, channels: usize
         constants: 2,
         sums: if backward { pick(true).count() } else { 0 },
         flags: constant,
+        packed: false,
         units: 0,
     };
     Scan {

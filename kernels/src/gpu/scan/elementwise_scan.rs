@@ -11,7 +11,7 @@
 
 use cubecl::prelude::*;
 
-use super::engine::{ElementMap, Inputs, Outputs, Plan};
+use super::map::{ElementMap, Inputs, Outputs, Plan};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences};
 
 /// The decay of the state, `[batch, time, channels]`.
@@ -75,7 +75,7 @@ fn check(problem: &ScanProblem, inputs: &ScanInputs) -> Result<Sequences, Error>
 fn plan(backward: bool, log: bool) -> Plan {
     let (inputs, kept) = if backward { (3, 3) } else { (2, 2) };
     let flags = [log, false];
-    Plan { planes: 1, backward, tokens: 8, inputs, kept, constants: 0, sums: 0, flags, units: 0 }
+    Plan { planes: 1, backward, tokens: 8, inputs, kept, constants: 0, sums: 0, flags, packed: false, units: 0 }
 }
 
 /// `h_t = a_t h_{t-1} + x_t` over every sequence and channel; the state is f32 throughout.

@@ -24,109 +24,18 @@
 //! channels a cube has: the carry is handed on segment by segment, whichever lane owns it. So the host may shape the
 //! cubes by the size of the batch (few channels a cube and many lanes where there are few sequences), and a sequence
 //! gives the same bits alone and in any batch, with any device's cube. This is also why time is not cut over cubes: that
-//! reads everything twice, while 16 channels a cube already keep the 132 multiprocessors of an H100 busy from
-//! `batch * channels = 2112` on.
+//! reads everything twice, while cubes of 16 channels keep most of the 132 multiprocessors of an H100 busy from
+//! `batch * channels = 1600` on.
 //!
 //! A factor of exactly 0 forgets also what is not finite (real recurrences): a reset document is not poisoned by its
 //! neighbour.
 
 use cubecl::prelude::*;
 
-/// What a launch reads, in vectors of `N` channels. Optional tensors are sequences of none.
-#[derive(CubeType, CubeLaunch)]
-pub(crate) struct Inputs<I: Float, N: Size> {
-    /// `[tokens, channels]`: backwards first the planes of `o`, then of its cotangent, then what the map reads.
-    pub tokens: Sequence<Box<[Vector<I, N>]>>,
-    /// `[channels]`, read once.
-    pub constants: Sequence<Box<[Vector<I, N>]>>,
-    /// `[channels]` in f32, read once.
-    pub parameters: Sequence<Box<[Vector<f32, N>]>>,
-    /// `[tokens]`: not 0 where the map resets.
-    pub reset: Sequence<Box<[f32]>>,
-    /// `[sequences, channels]`: the carry before the first token of the walk.
-    pub initial: Sequence<Box<[Vector<f32, N>]>>,
-    /// `[sequences, channels]`: backwards, the state before the sequence's first token.
-    pub before: Sequence<Box<[Vector<f32, N>]>>,
-    /// `[sequences + 1]`: where packed sequences begin.
-    pub bounds: Sequence<Box<[u32]>>,
-}
+use super::map::{ElementMap, Inputs, Outputs, Plan};
 
-/// What a launch writes.
-#[derive(CubeType, CubeLaunch)]
-pub(crate) struct Outputs<I: Float, N: Size> {
-    /// `[tokens, channels]`.
-    pub tokens: Sequence<Box<[Vector<I, N>]>>,
-    /// `[sequences, channels]`: the carry after the last token of the walk.
-    pub last: Sequence<Box<[Vector<f32, N>]>>,
-    /// `[sequences, channels]`: sums over the tokens of a sequence.
-    pub sums: Sequence<Box<[Vector<f32, N>]>>,
-}
-
-/// What is known when the kernel is compiled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Plan {
-    /// 1 for real numbers, 2 for complex ones.
-    pub planes: usize,
-    /// Against time?
-    pub backward: bool,
-    /// Tokens of a segment; results depend on it.
-    pub tokens: usize,
-    /// [`Inputs::tokens`].
-    pub inputs: usize,
-    /// Registers of a token: the planes of `a`, of `b` (or `d`), backwards of the state before, then the map's own.
-    pub kept: usize,
-    /// Registers of a channel.
-    pub constants: usize,
-    /// Sums over tokens.
-    pub sums: usize,
-    /// The map's own variants.
-    pub flags: [bool; 2],
-    /// Units of a cube.
-    pub units: usize,
-}
-
-impl Plan {
-    /// The first of [`Inputs::tokens`] that is the map's own.
-    pub fn first(&self) -> usize {
-        if self.backward { 2 * self.planes } else { 0 }
-    }
-}
-
-/// What a recurrence makes of its inputs.
-#[cube]
-pub(crate) trait ElementMap: 'static + Send + Sync {
-    /// Reads and forms what all tokens of a channel share.
-    fn constants<I: Float, N: Size>(
-        inputs: &Inputs<I, N>,
-        channel: usize,
-        constants: &mut Array<Vector<f32, N>>,
-        #[comptime] plan: Plan,
-    );
-
-    /// Forms the registers `kept[j * plan.kept..]` of a token from its inputs `raw[j * plan.inputs..]`: `a`, forwards `b`,
-    /// and the map's own. Backwards, `a` is conjugated, and `d` and the state before are there already.
-    fn prepare<I: Float, N: Size>(
-        inputs: &Inputs<I, N>,
-        token: usize,
-        raw: &Array<Vector<I, N>>,
-        constants: &Array<Vector<f32, N>>,
-        kept: &mut Array<Vector<f32, N>>,
-        #[comptime] j: usize,
-        #[comptime] plan: Plan,
-    );
-
-    /// Writes the results of a token at `at`: `value` is its state or, backwards, its `u`.
-    fn emit<I: Float, N: Size>(
-        outputs: &mut Outputs<I, N>,
-        at: usize,
-        value: &Array<Vector<f32, N>>,
-        constants: &Array<Vector<f32, N>>,
-        kept: &Array<Vector<f32, N>>,
-        sums: &mut Array<Vector<f32, N>>,
-        #[comptime] j: usize,
-        #[comptime] plan: Plan,
-    );
-}
+/// Lanes divide by it: so many maps are fetched from shared memory before the carry needs the first.
+pub(crate) const GROUP: usize = 8;
 
 /// What a unit owns: a vector of channels of one sequence.
 #[derive(CubeType, Clone, Copy)]
@@ -272,6 +181,42 @@ fn advance<N: Size>(
     }
 }
 
+/// Takes the carry over the maps of all lanes, and leaves in `shift` what each starts with.
+#[cube]
+fn hand_on<N: Size>(
+    carry: &mut Array<Vector<f32, N>>,
+    factor: &Shared<[Vector<f32, N>]>,
+    shift: &mut Shared<[Vector<f32, N>]>,
+    channel: usize,
+    lanes: usize,
+    width: usize,
+    #[comptime] plan: Plan,
+) {
+    let (units, planes) = comptime!((plan.units, plan.planes));
+    let mut a = Array::<Vector<f32, N>>::new(comptime!(GROUP * planes));
+    let mut b = Array::<Vector<f32, N>>::new(comptime!(GROUP * planes));
+    for group in range_stepped(0, lanes, GROUP) {
+        #[unroll]
+        for i in 0..GROUP {
+            #[unroll]
+            for k in 0..planes {
+                let at = k * units + (group + i) * width + channel;
+                a[i * planes + k] = factor[at];
+                b[i * planes + k] = shift[at];
+            }
+        }
+        #[unroll]
+        for i in 0..GROUP {
+            #[unroll]
+            for k in 0..planes {
+                shift[k * units + (group + i) * width + channel] = carry[k];
+            }
+            let (re, im) = comptime!((i * planes, i * planes + planes - 1));
+            affine::<N>(carry, a[re], a[im], b[re], b[im], planes);
+        }
+    }
+}
+
 /// See the top of this file. `channels` and `width` count vectors; the cubes are numbered sequence by sequence.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
@@ -294,7 +239,7 @@ pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
         let channel = (CUBE_POS % tiles) * width + unit % width;
         let mut start = sequence * time;
         let mut length = time;
-        if comptime!(inputs.bounds.len() > 0) {
+        if comptime!(plan.packed) {
             start = inputs.bounds[0][sequence] as usize;
             length = inputs.bounds[0][sequence + 1] as usize - start;
         }
@@ -361,15 +306,7 @@ pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
             }
             sync_cube();
             if lane == 0 {
-                for l in 0..lanes {
-                    let (re, im) = (l * width + unit, (planes - 1) * units + l * width + unit);
-                    let (b_re, b_im) = (shift[re], shift[im]);
-                    #[unroll]
-                    for k in 0..planes {
-                        shift[k * units + l * width + unit] = carry[k];
-                    }
-                    affine::<N>(&mut carry, factor[re], factor[im], b_re, b_im, planes);
-                }
+                hand_on::<N>(&mut carry, &factor, &mut shift, unit, lanes, width, plan);
             }
             sync_cube();
             #[unroll]

@@ -10,6 +10,7 @@ pub(crate) fn all<N: Size>(#[comptime] x: f32) -> Vector<f32, N> {
 
 /// Horner's rule, highest power first.
 #[cube]
+#[allow(clippy::needless_range_loop)]
 fn polynomial<N: Size>(x: Vector<f32, N>, #[comptime] coefficients: Vec<f32>) -> Vector<f32, N> {
     let mut p = all::<N>(0.0);
     #[unroll]
@@ -30,11 +31,10 @@ pub(crate) fn sigmoid<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
 /// `e^x - 1` for `x <= 0`: no digit is lost near 0. Taylor's series, whose remainder at -1/2 is 2^-26 of the value.
 #[cube]
 pub(crate) fn expm1<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
-    let series = x
-        * polynomial::<N>(
-            x,
-            comptime!(vec![1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0]),
-        );
+    let series = x * polynomial::<N>(
+        x,
+        comptime!(vec![1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0]),
+    );
     select_many(x.greater_than(&all::<N>(-0.5)), series, x.exp() - all::<N>(1.0))
 }
 

@@ -4,6 +4,8 @@ pub mod complex_scan;
 pub mod elementwise_scan;
 mod engine;
 mod functions;
+pub mod hgrn;
+mod map;
 pub mod rg_lru;
 
 use cubecl::prelude::*;
@@ -13,13 +15,12 @@ use super::{Buffer, Client, Storage};
 use crate::channels::ScanProblem;
 use crate::error::Error;
 use crate::sequences::Sequences;
-use engine::{ElementMap, InputsLaunch, OutputsLaunch, Plan};
+use map::{ElementMap, InputsLaunch, OutputsLaunch, Plan};
 
 /// Units of a cube, where the device allows as many.
 const UNITS: usize = 512;
 
-/// A scan to be launched: its tensors, in the order of [`engine::Inputs`], and what its map needs. The units
-/// of the plan are set at the launch.
+/// A scan to be launched: its tensors, in the order of [`map::Inputs`], and what its map needs.
 struct Scan<'a> {
     inputs: Vec<&'a Buffer>,
     constants: Vec<&'a Buffer>,
@@ -50,6 +51,9 @@ impl Scan<'_> {
         sequences: &Sequences,
     ) -> Result<Scanned, Error> {
         let storage = self.inputs[0].storage;
+        if !client.properties().supports_type(storage.elem_type()) {
+            return Err(Error::Device { reason: format!("it has no {storage:?}") });
+        }
         let (count, states) = (sequences.count(), sequences.count() * problem.channels);
         let buffers = |n: usize, storage, len| (0..n).map(|_| Buffer::output(client, storage, len)).collect::<Vec<_>>();
         let outputs = buffers(self.outputs, storage, sequences.tokens() * problem.channels);
@@ -59,18 +63,10 @@ impl Scan<'_> {
         let vector = if storage.size() == 2 && problem.channels.is_multiple_of(2) { 2 } else { 1 };
         let longest = (0..count).map(|n| sequences.range(n).len()).max().unwrap_or(1);
         let units = UNITS.min(1 << client.properties().hardware.max_units_per_cube.ilog2());
-        let plan = Plan { units, ..self.plan };
+        let plan = Plan { packed: problem.cu_seqlens.is_some(), units, ..self.plan };
         let (lanes, width) = shape(client, &plan, count, problem.channels / vector, longest);
         let cubes = grid(client, count * (problem.channels / vector).div_ceil(width))?;
-        let bounds = match &problem.cu_seqlens {
-            Some(bounds) => {
-                let bounds: Vec<u32> = bounds.iter().map(|&b| b as u32).collect();
-                let handle = client.create_from_slice(bytemuck::cast_slice(&bounds));
-                // Safety: the handle holds as many elements.
-                vec![unsafe { BufferArg::from_raw_parts(handle, bounds.len()) }]
-            }
-            None => Vec::new(),
-        };
+        let bounds = problem.cu_seqlens.as_deref().map(|bounds| upload(client, bounds)).transpose()?;
         // Safety: every index is below the lengths that the callers have checked.
         unsafe {
             engine::scan::launch_unchecked::<M>(
@@ -108,9 +104,18 @@ impl Scan<'_> {
 /// not exceed the segments of the longest sequence; what is left over goes to channels.
 fn shape(client: &Client, plan: &Plan, sequences: usize, channels: usize, longest: usize) -> (usize, usize) {
     let busy = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
-    let width = [32, 16].into_iter().find(|&w| sequences * channels.div_ceil(w) >= busy).unwrap_or(8);
-    let lanes = (plan.units / width).min(longest.div_ceil(plan.tokens).next_power_of_two());
+    let width = [32, 16].into_iter().find(|&w| 4 * sequences * channels.div_ceil(w) >= 3 * busy).unwrap_or(8);
+    let lanes = (plan.units / width).min(longest.div_ceil(plan.tokens).next_power_of_two()).max(engine::GROUP);
     (lanes, plan.units / lanes)
+}
+
+/// Where packed sequences begin, as a table of u32.
+fn upload(client: &Client, bounds: &[usize]) -> Result<BufferArg, Error> {
+    let bounds: Result<Vec<u32>, _> = bounds.iter().map(|&b| u32::try_from(b)).collect();
+    let bounds = bounds.map_err(|_| Error::Sequences { reason: "must fit into 32 bits on a device".into() })?;
+    let handle = client.create_from_slice(bytemuck::cast_slice(&bounds));
+    // Safety: the handle holds as many elements.
+    Ok(unsafe { BufferArg::from_raw_parts(handle, bounds.len()) })
 }
 
 /// `cubes` cubes, over as many axes as it takes.

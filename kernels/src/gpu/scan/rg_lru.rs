@@ -17,8 +17,8 @@
 
 use cubecl::prelude::*;
 
-use super::engine::{ElementMap, Inputs, Outputs, Plan};
 use super::functions::{all, expm1, sigmoid, softplus};
+use super::map::{ElementMap, Inputs, Outputs, Plan};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, Storage, total};
 
 /// The arguments of [`forward`]. `x` and the gates have one element type.
@@ -88,6 +88,7 @@ fn scan<'a>(inputs: &RgLruInputs<'a>, mut tokens: Vec<&'a Buffer>, backward: boo
         constants: 2,
         sums: backward as usize,
         flags: [inputs.reset.is_some(), false],
+        packed: false,
         units: 0,
     };
     Scan {
@@ -198,7 +199,8 @@ impl ElementMap for RealGated {
         let gate = sigmoid::<N>(Vector::cast_from(raw[from + 2]));
         let mut log_a = constants[0] * r;
         if comptime!(plan.flags[0]) {
-            if inputs.reset[0][token] != f32::new(0.0) {
+            let reset = inputs.reset[0][token];
+            if reset != f32::new(0.0) {
                 // Far below the logarithm of the smallest f32: `a` is 0 and `1 - a^2` is 1, exactly.
                 log_a = all::<N>(-1e4);
             }
