@@ -2,6 +2,7 @@
 
 mod buffer;
 pub mod matrix;
+mod reduce;
 mod scan;
 mod tile;
 

@@ -5,22 +5,33 @@ use cubecl::ir::{AddressType, ElemType};
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 
 use super::super::buffer::{Buffer, Storage};
-use super::super::tile::Engine;
-use super::blueprint::Blueprint;
-use super::place::Layout;
+use super::super::reduce::{sum_all_rows, sum_rows};
+use super::blueprint::{Blueprint, GateKind};
+use super::output::Direction;
+use super::place::{SizesLaunch, table};
 use super::{Inputs, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
 
-use super::{output, scores, state};
+use super::{Gate, Gradients, chunk_backward, output, scores, scores_backward, state, state_backward};
+
+/// Stage 2 reversed.
+pub(crate) struct WalkBack {
+    /// Gradient of the values, for the delta rule.
+    pub z: Buffer,
+    /// Of the state that leaves each chunk.
+    pub dstates: Buffer,
+    pub d_initial_state: Buffer,
+}
 
 /// One operation's launches share this.
 pub(crate) struct Launch<'a> {
     client: &'a Client,
     pub p: &'a MatrixProblem,
     x: &'a Inputs<'a>,
-    b: Blueprint,
-    layout: Layout,
+    pub b: Blueprint,
+    chunks: usize,
+    sequences: usize,
     table: Buffer,
     /// Stands for tensors that are absent.
     nothing: Buffer,
@@ -52,22 +63,46 @@ impl<'a> Launch<'a> {
             let reason = format!("{room} bytes of shared memory are too few for `key_dim` {}", p.key_dim);
             return Err(Error::Device { reason });
         };
-        let layout = Layout::new(p, &sequences, b.chunk);
-        let table = Buffer::table(client, &layout.table);
+        let (table, chunks) = table(&sequences, b.chunk);
+        let (table, sequences) = (Buffer::table(client, &table), sequences.count());
         let nothing = Buffer::from_slice(client, &[0.0f32]);
-        let operand = if b.engine == Engine::Registers { Storage::F32 } else { storage };
-        let largest = (layout.all_chunks * p.value_heads * p.key_dim * p.value_dim)
+        let operand = if b.engine.on_matrix_units() { storage } else { Storage::F32 };
+        let largest = (chunks * p.value_heads * p.key_dim * p.value_dim)
             .max(x.q.len)
             .max(x.v.len)
             .max(x.gate.tensor().map_or(0, |g| g.len))
-            .max(layout.all_chunks * p.value_heads * b.chunk * b.chunk);
+            .max(chunks * p.value_heads * b.chunk * b.chunk);
         let address = if largest > i32::MAX as usize { AddressType::U64 } else { AddressType::U32 };
         let types = [storage.elem_type(), operand.elem_type()];
-        Ok(Self { client, p, x, b, layout, table, nothing, address, types })
+        Ok(Self { client, p, x, b, chunks, sequences, table, nothing, address, types })
+    }
+
+    fn sizes(&self) -> SizesLaunch {
+        let gate_stride = if let Gate::Constant(_) = self.x.gate { 0 } else { self.p.value_heads };
+        SizesLaunch::new(
+            self.chunks,
+            self.sequences,
+            self.p.heads,
+            self.p.value_heads,
+            gate_stride,
+            self.p.key_dim,
+            self.p.value_dim,
+            self.p.key_dim.div_ceil(self.b.block),
+            self.value_blocks(),
+            self.p.scale,
+        )
+    }
+
+    fn value_blocks(&self) -> usize {
+        self.p.value_dim.div_ceil(self.b.block)
+    }
+
+    fn state_blocks(&self) -> usize {
+        self.b.state_blocks(self.p.key_dim)
     }
 
     fn operand(&self) -> Storage {
-        if self.b.engine == Engine::Registers { Storage::F32 } else { self.x.q.storage }
+        if self.b.engine.on_matrix_units() { self.x.q.storage } else { Storage::F32 }
     }
 
     /// An output that only exists if `wanted`.
@@ -91,12 +126,13 @@ impl<'a> Launch<'a> {
     }
 
     fn walks(&self) -> CubeCount {
-        let parts = self.b.key_blocks() / self.b.state_key_blocks() * self.b.value_blocks();
-        self.cubes(self.layout.sequences * self.p.value_heads * parts)
+        let key_parts = self.p.key_dim.div_ceil(self.b.block) / self.state_blocks();
+        let parts = key_parts * self.value_blocks();
+        self.cubes(self.sequences * self.p.value_heads * parts)
     }
 
     fn chunk_heads(&self) -> usize {
-        self.layout.all_chunks * self.p.value_heads
+        self.chunks * self.p.value_heads
     }
 
     pub fn scores(&self) -> Scores {
@@ -115,7 +151,7 @@ impl<'a> Launch<'a> {
             self.table.arg(),
             a.arg(),
             t.arg(),
-            self.layout.sizes(),
+            self.sizes(),
             self.b,
             self.types,
         );
@@ -142,9 +178,9 @@ impl<'a> Launch<'a> {
             x.arg(),
             states.arg(),
             final_state.arg(),
-            self.layout.sizes(),
-            self.layout.sequences,
+            self.sizes(),
             self.x.initial_state.is_some(),
+            self.state_blocks(),
             self.b,
             self.types,
         );
@@ -153,24 +189,150 @@ impl<'a> Launch<'a> {
     }
 
     pub fn output(&self, scores: &Scores, walk: &Walk) -> Buffer {
+        self.read_out(self.x.q, &walk.x, &scores.a, &walk.states, Direction::Forward)
+    }
+
+    /// `dv` of the additive write.
+    pub fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Buffer {
+        self.read_out(self.x.k, d_o, &scores.a, &back.dstates, Direction::Backward)
+    }
+
+    fn read_out(&self, keys: &Buffer, x: &Buffer, a: &Buffer, states: &Buffer, direction: Direction) -> Buffer {
         let o = Buffer::output(self.client, self.x.q.storage, self.x.v.len);
         output::output_kernel::launch(
             self.client,
-            self.cubes(self.chunk_heads() * self.b.value_blocks()),
+            self.cubes(self.chunk_heads() * self.value_blocks()),
             self.units(),
             self.address,
-            self.x.q.arg(),
-            walk.x.arg(),
+            keys.arg(),
+            x.arg(),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
-            scores.a.arg(),
-            walk.states.arg(),
+            a.arg(),
+            states.arg(),
             self.table.arg(),
             o.arg(),
-            self.layout.sizes(),
+            self.sizes(),
+            direction,
             self.b,
             self.types,
         );
         o
+    }
+
+    pub fn state_backward(&self, scores: &Scores, d_o: &Buffer, d_final_state: Option<&Buffer>) -> WalkBack {
+        let storage = self.x.q.storage;
+        let z = self.output_if(self.b.delta, storage, self.x.v.len);
+        let dstates = Buffer::output(self.client, Storage::F32, self.chunk_heads() * self.p.key_dim * self.p.value_dim);
+        let d_initial_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
+        state_backward::state_backward_kernel::launch(
+            self.client,
+            self.walks(),
+            self.units(),
+            self.address,
+            self.x.q.arg(),
+            self.x.k.arg(),
+            self.tensor(self.x.gate.tensor()),
+            self.tensor(self.x.write.beta()),
+            scores.a.arg(),
+            scores.t.arg(),
+            d_o.arg(),
+            self.tensor(d_final_state),
+            self.table.arg(),
+            z.arg(),
+            dstates.arg(),
+            d_initial_state.arg(),
+            self.sizes(),
+            d_final_state.is_some(),
+            self.state_blocks(),
+            self.b,
+            self.types,
+        );
+        WalkBack { z, dstates, d_initial_state }
+    }
+
+    /// The gradients of the scores, in the places of `A` and `T`.
+    fn scores_backward(&self, walk: &Walk, back: &WalkBack, d_o: &Buffer) -> Scores {
+        let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
+        let p = Buffer::output(self.client, self.operand(), squares);
+        let r = self.output_if(self.b.delta, self.operand(), squares);
+        scores_backward::scores_backward_kernel::launch(
+            self.client,
+            self.cubes(self.chunk_heads()),
+            self.units(),
+            self.address,
+            walk.x.arg(),
+            self.tensor(self.x.gate.tensor()),
+            d_o.arg(),
+            back.z.arg(),
+            self.table.arg(),
+            p.arg(),
+            r.arg(),
+            self.sizes(),
+            self.b,
+            self.types,
+        );
+        Scores { a: p, t: r }
+    }
+
+    pub fn chunk_backward(&self, scores: &Scores, walk: &Walk, back: WalkBack, d_o: &Buffer) -> Gradients {
+        let (storage, p, tokens) = (self.x.q.storage, self.p, self.p.batch * self.p.time);
+        let (delta, gate) = (self.b.delta, self.b.gate);
+        let group = p.value_heads / p.heads;
+        // Heads that share queries and keys leave their parts side by side, in f32.
+        let part = if group > 1 { Storage::F32 } else { storage };
+        let by_key = tokens * p.value_heads * p.key_dim;
+        let by_head = tokens * p.value_heads;
+        let dq = Buffer::output(self.client, part, by_key);
+        let dk = Buffer::output(self.client, part, by_key);
+        let dv = if delta { back.z.clone() } else { self.values(scores, &back, d_o) };
+        let pairs = self.scores_backward(walk, &back, d_o);
+        let dg_len = if gate == GateKind::Key { by_key } else { by_head };
+        let dg = self.output_if(gate != GateKind::None, Storage::F32, dg_len);
+        let dbeta = self.output_if(delta, Storage::F32, by_head);
+        chunk_backward::chunk_backward_kernel::launch(
+            self.client,
+            self.cubes(self.chunk_heads()),
+            self.units(),
+            self.address,
+            chunk_backward::OperandsLaunch::new(
+                self.x.q.arg(),
+                self.x.k.arg(),
+                self.tensor(self.x.gate.tensor()),
+                self.tensor(self.x.write.beta()),
+                walk.x.arg(),
+                walk.states.arg(),
+            ),
+            pairs.a.arg(),
+            pairs.t.arg(),
+            d_o.arg(),
+            back.z.arg(),
+            back.dstates.arg(),
+            self.table.arg(),
+            chunk_backward::GradientsLaunch::new(dq.arg(), dk.arg(), dg.arg(), dbeta.arg()),
+            self.sizes(),
+            self.b,
+            [self.types[0], self.types[1], part.elem_type()],
+        );
+        let ungroup = |x: Buffer| if group > 1 { sum_rows(self.client, &x, group, p.key_dim, storage) } else { x };
+        let dg = match self.x.gate {
+            Gate::None => None,
+            Gate::Constant(_) => Some(sum_all_rows(self.client, dg, p.value_heads)),
+            Gate::Head(_) | Gate::Key(_) => Some(dg),
+        };
+        Gradients {
+            dq: ungroup(dq),
+            dk: ungroup(dk),
+            dv,
+            dg,
+            dbeta: delta.then_some(dbeta),
+            d_initial_state: self.x.initial_state.map(|_| back.d_initial_state),
+        }
+    }
+
+    /// A tensor of zeros for a gradient that does not exist.
+    pub fn zeros(&self, like: &Buffer) -> Buffer {
+        let handle = self.client.create_from_slice(&vec![0; like.len * like.storage.size()]);
+        Buffer { handle, ..*like }
     }
 }

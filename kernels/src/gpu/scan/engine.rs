@@ -23,7 +23,8 @@
 //! The result depends on the length of a segment, which is a constant of the map, and not on how many lanes or
 //! channels a cube has: the carry is handed on segment by segment, whichever lane owns it. So the host may shape the
 //! cubes by the size of the batch (few channels a cube and many lanes where there are few sequences), and a sequence
-//! gives the same bits alone and in any batch, with any device's cube. This is also why time is not cut over cubes: that
+//! gives the same bits alone and in any batch, with any device's cube. (Gradients of parameters are sums over all
+//! sequences; a lane sums over its tokens first, so their rounding alone depends on the shape.) This is also why time is not cut over cubes: that
 //! reads everything twice, while cubes of 16 channels keep most of the 132 multiprocessors of an H100 busy from
 //! `batch * channels = 1600` on.
 //!

@@ -54,6 +54,10 @@ impl Scan<'_> {
         if !client.properties().supports_type(storage.elem_type()) {
             return Err(Error::Device { reason: format!("it has no {storage:?}") });
         }
+        let address = address_type(&self.inputs);
+        if !client.properties().supports_address(address) {
+            return Err(Error::Device { reason: format!("{} elements need 64-bit indices", self.inputs[0].len) });
+        }
         let (count, states) = (sequences.count(), sequences.count() * problem.channels);
         let buffers = |n: usize, storage, len| (0..n).map(|_| Buffer::output(client, storage, len)).collect::<Vec<_>>();
         let outputs = buffers(self.outputs, storage, sequences.tokens() * problem.channels);
@@ -73,7 +77,7 @@ impl Scan<'_> {
                 client,
                 cubes,
                 CubeDim::new_1d(units as u32),
-                address_type(&self.inputs),
+                address,
                 vector,
                 InputsLaunch::new(
                     args(self.inputs.iter().copied()),
