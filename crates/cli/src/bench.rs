@@ -1,6 +1,7 @@
 //! `thalweg bench`: verified times of operations, layers and models.
 
-use crate::Outcome;
+use crate::{DeviceArgs, Outcome};
+use burn::tensor::Device;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -31,6 +32,8 @@ pub struct Args {
     /// Tokens per chunk.
     #[arg(long, value_delimiter = ',')]
     chunk: Vec<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Numbers of threads; all processors if absent.
     #[arg(long, value_delimiter = ',')]
     threads: Vec<usize>,
@@ -67,9 +70,14 @@ pub fn run(args: &Args) -> Outcome {
     if args.threads.contains(&0) {
         return Err("`threads` has a 0, expected at least 1".into());
     }
+    let device = args.device.find()?;
+    let runner = |threads| match Runner::new(threads, effort) {
+        Ok(runner) if device != Device::flex() => runner.on(device.clone(), &args.device.device),
+        other => other,
+    };
     let threads = if args.threads.is_empty() { vec![0] } else { args.threads.clone() };
     if args.part.as_deref() == Some("serve") {
-        let runner = Runner::new(threads[0], effort)?;
+        let runner = runner(threads[0])?;
         serve(&runner, io::stdin().lock(), io::stdout().lock())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -81,7 +89,11 @@ pub fn run(args: &Args) -> Outcome {
         head_dim: args.head_dim.clone(),
         chunk: args.chunk.clone(),
         dtype: parse::<Dtype>(&args.dtype)?,
-        path: parse::<Path>(&args.path)?,
+        path: match parse::<Path>(&args.path)? {
+            // Slices are the default where there are any.
+            paths if paths.is_empty() && device != Device::flex() => vec![Path::Burn],
+            paths => paths,
+        },
         pass: parse::<Pass>(&args.pass)?,
     };
     let cases = selection.cases()?;
@@ -92,11 +104,12 @@ pub fn run(args: &Args) -> Outcome {
     describe(&report.machine, earlier.as_ref());
     let mut wrong = 0;
     for threads in threads {
-        let runner = Runner::new(threads, effort)?;
+        let runner = runner(threads)?;
         let ceilings = runner.ceilings();
         let copies = ceilings.copies.iter().map(|(bytes, rate)| format!("{rate:.1} GB/s over {} KiB", bytes >> 10));
         println!(
-            "{} threads: products in cache {:.1} GFLOP/s; copies {}",
+            "{}, {} threads: products {:.1} GFLOP/s; copies {}",
+            ceilings.device,
             ceilings.threads,
             ceilings.product,
             copies.collect::<Vec<_>>().join(", ")
