@@ -1,0 +1,68 @@
+//! Calls of the library's public functions that lead to every kind of kernel: each element type, gate and write, sizes
+//! at and off the tiles, packed sequences, and tensors that need 64-bit addresses.
+
+use cubecl::client::Client;
+use thalweg_kernels::gpu::matrix::{self, Gate, Inputs, Write};
+use thalweg_kernels::gpu::{Buffer, Storage};
+use thalweg_kernels::matrix::MatrixProblem;
+use thalweg_nvrtc::Recorder;
+
+/// All cases.
+pub fn all(recorder: &Recorder) {
+    matrices(recorder);
+}
+
+fn matrices(recorder: &Recorder) {
+    let sizes = |key_dim, value_dim| MatrixProblem::new(2, 1000, 4, key_dim, value_dim);
+    let usual = sizes(128, 128);
+    for gate in ["none", "constant", "head", "key"] {
+        for delta in [false, true] {
+            matrix(recorder, "", &usual, Storage::Bf16, gate, delta);
+        }
+    }
+    for gate in ["head", "key"] {
+        for delta in [false, true] {
+            for storage in [Storage::F16, Storage::F32] {
+                matrix(recorder, "", &usual, storage, gate, delta);
+            }
+            for (key_dim, value_dim) in [(64, 64), (256, 256), (64, 128), (20, 12)] {
+                matrix(recorder, "", &sizes(key_dim, value_dim), Storage::Bf16, gate, delta);
+            }
+        }
+    }
+    let packed = MatrixProblem { batch: 1, cu_seqlens: Some(vec![0, 70, 1000]), ..usual.clone() };
+    let large = MatrixProblem { batch: 8, time: 1 << 18, heads: 16, value_heads: 16, ..usual.clone() };
+    for delta in [false, true] {
+        for storage in [Storage::Bf16, Storage::F32] {
+            matrix(recorder, "packed", &packed, storage, "key", delta);
+        }
+        matrix(recorder, "64-bit", &large, Storage::Bf16, "key", delta);
+    }
+}
+
+/// Forward, backward and a step.
+fn matrix(recorder: &Recorder, note: &str, p: &MatrixProblem, storage: Storage, gate: &str, delta: bool) {
+    let write = if delta { "delta" } else { "additive" };
+    let name = format!("{gate} {write} {}x{} {storage:?} {note}", p.key_dim, p.value_dim);
+    recorder.case(name.trim_end(), |client| {
+        let len = |shape: &[usize]| shape.iter().product::<usize>();
+        let [q, k] = [0; 2].map(|_| buffer(client, storage, len(&p.key_shape())));
+        let v = buffer(client, storage, len(&p.value_shape()));
+        let heads = p.batch * p.time * p.value_heads;
+        let g = |len| buffer(client, Storage::F32, len);
+        let (constant, head, key, beta) = (g(p.value_heads), g(heads), g(heads * p.key_dim), g(heads));
+        let gate = match gate {
+            "none" => Gate::None,
+            "constant" => Gate::Constant(&constant),
+            "head" => Gate::Head(&head),
+            _ => Gate::Key(&key),
+        };
+        let write = if delta { Write::Delta { beta: &beta } } else { Write::Additive };
+        let x = Inputs { q: &q, k: &k, v: &v, gate, write, initial_state: None };
+        matrix::forward(client, p, &x).expect("the sizes agree");
+    });
+}
+
+fn buffer(client: &Client, storage: Storage, len: usize) -> Buffer {
+    Buffer::output(client, storage, len)
+}
