@@ -2,6 +2,7 @@
 
 mod buffer;
 pub mod matrix;
+mod reduce;
 mod tile;
 
 pub use buffer::{Buffer, Storage, poison_outputs};

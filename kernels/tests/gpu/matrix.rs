@@ -18,7 +18,17 @@ struct Sizes {
     cu_seqlens: Option<Vec<usize>>,
 }
 
-fn check<E: Element + bytemuck::Pod>(client: &Client, sizes: &Sizes, precision: Precision, gates: Gates, seed: u64) {
+/// Gate and write by number: none, constant, head, key; additive, delta.
+type Form = (usize, usize);
+
+fn check<E: Element + bytemuck::Pod>(
+    client: &Client,
+    sizes: &Sizes,
+    (gate, write): Form,
+    precision: Precision,
+    gates: Gates,
+    seed: u64,
+) {
     let batch = if sizes.cu_seqlens.is_some() { 1 } else { 2 };
     let keys = KEYS[seed as usize % KEYS.len()];
     let betas = BETAS[(seed as usize / 3) % BETAS.len()];
@@ -38,6 +48,7 @@ fn check<E: Element + bytemuck::Pod>(client: &Client, sizes: &Sizes, precision: 
         |x: &[f64]| Buffer::from_slice(client, &x.iter().map(|&x| E::from_f32(x as f32)).collect::<Vec<E>>());
     let floats = |x: &[f64]| Buffer::from_slice(client, &x.iter().map(|&x| x as f32).collect::<Vec<f32>>());
     let (q, k, v) = (elements(&case.q), elements(&case.k), elements(&case.v));
+    let (d_o, dht) = (elements(&case.d_o), floats(&case.d_final_state));
     let (key, head, constant) = (floats(&case.gate_key), floats(&case.gate_head), floats(&case.gate_constant));
     let (beta, h0) = (floats(&case.beta), floats(&case.initial_state));
     let p = MatrixProblem {
@@ -58,43 +69,67 @@ fn check<E: Element + bytemuck::Pod>(client: &Client, sizes: &Sizes, precision: 
         (matrix::Write::Additive, oracle::Write::Additive),
         (matrix::Write::Delta { beta: &beta }, oracle::Write::Delta { beta: &case.beta }),
     ];
-    for (gate, their_gate) in mine.into_iter().zip(theirs) {
-        for (write, their_write) in writes {
-            let (g, w) = (format!("{gate:?}"), format!("{write:?}"));
-            let name = |x: &str| x.split(['(', ' ']).next().unwrap().to_string();
-            let what = format!("{} gate {gates:?}, {} write, {keys:?} {betas:?}, T {time}", name(&g), name(&w));
-            let close = |name: &str, found: Vec<f32>, expected: &[f64], quantity: Quantity| {
-                let error = relative_error_f32(&found, expected);
-                let allowed = tolerance(precision, quantity, gates.extreme());
-                assert!(error <= allowed, "{what}: {name} is off by {error:.2e}, allowed {allowed:.0e}");
-            };
-            let wide = |x: &Buffer| x.read::<E>(client).unwrap().iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
-            let narrow = |x: &Buffer| x.read::<f32>(client).unwrap();
-            let inputs = matrix::Inputs { q: &q, k: &k, v: &v, gate, write, initial_state: Some(&h0) };
-            let reference = oracle::Inputs {
-                q: &case.q,
-                k: &case.k,
-                v: &case.v,
-                gate: their_gate,
-                write: their_write,
-                initial_state: Some(&case.initial_state),
-            };
-            let want = oracle::forward(&problem, &reference);
-            let got = matrix::forward(client, &p, &inputs).unwrap();
-            close("final_state", narrow(&got.final_state), &want.final_state, Quantity::Value);
-            close("o", wide(&got.o), &want.o, Quantity::Value);
+    let (gate_name, write_name) = (["no", "constant", "head", "key"][gate], ["additive", "delta"][write]);
+    let what = format!("{gate_name} gate {gates:?}, {write_name} write, {keys:?} {betas:?}, T {time}");
+    let (gate, their_gate) = (mine[gate], theirs[gate]);
+    let (write, their_write) = writes[write];
+    let close = |name: &str, found: Vec<f32>, expected: &[f64], quantity: Quantity| {
+        let error = relative_error_f32(&found, expected);
+        let allowed = tolerance(precision, quantity, gates.extreme());
+        assert!(error <= allowed, "{what}: {name} is off by {error:.2e}, allowed {allowed:.0e}");
+    };
+    let wide = |x: &Buffer| x.read::<E>(client).unwrap().iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
+    let narrow = |x: &Buffer| x.read::<f32>(client).unwrap();
+    let inputs = matrix::Inputs { q: &q, k: &k, v: &v, gate, write, initial_state: Some(&h0) };
+    let reference = oracle::Inputs {
+        q: &case.q,
+        k: &case.k,
+        v: &case.v,
+        gate: their_gate,
+        write: their_write,
+        initial_state: Some(&case.initial_state),
+    };
+    let want = oracle::forward(&problem, &reference);
+    let got = matrix::forward(client, &p, &inputs).unwrap();
+    close("final_state", narrow(&got.final_state), &want.final_state, Quantity::Value);
+    close("o", wide(&got.o), &want.o, Quantity::Value);
+    let want = oracle::backward(&problem, &reference, &case.d_o, Some(&case.d_final_state));
+    let got = matrix::backward(client, &p, &inputs, Some(&d_o), Some(&dht)).unwrap();
+    close("dq", wide(&got.dq), &want.q, Quantity::Gradient);
+    close("dk", wide(&got.dk), &want.k, Quantity::Gradient);
+    close("dv", wide(&got.dv), &want.v, Quantity::Gradient);
+    close("d_initial_state", narrow(&got.d_initial_state.unwrap()), &want.initial_state, Quantity::Gradient);
+    for (name, found, expected) in [("dg", got.dg, &want.gate), ("dbeta", got.dbeta, &want.beta)] {
+        if let Some(found) = found {
+            close(name, narrow(&found), expected, Quantity::Gradient);
         }
     }
 }
 
-/// Every gate regime at lengths around the chunk, with key and value sizes that are no multiple of a block.
+/// Every gate with every write in every regime, at lengths around the chunk, with key and value sizes that are no
+/// multiple of a block.
 #[test]
 fn equals_the_oracle() {
     let Some(client) = client() else { return };
-    for (i, time) in [1, 5, 63, 64, 65, 200].into_iter().enumerate() {
-        for (j, gates) in GATES.into_iter().enumerate() {
+    for (i, gates) in GATES.into_iter().enumerate() {
+        for (j, form) in FORMS.into_iter().enumerate() {
+            let seed = i * FORMS.len() + j;
+            let time = [1, 5, 63, 64, 65, 200][(i + j) % 6];
             let sizes = Sizes { time, heads: 2, value_heads: 2, key_dim: 12, value_dim: 20, cu_seqlens: None };
-            check::<f32>(&client, &sizes, Precision::F32, gates, (i * GATES.len() + j) as u64);
+            check::<f32>(&client, &sizes, form, Precision::F32, gates, seed as u64);
         }
+    }
+}
+
+const FORMS: [Form; 8] = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)];
+
+/// Several blocks of features, sequences that end anywhere, value heads that share queries and keys.
+#[test]
+fn grouped_heads_packed_sequences_and_many_blocks() {
+    let Some(client) = client() else { return };
+    for (i, form) in FORMS.into_iter().enumerate() {
+        let cu_seqlens = Some(vec![0, 1, 17, 40, 120]);
+        let sizes = Sizes { time: 120, heads: 1, value_heads: 3, key_dim: 40, value_dim: 72, cu_seqlens };
+        check::<f32>(&client, &sizes, form, Precision::F32, [Gates::Mean(0.05), Gates::Mixed][i / 2 % 2], i as u64);
     }
 }

@@ -5,14 +5,24 @@ use cubecl::ir::{AddressType, ElemType};
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 
 use super::super::buffer::{Buffer, Storage};
+use super::super::reduce::{sum_all_rows, sum_rows};
 use super::super::tile::Engine;
-use super::blueprint::Blueprint;
+use super::blueprint::{Blueprint, GateKind};
 use super::place::Layout;
 use super::{Inputs, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
 
-use super::{output, scores, state};
+use super::{Gradients, chunk_backward, output, scores, state, state_backward};
+
+/// Stage 2 reversed.
+pub(crate) struct WalkBack {
+    /// Gradient of the values, for the delta rule.
+    pub z: Buffer,
+    /// Of the state that leaves each chunk.
+    pub dstates: Buffer,
+    pub d_initial_state: Buffer,
+}
 
 /// One operation's launches share this.
 pub(crate) struct Launch<'a> {
@@ -172,5 +182,95 @@ impl<'a> Launch<'a> {
             self.types,
         );
         o
+    }
+
+    pub fn state_backward(&self, scores: &Scores, d_o: &Buffer, d_final_state: Option<&Buffer>) -> WalkBack {
+        let storage = self.x.q.storage;
+        let z = self.output_if(self.b.delta, storage, self.x.v.len);
+        let dstates = Buffer::output(self.client, Storage::F32, self.chunk_heads() * self.p.key_dim * self.p.value_dim);
+        let d_initial_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
+        state_backward::state_backward_kernel::launch(
+            self.client,
+            self.walks(),
+            self.units(),
+            self.address,
+            self.x.q.arg(),
+            self.x.k.arg(),
+            self.tensor(self.x.gate.tensor()),
+            self.tensor(self.x.write.beta()),
+            scores.a.arg(),
+            scores.t.arg(),
+            d_o.arg(),
+            self.tensor(d_final_state),
+            self.table.arg(),
+            z.arg(),
+            dstates.arg(),
+            d_initial_state.arg(),
+            self.layout.sizes(),
+            self.layout.sequences,
+            d_final_state.is_some(),
+            self.b,
+            self.types,
+        );
+        WalkBack { z, dstates, d_initial_state }
+    }
+
+    pub fn chunk_backward(&self, scores: &Scores, walk: &Walk, back: WalkBack, d_o: &Buffer) -> Gradients {
+        let (storage, p, tokens) = (self.x.q.storage, self.p, self.p.batch * self.p.time);
+        let (delta, gate) = (self.b.delta, self.b.gate);
+        let group = p.value_heads / p.heads;
+        // Heads that share queries and keys leave their parts side by side, in f32.
+        let part = if group > 1 { Storage::F32 } else { storage };
+        let by_key = tokens * p.value_heads * p.key_dim;
+        let by_head = tokens * p.value_heads;
+        let dq = Buffer::output(self.client, part, by_key);
+        let dk = Buffer::output(self.client, part, by_key);
+        let dv = self.output_if(!delta, storage, self.x.v.len);
+        let dg_len = if gate == GateKind::Key { by_key } else { by_head };
+        let dg = self.output_if(gate != GateKind::None, Storage::F32, dg_len);
+        let dbeta = self.output_if(delta, Storage::F32, by_head);
+        chunk_backward::chunk_backward_kernel::launch(
+            self.client,
+            self.cubes(self.chunk_heads()),
+            self.units(),
+            self.address,
+            chunk_backward::OperandsLaunch::new(
+                self.x.q.arg(),
+                self.x.k.arg(),
+                self.tensor(self.x.gate.tensor()),
+                self.tensor(self.x.write.beta()),
+                walk.x.arg(),
+                scores.a.arg(),
+                walk.states.arg(),
+            ),
+            d_o.arg(),
+            back.z.arg(),
+            back.dstates.arg(),
+            self.table.arg(),
+            chunk_backward::GradientsLaunch::new(dq.arg(), dk.arg(), dv.arg(), dg.arg(), dbeta.arg()),
+            self.layout.sizes(),
+            self.b,
+            [self.types[0], self.types[1], part.elem_type()],
+        );
+        let ungroup = |x: Buffer| if group > 1 { sum_rows(self.client, &x, group, p.key_dim, storage) } else { x };
+        let dg = match gate {
+            GateKind::None => None,
+            GateKind::Constant => Some(sum_all_rows(self.client, dg, p.value_heads)),
+            GateKind::Head | GateKind::Key => Some(dg),
+        };
+        Gradients {
+            dq: ungroup(dq),
+            dk: ungroup(dk),
+            dv: if delta { back.z } else { dv },
+            dg,
+            dbeta: delta.then_some(dbeta),
+            d_initial_state: self.x.initial_state.map(|_| back.d_initial_state),
+        }
+    }
+
+    /// A tensor of zeros for a gradient that does not exist.
+    pub fn zeros(&self, like: &Buffer) -> Buffer {
+        let handle = self.client.create_from_slice(&vec![0; like.len * like.storage.size()]);
+        Buffer { handle, ..*like }
     }
 }

@@ -9,9 +9,11 @@
 //! are at most 0 is the caller's to ensure.
 
 mod blueprint;
+mod chunk_backward;
 mod decay;
 mod launch;
 mod output;
+mod pair_gradients;
 mod place;
 mod scores;
 mod state;
@@ -114,6 +116,50 @@ pub fn forward(client: &Client, problem: &MatrixProblem, inputs: &Inputs) -> Res
     let walk = launch.state(&scores);
     let o = launch.output(&scores, &walk);
     Ok(Outputs { o, final_state: walk.final_state })
+}
+
+/// Gradients of [`Inputs`], each of the shape of its input; present where the input is.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct Gradients {
+    pub dq: Buffer,
+    pub dk: Buffer,
+    pub dv: Buffer,
+    pub dg: Option<Buffer>,
+    pub dbeta: Option<Buffer>,
+    pub d_initial_state: Option<Buffer>,
+}
+
+/// The chunked backward pass: gradients of `<do, o> + <d_final_state, final_state>`, each zero if absent.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward(
+    client: &Client,
+    problem: &MatrixProblem,
+    inputs: &Inputs,
+    d_o: Option<&Buffer>,
+    d_final_state: Option<&Buffer>,
+) -> Result<Gradients, Error> {
+    let launch = Launch::new(client, problem, inputs)?;
+    if let Some(d) = d_o {
+        d.check("do", inputs.q.storage, &problem.value_shape())?;
+    }
+    if let Some(d) = d_final_state {
+        d.check("d_final_state", Storage::F32, &problem.state_shape())?;
+    }
+    let zeros;
+    let d_o = match d_o {
+        Some(d_o) => d_o,
+        None => {
+            zeros = launch.zeros(inputs.v);
+            &zeros
+        }
+    };
+    let scores = launch.scores();
+    let walk = launch.state(&scores);
+    let back = launch.state_backward(&scores, d_o, d_final_state);
+    Ok(launch.chunk_backward(&scores, &walk, back, d_o))
 }
 
 fn validate(p: &MatrixProblem, x: &Inputs) -> Result<crate::Sequences, Error> {

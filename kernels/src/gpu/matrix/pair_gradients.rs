@@ -1,0 +1,231 @@
+//! The pairs of a chunk, reversed: the gradients of the scores, and what they give the tokens on either side.
+
+use cubecl::prelude::*;
+
+use super::super::tile::{BLOCK, Corner, Form, Mode, Tile, fill, product, product_at, unit, units};
+use super::blueprint::Blueprint;
+use super::chunk_backward::{ByToken, Operands, Pairs, Roles};
+use super::decay::{Decay, Role, key_gate, load, load_keys, read};
+use super::place::{Place, Sizes};
+
+/// `P` and `R` below the diagonal, times the decay between the tokens if that is a scalar.
+#[cube]
+pub(crate) fn pair_gradients<I: Float, E: Float>(
+    x: &Operands<I, E>,
+    do_: &[I],
+    z: &[I],
+    place: &Place,
+    sizes: &Sizes,
+    decay: &Decay,
+    pairs: &mut Pairs<E>,
+    diagonal: &mut Shared<[f32]>,
+    #[comptime] b: Blueprint,
+) {
+    let c = comptime!(b.chunk);
+    outer::<I, E>(do_, &x.x, place, sizes, pairs, b);
+    for i in range_stepped(unit(), c, units()) {
+        diagonal[i] = pairs.square.get(i, i) * sizes.scale;
+    }
+    sync_cube();
+    decay.multiply_lower(&mut pairs.square, true, b);
+    sync_cube();
+    for i in range_stepped(unit(), comptime!(c * c), units()) {
+        pairs.p.set(i / c, i % c, pairs.square.get(i / c, i % c) * sizes.scale);
+    }
+    if comptime!(b.delta) {
+        sync_cube();
+        outer::<I, E>(z, &x.x, place, sizes, pairs, b);
+        decay.multiply_lower(&mut pairs.square, true, b);
+        sync_cube();
+        for i in range_stepped(unit(), comptime!(c * c), units()) {
+            pairs.r.set(i / c, i % c, -pairs.square.get(i / c, i % c));
+        }
+    }
+    sync_cube();
+}
+
+/// `square = y x^T` over the value features. Synchronises.
+#[cube]
+fn outer<I: Float, E: Float>(
+    y: &[I],
+    x: &[I],
+    place: &Place,
+    sizes: &Sizes,
+    pairs: &mut Pairs<E>,
+    #[comptime] b: Blueprint,
+) {
+    let at = place.values(sizes, b);
+    fill::<f32>(&mut pairs.square, 0.0);
+    for part in 0..comptime!(b.value_blocks()) {
+        load::<I, E>(y, at, place.rows, part * b.block, b.value_dim, &mut pairs.one);
+        load::<I, E>(x, at, place.rows, part * b.block, b.value_dim, &mut pairs.two);
+        sync_cube();
+        let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
+        product::<E>(&pairs.one, &pairs.two, &mut pairs.square, form, b.engine);
+        sync_cube();
+    }
+}
+
+/// Adds the pairs, whose decay is in `p` and `r` already. Synchronises.
+#[cube]
+pub(crate) fn scalar_pairs<I: Float, E: Float>(
+    x: &Operands<I, E>,
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    decay: &Decay,
+    pairs: &mut Pairs<E>,
+    roles: &mut Roles,
+    tokens: &ByToken,
+    #[comptime] b: Blueprint,
+) {
+    let at = place.keys(sizes, b);
+    let (left, right) =
+        comptime!((Form::ab(b.chunk, b.block, b.chunk, Mode::Add), Form::atb(b.chunk, b.block, b.chunk, Mode::Add)));
+    load_stepped::<I, E>(&x.k, place, sizes, k0, decay, tokens, &mut pairs.one, Role::Plain, b);
+    load_keys::<I, E>(&x.q, at, place.rows, k0, 1.0, decay, &mut pairs.two, Role::Plain, b);
+    sync_cube();
+    product::<E>(&pairs.p, &pairs.one, &mut roles.q_left, left, b.engine);
+    product::<E>(&pairs.p, &pairs.two, &mut roles.k_right, right, b.engine);
+    if comptime!(b.delta) {
+        product::<E>(&pairs.r, &pairs.one, &mut roles.k_left, left, b.engine);
+        sync_cube();
+        load_keys::<I, E>(&x.k, at, place.rows, k0, 1.0, decay, &mut pairs.one, Role::Plain, b);
+        sync_cube();
+        product::<E>(&pairs.r, &pairs.one, &mut roles.k_right, right, b.engine);
+    }
+    sync_cube();
+}
+
+/// Fills a tile with `beta k`, weighted.
+#[cube]
+fn load_stepped<I: Float, E: Float>(
+    k: &[I],
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    decay: &Decay,
+    tokens: &ByToken,
+    tile: &mut Tile<E>,
+    #[comptime] role: Role,
+    #[comptime] b: Blueprint,
+) {
+    let at = place.keys(sizes, b);
+    for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
+        let (row, col) = (i / b.block, i % b.block);
+        let value = read::<I>(k, at, place.rows, row, k0 + col, b.key_dim) * tokens.beta[row];
+        tile.set(row, col, value * decay.weight(row, col, role, b));
+    }
+}
+
+/// Adds the pairs under a key-wise gate: those of a later and an earlier sub-block as products that are split at the start
+/// of the later one, those within a sub-block one by one. Synchronises.
+#[cube]
+pub(crate) fn key_pairs<I: Float, E: Float>(
+    x: &Operands<I, E>,
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    decay: &mut Decay,
+    pairs: &mut Pairs<E>,
+    roles: &mut Roles,
+    tokens: &ByToken,
+    #[comptime] b: Blueprint,
+) {
+    let at = place.keys(sizes, b);
+    #[unroll]
+    for later in 1..comptime!(b.segments()) {
+        let (toward, n) = comptime!((Role::Toward(later), later * BLOCK));
+        let row = comptime!(later * BLOCK).runtime();
+        let left = comptime!(Form::ab(BLOCK, b.block, n, Mode::Set));
+        let right = comptime!(Form::atb(n, b.block, BLOCK, Mode::Set));
+        // Left: of the later sub-block's queries and keys, in the first rows of the scratch.
+        decay.prepare(&x.g, place, sizes, k0, toward, b);
+        load_stepped::<I, E>(&x.k, place, sizes, k0, &*decay, tokens, &mut pairs.one, toward, b);
+        sync_cube();
+        let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
+        product_at::<E>(&pairs.p, &pairs.one, &mut pairs.square, &corner, left, b.engine);
+        if comptime!(b.delta) {
+            let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: comptime!(BLOCK).runtime() };
+            product_at::<E>(&pairs.r, &pairs.one, &mut pairs.square, &corner, left, b.engine);
+        }
+        sync_cube();
+        decay.prepare(&x.g, place, sizes, k0, Role::Within, b);
+        for i in range_stepped(unit(), comptime!(BLOCK * b.block), units()) {
+            let (i, k) = (i / b.block, i % b.block);
+            let weight = decay.weight(row + i, k, Role::Within, b);
+            roles.q_left.set(row + i, k, roles.q_left.get(row + i, k) + weight * pairs.square.get(i, k));
+            if comptime!(b.delta) {
+                roles.k_left.set(row + i, k, roles.k_left.get(row + i, k) + weight * pairs.square.get(BLOCK + i, k));
+            }
+        }
+        load_keys::<I, E>(&x.q, at, place.rows, k0, 1.0, &*decay, &mut pairs.two, Role::Within, b);
+        if comptime!(b.delta) {
+            load_keys::<I, E>(&x.k, at, place.rows, k0, 1.0, &*decay, &mut pairs.one, Role::Within, b);
+        }
+        sync_cube();
+        // Right: of the earlier keys.
+        let corner = Corner { a_row: row, a_col: 0usize, b_row: row, out_row: 0usize };
+        product_at::<E>(&pairs.p, &pairs.two, &mut pairs.square, &corner, right, b.engine);
+        if comptime!(b.delta) {
+            sync_cube();
+            let add = comptime!(Form { mode: Mode::Add, ..right });
+            product_at::<E>(&pairs.r, &pairs.one, &mut pairs.square, &corner, add, b.engine);
+        }
+        sync_cube();
+        decay.prepare(&x.g, place, sizes, k0, toward, b);
+        for i in range_stepped(unit(), comptime!(n * b.block), units()) {
+            let (j, k) = (i / b.block, i % b.block);
+            let value = decay.weight(j, k, toward, b) * pairs.square.get(j, k);
+            roles.k_right.set(j, k, roles.k_right.get(j, k) + value);
+        }
+        sync_cube();
+    }
+    within_segments::<I, E>(x, place, sizes, k0, &*pairs, roles, tokens, b);
+    sync_cube();
+}
+
+#[cube]
+fn within_segments<I: Float, E: Float>(
+    x: &Operands<I, E>,
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    pairs: &Pairs<E>,
+    roles: &mut Roles,
+    tokens: &ByToken,
+    #[comptime] b: Blueprint,
+) {
+    let at = place.keys(sizes, b);
+    for item in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
+        let (t, d) = (item / b.block, item % b.block);
+        let k = k0 + d;
+        let first = (t / BLOCK) * BLOCK;
+        // The token on the left, with those before it.
+        let (mut q_left, mut k_left, mut sum) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
+        for back in 1..t - first + 1 {
+            let j = t - back;
+            sum += key_gate(&x.g, place, sizes, j + 1, k, b);
+            let key = read::<I>(&x.k, at, place.rows, j, k, b.key_dim) * tokens.beta[j] * sum.exp();
+            q_left += pairs.p.get(t, j) * key;
+            if comptime!(b.delta) {
+                k_left += pairs.r.get(t, j) * key;
+            }
+        }
+        roles.q_left.set(t, d, roles.q_left.get(t, d) + q_left);
+        if comptime!(b.delta) {
+            roles.k_left.set(t, d, roles.k_left.get(t, d) + k_left);
+        }
+        // The token on the right, with those after it.
+        let (mut right, mut sum) = (f32::new(0.0), f32::new(0.0));
+        for i in t + 1..first + BLOCK {
+            sum += key_gate(&x.g, place, sizes, i, k, b);
+            let mut value = pairs.p.get(i, t) * read::<I>(&x.q, at, place.rows, i, k, b.key_dim);
+            if comptime!(b.delta) {
+                value += pairs.r.get(i, t) * read::<I>(&x.k, at, place.rows, i, k, b.key_dim);
+            }
+            right += value * sum.exp();
+        }
+        roles.k_right.set(t, d, roles.k_right.get(t, d) + right);
+    }
+}
