@@ -30,12 +30,15 @@ fn matrices(recorder: &Recorder) {
             }
         }
     }
+    let grouped = MatrixProblem { heads: 2, ..usual.clone() };
     let packed = MatrixProblem { batch: 1, cu_seqlens: Some(vec![0, 70, 1000]), ..usual.clone() };
     let large = MatrixProblem { batch: 8, time: 1 << 18, heads: 16, value_heads: 16, ..usual.clone() };
     for delta in [false, true] {
         for storage in [Storage::Bf16, Storage::F32] {
             matrix(recorder, "packed", &packed, storage, "key", delta);
         }
+        matrix(recorder, "grouped", &grouped, Storage::Bf16, "key", delta);
+        matrix(recorder, "states", &usual, Storage::Bf16, "key", delta);
         matrix(recorder, "64-bit", &large, Storage::Bf16, "key", delta);
     }
 }
@@ -58,8 +61,12 @@ fn matrix(recorder: &Recorder, note: &str, p: &MatrixProblem, storage: Storage, 
             _ => Gate::Key(&key),
         };
         let write = if delta { Write::Delta { beta: &beta } } else { Write::Additive };
-        let x = Inputs { q: &q, k: &k, v: &v, gate, write, initial_state: None };
+        let states = g(len(&p.state_shape()));
+        // A state that comes in, and the gradient of the one that goes out, are known when a kernel is compiled.
+        let state = (note == "states").then_some(&states);
+        let x = Inputs { q: &q, k: &k, v: &v, gate, write, initial_state: state };
         matrix::forward(client, p, &x).expect("the sizes agree");
+        matrix::backward(client, p, &x, Some(&v), state).expect("the sizes agree");
     });
 }
 
