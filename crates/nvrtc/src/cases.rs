@@ -20,30 +20,29 @@ fn matrices(recorder: &Recorder) {
             matrix(recorder, "", &usual, Storage::Bf16, gate, delta);
         }
     }
-    for gate in ["head", "key"] {
+    let with_key_gates = |note, p: &MatrixProblem, storage| {
         for delta in [false, true] {
-            for storage in [Storage::F16, Storage::F32] {
-                matrix(recorder, "", &usual, storage, gate, delta);
-            }
-            for (key_dim, value_dim) in [(64, 64), (256, 256), (64, 128), (20, 12)] {
-                matrix(recorder, "", &sizes(key_dim, value_dim), Storage::Bf16, gate, delta);
-            }
+            matrix(recorder, note, p, storage, "key", delta);
         }
+    };
+    for delta in [false, true] {
+        matrix(recorder, "", &usual, Storage::F32, "head", delta);
+    }
+    with_key_gates("", &usual, Storage::F32);
+    with_key_gates("", &usual, Storage::F16);
+    for (key_dim, value_dim) in [(64, 64), (256, 256), (20, 12)] {
+        with_key_gates("", &sizes(key_dim, value_dim), Storage::Bf16);
     }
     let grouped = MatrixProblem { heads: 2, ..usual.clone() };
     let packed = MatrixProblem { batch: 1, cu_seqlens: Some(vec![0, 70, 1000]), ..usual.clone() };
     let large = MatrixProblem { batch: 8, time: 1 << 18, heads: 16, value_heads: 16, ..usual.clone() };
-    for delta in [false, true] {
-        for storage in [Storage::Bf16, Storage::F32] {
-            matrix(recorder, "packed", &packed, storage, "key", delta);
-        }
-        matrix(recorder, "grouped", &grouped, Storage::Bf16, "key", delta);
-        matrix(recorder, "states", &usual, Storage::Bf16, "key", delta);
-        matrix(recorder, "64-bit", &large, Storage::Bf16, "key", delta);
-    }
+    with_key_gates("states", &usual, Storage::Bf16);
+    with_key_gates("grouped", &grouped, Storage::Bf16);
+    with_key_gates("packed", &packed, Storage::Bf16);
+    with_key_gates("64-bit", &large, Storage::Bf16);
 }
 
-/// Forward, backward and a step.
+/// Forward and backward.
 fn matrix(recorder: &Recorder, note: &str, p: &MatrixProblem, storage: Storage, gate: &str, delta: bool) {
     let write = if delta { "delta" } else { "additive" };
     let name = format!("{gate} {write} {}x{} {storage:?} {note}", p.key_dim, p.value_dim);

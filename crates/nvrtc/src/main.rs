@@ -17,6 +17,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    eprintln!("compiling for {}, which takes some minutes", Arch::ALL.map(Arch::target).join(" and "));
     let kernels: Vec<Kernel> = std::thread::scope(|scope| {
         let compile = |arch| {
             let recorder = Recorder::new(arch, toolchain.clone());
