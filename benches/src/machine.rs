@@ -1,6 +1,7 @@
 //! The machine: what it is, and what it can do at the most.
 
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::process::Command;
 use std::time::Duration;
 use thalweg_kernels::ceiling;
@@ -79,9 +80,12 @@ fn commit() -> Option<String> {
 /// Measured ceilings for one number of threads.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ceilings {
-    /// Threads.
+    /// Threads; 0 of a GPU.
     pub threads: usize,
-    /// f32 matrix products in cache, GFLOP/s.
+    /// Name of the GPU.
+    #[serde(default)]
+    pub device: String,
+    /// Matrix products, GFLOP/s: of f32 in cache, on a GPU of the element type.
     pub product: f64,
     /// Copies by the bytes that they touch: GB/s, read and write counted.
     pub copies: Vec<(usize, f64)>,
@@ -90,11 +94,26 @@ pub struct Ceilings {
 /// Bytes that a copy touches: within the second-level cache of a core, within the last level, in memory.
 const COPIES: [usize; 3] = [512 << 10, 8 << 20, 512 << 20];
 
+impl fmt::Display for Ceilings {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.threads {
+            0 => write!(f, "{}: products", self.device)?,
+            threads => write!(f, "{threads} threads: products in cache")?,
+        }
+        write!(f, " {:.1} GFLOP/s; copies", self.product)?;
+        for (i, (bytes, rate)) in self.copies.iter().enumerate() {
+            write!(f, "{} {rate:.1} GB/s over {} KiB", if i > 0 { "," } else { "" }, bytes >> 10)?;
+        }
+        Ok(())
+    }
+}
+
 impl Ceilings {
     /// Measures on all threads of the current pool; `time` for each number.
     pub fn measure(time: Duration) -> Self {
         Self {
             threads: rayon::current_num_threads(),
+            device: String::new(),
             product: ceiling::matrix_product(time),
             copies: COPIES.map(|bytes| (bytes, ceiling::copy(bytes, time))).to_vec(),
         }

@@ -41,7 +41,8 @@ pub struct Row {
     pub tokens_per_s: f64,
     /// Largest error against the oracle, relative to the largest element.
     pub error: f64,
-    /// Memory that the process took above what it had before, inputs included; 0 where unknown.
+    /// Memory that the process took above what it had before, or that is taken on the GPU, inputs included; 0 where
+    /// unknown.
     pub peak_bytes: u64,
 }
 
@@ -203,7 +204,7 @@ mod tests {
             path: Path::Native,
         };
         let samples = Samples { wall: vec![median - spread, median, median + spread], cpu: Vec::new() };
-        let ceilings = Ceilings { threads: 2, product: 100.0, copies: vec![(1 << 20, 10.0)] };
+        let ceilings = Ceilings { threads: 2, device: String::new(), product: 100.0, copies: vec![(1 << 20, 10.0)] };
         Row::new(&case, &samples, (Cost { flops: 64, bytes: 384 }, 8), &ceilings, 0.0, 0)
     }
 

@@ -1,13 +1,20 @@
 //! From a case to a row: verify, time, account.
 
+#[cfg(feature = "gpu")]
+use crate::Dtype;
 use crate::workload::{Workload, build, verify, verify_start};
-use crate::{Case, Ceilings, Effort, Error, Row, Samples};
+use crate::{Case, Ceilings, Effort, Error, Path, Row, Samples};
+#[cfg(feature = "gpu")]
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Runs benchmarks on a number of threads.
 pub struct Runner {
     pool: rayon::ThreadPool,
     ceilings: Ceilings,
+    /// Of the GPU, with 16-bit and with f32 elements.
+    #[cfg(feature = "gpu")]
+    device: [OnceLock<Ceilings>; 2],
     effort: Effort,
 }
 
@@ -21,12 +28,35 @@ impl Runner {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         let time = Duration::from_secs_f64((effort.seconds / 4.0).min(0.4));
         let ceilings = pool.install(|| Ceilings::measure(time));
-        Ok(Self { pool, ceilings, effort })
+        Ok(Self {
+            pool,
+            ceilings,
+            #[cfg(feature = "gpu")]
+            device: Default::default(),
+            effort,
+        })
     }
 
-    /// The measured ceilings.
-    pub fn ceilings(&self) -> &Ceilings {
-        &self.ceilings
+    /// The measured ceilings of what runs a case; those of a GPU are measured when they are first asked for.
+    ///
+    /// # Errors
+    /// If there is no GPU for a case that needs one.
+    pub fn ceilings(&self, case: &Case) -> Result<&Ceilings, Error> {
+        if case.path != Path::Gpu {
+            return Ok(&self.ceilings);
+        }
+        #[cfg(feature = "gpu")]
+        {
+            let cell = &self.device[usize::from(case.dtype == Dtype::F32)];
+            if cell.get().is_none() {
+                let measured = crate::gpu::ceilings(&crate::gpu::client()?, case.dtype)?;
+                // Whoever was first measured the same.
+                let _ = cell.set(measured);
+            }
+            Ok(cell.get().expect("set above"))
+        }
+        #[cfg(not(feature = "gpu"))]
+        Err(Error::argument("path", "`gpu` needs a build with a feature such as `cuda` or `wgpu`".into()))
     }
 
     /// Verifies, then times.
@@ -39,11 +69,11 @@ impl Runner {
             let memory = Memory::start();
             let mut workload = build(case)?;
             workload.run()?;
-            let peak = memory.peak();
+            let peak = workload.device_bytes().unwrap_or_else(|| memory.peak());
             let error = error.max(verify_start(case, workload.as_ref())?);
             let samples = Samples::take(self.effort, workload.calls(), || workload.run())?;
             let work = (workload.cost(), workload.tokens());
-            Ok(Row::new(case, &samples, work, &self.ceilings, error, peak))
+            Ok(Row::new(case, &samples, work, self.ceilings(case)?, error, peak))
         })
     }
 
@@ -62,7 +92,7 @@ impl Runner {
         let Prepared { case, workload, error } = prepared;
         let samples = self.pool.install(|| Samples::take(effort, workload.calls(), || workload.run()))?;
         let work = (workload.cost(), workload.tokens());
-        Ok((Row::new(case, &samples, work, &self.ceilings, *error, 0), samples))
+        Ok((Row::new(case, &samples, work, self.ceilings(case)?, *error, 0), samples))
     }
 }
 
