@@ -3,7 +3,9 @@
 mod buffer;
 pub mod matrix;
 mod reduce;
+mod scan;
 mod tile;
 
 pub use buffer::{Buffer, Storage, poison_outputs};
 pub use cubecl::client::Client;
+pub use scan::{complex_scan, elementwise_scan, hgrn, rg_lru};

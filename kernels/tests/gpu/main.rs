@@ -3,6 +3,7 @@
 #![cfg(any(feature = "wgpu", feature = "cuda", feature = "rocm"))]
 
 mod matrix;
+mod scan;
 
 use std::io::Write as _;
 use thalweg_kernels::gpu::{self, Client};

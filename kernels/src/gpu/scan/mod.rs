@@ -1,0 +1,167 @@
+//! The element-wise scans: one engine, and for each recurrence what it makes of its inputs.
+
+pub mod complex_scan;
+pub mod elementwise_scan;
+mod engine;
+mod functions;
+pub mod hgrn;
+mod map;
+pub mod rg_lru;
+
+use cubecl::prelude::*;
+
+use super::buffer::address_type;
+use super::{Buffer, Client, Storage};
+use crate::channels::ScanProblem;
+use crate::error::Error;
+use crate::sequences::Sequences;
+use map::{ElementMap, InputsLaunch, OutputsLaunch, Plan};
+
+/// Units of a cube, where the device allows as many.
+const UNITS: usize = 512;
+
+/// A scan to be launched: its tensors, in the order of [`map::Inputs`], and what its map needs.
+struct Scan<'a> {
+    inputs: Vec<&'a Buffer>,
+    constants: Vec<&'a Buffer>,
+    parameters: Vec<&'a Buffer>,
+    reset: Option<&'a Buffer>,
+    initial: Vec<&'a Buffer>,
+    before: Vec<&'a Buffer>,
+    outputs: usize,
+    plan: Plan,
+}
+
+/// What a scan has written.
+struct Scanned {
+    outputs: Vec<Buffer>,
+    last: Vec<Buffer>,
+    sums: Vec<Buffer>,
+}
+
+fn args<'a, T: LaunchArg<RuntimeArg = BufferArg>>(buffers: impl IntoIterator<Item = &'a Buffer>) -> SequenceArg<T> {
+    buffers.into_iter().map(Buffer::arg).collect()
+}
+
+impl Scan<'_> {
+    fn run<M: ElementMap>(
+        self,
+        client: &Client,
+        problem: &ScanProblem,
+        sequences: &Sequences,
+    ) -> Result<Scanned, Error> {
+        let storage = self.inputs[0].storage;
+        if !client.properties().supports_type(storage.elem_type()) {
+            return Err(Error::Device { reason: format!("it has no {storage:?}") });
+        }
+        let address = address_type(&self.inputs);
+        if !client.properties().supports_address(address) {
+            return Err(Error::Device { reason: format!("{} elements need 64-bit indices", self.inputs[0].len) });
+        }
+        let (count, states) = (sequences.count(), sequences.count() * problem.channels);
+        let buffers = |n: usize, storage, len| (0..n).map(|_| Buffer::output(client, storage, len)).collect::<Vec<_>>();
+        let outputs = buffers(self.outputs, storage, sequences.tokens() * problem.channels);
+        let last = buffers(self.plan.planes, Storage::F32, states);
+        let sums = buffers(self.plan.sums, Storage::F32, states);
+        // 16-bit elements in pairs, so that a warp reads 128 bytes at once.
+        let vector = if storage.size() == 2 && problem.channels.is_multiple_of(2) { 2 } else { 1 };
+        let longest = (0..count).map(|n| sequences.range(n).len()).max().unwrap_or(1);
+        let units = UNITS.min(1 << client.properties().hardware.max_units_per_cube.ilog2());
+        let plan = Plan { packed: problem.cu_seqlens.is_some(), units, ..self.plan };
+        let (lanes, width) = shape(client, &plan, count, problem.channels / vector, longest);
+        let cubes = grid(client, count * (problem.channels / vector).div_ceil(width))?;
+        let bounds = problem.cu_seqlens.as_deref().map(|bounds| upload(client, bounds)).transpose()?;
+        // Safety: every index is below the lengths that the callers have checked.
+        unsafe {
+            engine::scan::launch_unchecked::<M>(
+                client,
+                cubes,
+                CubeDim::new_1d(units as u32),
+                address,
+                vector,
+                InputsLaunch::new(
+                    args(self.inputs.iter().copied()),
+                    args(self.constants.iter().copied()),
+                    args(self.parameters.iter().copied()),
+                    args(self.reset),
+                    args(self.initial.iter().copied()),
+                    args(self.before.iter().copied()),
+                    bounds.into_iter().collect(),
+                ),
+                OutputsLaunch::new(args(&outputs), args(&last), args(&sums)),
+                count,
+                problem.time,
+                problem.channels / vector,
+                lanes,
+                width,
+                plan,
+                storage.elem_type(),
+            );
+        }
+        Ok(Scanned { outputs, last, sums })
+    }
+}
+
+/// Lanes and channels of a cube of `units`. Rounding does not depend on them.
+///
+/// 32 channels are a full line of memory; where sequences are few, fewer channels a cube make more cubes. Lanes need
+/// not exceed the segments of the longest sequence; what is left over goes to channels.
+fn shape(client: &Client, plan: &Plan, sequences: usize, channels: usize, longest: usize) -> (usize, usize) {
+    let busy = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
+    let width = [32, 16].into_iter().find(|&w| 4 * sequences * channels.div_ceil(w) >= 3 * busy).unwrap_or(8);
+    let lanes = (plan.units / width).min(longest.div_ceil(plan.tokens).next_power_of_two()).max(engine::GROUP);
+    (lanes, plan.units / lanes)
+}
+
+/// Where packed sequences begin, as a table of u32.
+fn upload(client: &Client, bounds: &[usize]) -> Result<BufferArg, Error> {
+    let bounds: Result<Vec<u32>, _> = bounds.iter().map(|&b| u32::try_from(b)).collect();
+    let bounds = bounds.map_err(|_| Error::Sequences { reason: "must fit into 32 bits on a device".into() })?;
+    let handle = client.create_from_slice(bytemuck::cast_slice(&bounds));
+    // Safety: the handle holds as many elements.
+    Ok(unsafe { BufferArg::from_raw_parts(handle, bounds.len()) })
+}
+
+/// `cubes` cubes, over as many axes as it takes.
+fn grid(client: &Client, cubes: usize) -> Result<CubeCount, Error> {
+    let (x, y, _) = client.properties().hardware.max_cube_count;
+    let columns = cubes.min(x as usize);
+    let rows = cubes.div_ceil(columns);
+    if rows > y as usize {
+        return Err(Error::Device { reason: format!("{cubes} cubes are more than it can launch at once") });
+    }
+    Ok(CubeCount::Static(columns as u32, rows as u32, 1))
+}
+
+/// Sums over the sequences of `[sequences, channels]`.
+fn total(client: &Client, sums: &Buffer, sequences: usize, channels: usize, storage: Storage) -> Result<Buffer, Error> {
+    let out = Buffer::output(client, storage, channels);
+    let units = 64;
+    // Safety: `sums` holds sequences * channels elements, and the kernel writes only the first `channels`.
+    unsafe {
+        engine::total::launch_unchecked(
+            client,
+            grid(client, channels.div_ceil(units))?,
+            CubeDim::new_1d(units as u32),
+            address_type(&[sums]),
+            sums.arg(),
+            out.arg(),
+            sequences,
+            channels,
+            storage.elem_type(),
+        );
+    }
+    Ok(out)
+}
+
+impl ScanProblem {
+    /// Checks a `[batch, time, channels]` argument on a device.
+    fn check_buffer(&self, argument: &'static str, x: &Buffer, storage: Storage) -> Result<(), Error> {
+        x.check(argument, storage, &[self.batch, self.time, self.channels])
+    }
+
+    /// Checks an optional f32 `[sequences, channels]` state on a device.
+    fn check_state_buffer(&self, argument: &'static str, sequences: usize, x: Option<&Buffer>) -> Result<(), Error> {
+        x.map_or(Ok(()), |x| x.check(argument, Storage::F32, &[sequences, self.channels]))
+    }
+}
