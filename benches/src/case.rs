@@ -92,7 +92,7 @@ pub enum Path {
     Burn,
     /// Burn tensor operations only.
     Portable,
-    /// The kernels on the default GPU, without Burn.
+    /// The kernels on the first GPU, without Burn.
     Gpu,
 }
 names!(Path, "path": Native = "native", Burn = "burn", Portable = "portable", Gpu = "gpu");

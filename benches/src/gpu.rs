@@ -1,18 +1,17 @@
-//! The default GPU: its client, its ceilings, tensors to and from its memory.
+//! The first GPU: its client, its ceilings, tensors to and from its memory.
 
 use crate::{Ceilings, Dtype, Error};
-use cubecl::prelude::Device;
+use cubecl::Device;
 use cubecl::std::throughput::measure_peak_throughput;
 use cubecl::throughput::{MemoryAccess, MemorySpec, ThroughputKey, ThroughputMode, compute_throughput_key};
 use half::bf16;
 use thalweg_kernels::gpu::{Buffer, Client, Storage};
 
-/// A client of the default device.
+/// A client of the first device that the runtimes of this build show.
 pub(crate) fn client() -> Result<Client, Error> {
-    if Device::enumerate_all().is_empty() {
-        return Err(Error::argument("path", "`gpu` needs a GPU, and this machine shows none".into()));
-    }
-    Ok(Device::default().client())
+    let device = Device::enumerate_all().into_iter().next();
+    let device = device.ok_or_else(|| Error::argument("path", "is `gpu`, and there is none on this machine"))?;
+    Ok(device.client())
 }
 
 /// Bytes that a copy moves, read and write together: within a second-level cache, and beyond it.

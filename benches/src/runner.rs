@@ -56,7 +56,7 @@ impl Runner {
             Ok(cell.get().expect("set above"))
         }
         #[cfg(not(feature = "gpu"))]
-        Err(Error::argument("path", "`gpu` needs a build with a feature such as `cuda` or `wgpu`".into()))
+        Err(Error::argument("path", "is `gpu`, which needs a build with a feature such as `cuda` or `wgpu`"))
     }
 
     /// Verifies, then times.

@@ -1,4 +1,4 @@
-//! The matrix-state recurrences on the default GPU.
+//! The matrix-state recurrences on the first GPU.
 
 use super::{Data, cotangent, with_tolerance};
 use crate::gpu::{client, download, upload, wait};
