@@ -2,14 +2,74 @@
 //! at and off the tiles, packed sequences, and tensors that need 64-bit addresses.
 
 use cubecl::client::Client;
+use thalweg_kernels::ScanProblem;
+use thalweg_kernels::complex_scan::Complex;
+use thalweg_kernels::gpu::complex_scan::{self, ComplexInputs};
+use thalweg_kernels::gpu::elementwise_scan::{self, ScanGate, ScanInputs};
+use thalweg_kernels::gpu::hgrn::{self, HgrnInputs};
 use thalweg_kernels::gpu::matrix::{self, Gate, Inputs, Write};
+use thalweg_kernels::gpu::rg_lru::{self, RgLruInputs};
 use thalweg_kernels::gpu::{Buffer, Storage};
 use thalweg_kernels::matrix::MatrixProblem;
 use thalweg_nvrtc::Recorder;
 
 /// All cases.
 pub fn all(recorder: &Recorder) {
+    let scan = ScanProblem::new(2, 4096, 2048);
+    for storage in [Storage::Bf16, Storage::F16, Storage::F32] {
+        scans(recorder, "", &scan, storage);
+    }
+    scans(recorder, "short", &ScanProblem::new(8, 1, 2048), Storage::Bf16);
+    scans(recorder, "odd", &ScanProblem::new(1, 4096, 7), Storage::Bf16);
+    scans(recorder, "packed", &ScanProblem::packed(2048, vec![0, 70, 4096]), Storage::Bf16);
+    scans(recorder, "64-bit", &ScanProblem::new(8, 1 << 18, 2048), Storage::Bf16);
     matrices(recorder);
+}
+
+/// Every scan, forward and backward.
+fn scans(recorder: &Recorder, note: &str, p: &ScanProblem, storage: Storage) {
+    let len = p.batch * p.time * p.channels;
+    let states = p.cu_seqlens.as_ref().map_or(p.batch, |bounds| bounds.len() - 1) * p.channels;
+    let case = |name: &str, launches: &dyn Fn(&Client, &Buffer, &Buffer, &Buffer)| {
+        recorder.case(format!("{name} {storage:?} {note}").trim_end(), |client| {
+            let tokens = buffer(client, storage, len);
+            let [channels, state] = [p.channels, states].map(|len| buffer(client, Storage::F32, len));
+            launches(client, &tokens, &channels, &state);
+        });
+    };
+    const AGREE: &str = "the sizes agree";
+    case("scan", &|client, x, _, state| {
+        for gate in [ScanGate::Linear(x), ScanGate::Log(x)] {
+            let inputs = ScanInputs { gate, x, initial_state: Some(state) };
+            elementwise_scan::forward(client, p, &inputs).expect(AGREE);
+            elementwise_scan::backward(client, p, &inputs, x, x, Some(state)).expect(AGREE);
+        }
+    });
+    case("hgrn", &|client, x, channels, state| {
+        for lower_bound in [None, Some(channels)] {
+            let inputs = HgrnInputs { x, forget_gate: x, lower_bound, initial_state: Some(state) };
+            hgrn::forward(client, p, &inputs).expect(AGREE);
+            hgrn::backward(client, p, &inputs, x, x, None).expect(AGREE);
+        }
+    });
+    case("rg_lru", &|client, x, channels, state| {
+        let starts = buffer(client, Storage::F32, p.batch * p.time);
+        for reset in [None, Some(&starts)] {
+            let initial_state = Some(state);
+            let inputs = RgLruInputs { x, recurrent_gate: x, input_gate: x, a_param: channels, reset, initial_state };
+            rg_lru::forward(client, p, &inputs).expect(AGREE);
+            rg_lru::backward(client, p, &inputs, x, x, None).expect(AGREE);
+        }
+    });
+    case("complex_scan", &|client, x, _, state| {
+        let fixed = buffer(client, storage, p.channels);
+        let (b, initial_state) = (Complex { re: x, im: x }, Some(Complex { re: state, im: state }));
+        for lambda in [x, &fixed] {
+            let inputs = ComplexInputs { log_a: lambda, theta: lambda, b, initial_state };
+            complex_scan::forward(client, p, &inputs).expect(AGREE);
+            complex_scan::backward(client, p, &inputs, b, b, None).expect(AGREE);
+        }
+    });
 }
 
 fn matrices(recorder: &Recorder) {

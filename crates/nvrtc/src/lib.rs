@@ -123,6 +123,9 @@ pub fn table(kernels: &[Kernel]) -> String {
                 let _ = write!(out, " {:>9} {:>9} {:>9} {shared:>9} {blocks:>9}", r.registers, r.stack, r.spilled());
             }
         }
+        if k.outcome.is_ok() && !k.passes() {
+            out.push_str("  out of registers");
+        }
         out.push('\n');
     }
     out

@@ -1,6 +1,8 @@
 //! Compiles every kernel that the library can select; exits with 1 if one does not compile or is out of registers.
 //!
-//! With a folder as its argument it leaves each kernel's CUDA C++ and PTX there.
+//! usage: thalweg-nvrtc [--only CASE] [--keep FOLDER]
+//!
+//! `--only` takes the cases whose name contains it; `--keep` leaves each kernel's CUDA C++ and PTX in a folder.
 
 mod cases;
 
@@ -10,6 +12,18 @@ use std::sync::Arc;
 use thalweg_nvrtc::{Arch, Kernel, Recorder, Toolchain, table};
 
 fn main() -> ExitCode {
+    let (mut only, mut folder) = (String::new(), None);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(option) = arguments.next() {
+        match (option.as_str(), arguments.next()) {
+            ("--only", Some(case)) => only = case,
+            ("--keep", Some(path)) => folder = Some(path),
+            _ => {
+                eprintln!("usage: thalweg-nvrtc [--only CASE] [--keep FOLDER]");
+                return ExitCode::from(2);
+            }
+        }
+    }
     let toolchain = match Toolchain::from_env() {
         Ok(toolchain) => Arc::new(toolchain),
         Err(error) => {
@@ -18,19 +32,25 @@ fn main() -> ExitCode {
         }
     };
     eprintln!("compiling for {}, which takes some minutes", Arch::ALL.map(Arch::target).join(" and "));
+    let compile = |arch| {
+        let mut recorder = Recorder::new(arch, toolchain.clone());
+        recorder.only.clone_from(&only);
+        cases::all(&recorder);
+        recorder.kernels()
+    };
     let kernels: Vec<Kernel> = std::thread::scope(|scope| {
-        let compile = |arch| {
-            let recorder = Recorder::new(arch, toolchain.clone());
-            cases::all(&recorder);
-            recorder.kernels()
-        };
-        let devices = Arch::ALL.map(|arch| scope.spawn(move || compile(arch)));
+        let devices = Arch::ALL.map(|arch| {
+            scope.spawn({
+                let compile = &compile;
+                move || compile(arch)
+            })
+        });
         devices.into_iter().flat_map(|device| device.join().expect("cases do not panic")).collect()
     });
-    if let Some(folder) = std::env::args_os().nth(1)
+    if let Some(folder) = folder
         && let Err(error) = keep(folder.as_ref(), &kernels)
     {
-        eprintln!("{}: {error}", folder.display());
+        eprintln!("{folder}: {error}");
         return ExitCode::FAILURE;
     }
     print!("{}", table(&kernels));
