@@ -63,6 +63,9 @@ pub enum Error {
     /// A picture cannot be drawn.
     #[error("plot: {0}")]
     Plot(String),
+    /// The device failed.
+    #[error("device: {0}")]
+    Device(#[from] burn::backend::ExecutionError),
     /// The threads cannot be started.
     #[error("threads: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),

@@ -68,9 +68,9 @@ pub(crate) struct Layer {
 }
 
 impl Layer {
-    pub fn new(case: &Case) -> Result<Self, Error> {
+    pub fn new(case: &Case, device: &Device) -> Result<Self, Error> {
         let [batch, time, hidden] = case.shape[..] else { unreachable!("checked by `build`") };
-        let device = if case.pass == Pass::Train { Device::flex().autodiff() } else { Device::flex() };
+        let device = if case.pass == Pass::Train { device.clone().autodiff() } else { device.clone() };
         device.seed(1);
         let mixer = config(&case.name, hidden)?.init(&Site::new(hidden), &device)?;
         let steps = if case.pass == Pass::Step { STEPS } else { 0 };

@@ -1,9 +1,11 @@
 //! The machine: what it is, and what it can do at the most.
 
+use crate::Error;
+use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thalweg_kernels::ceiling;
 use thalweg_kernels::cost::Cost;
 
@@ -77,15 +79,15 @@ fn commit() -> Option<String> {
     Some(if changed { commit + "+" } else { commit })
 }
 
-/// Measured ceilings for one number of threads.
+/// Measured ceilings of a device, on a CPU for one number of threads.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ceilings {
-    /// Threads; 0 of a GPU.
-    pub threads: usize,
-    /// Name of the GPU.
-    #[serde(default)]
+    /// Name of the device: as in `--device`, or of a GPU without Burn its own.
+    #[serde(default = "cpu")]
     pub device: String,
-    /// Matrix products, GFLOP/s: of f32 in cache, on a GPU of the element type.
+    /// Threads; 0 of a GPU without Burn.
+    pub threads: usize,
+    /// Matrix products, GFLOP/s: of f32, on a CPU in cache; on a GPU without Burn of the element type.
     pub product: f64,
     /// Copies by the bytes that they touch: GB/s, read and write counted.
     pub copies: Vec<(usize, f64)>,
@@ -94,13 +96,18 @@ pub struct Ceilings {
 /// Bytes that a copy touches: within the second-level cache of a core, within the last level, in memory.
 const COPIES: [usize; 3] = [512 << 10, 8 << 20, 512 << 20];
 
+/// The device of reports that name none.
+pub(crate) fn cpu() -> String {
+    "cpu".into()
+}
+
 impl fmt::Display for Ceilings {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self.threads {
-            0 => write!(f, "{}: products", self.device)?,
-            threads => write!(f, "{threads} threads: products in cache")?,
+        write!(f, "{}", self.device)?;
+        if self.threads > 0 {
+            write!(f, ", {} threads", self.threads)?;
         }
-        write!(f, " {:.1} GFLOP/s; copies", self.product)?;
+        write!(f, ": products {:.1} GFLOP/s; copies", self.product)?;
         for (i, (bytes, rate)) in self.copies.iter().enumerate() {
             write!(f, "{} {rate:.1} GB/s over {} KiB", if i > 0 { "," } else { "" }, bytes >> 10)?;
         }
@@ -112,11 +119,36 @@ impl Ceilings {
     /// Measures on all threads of the current pool; `time` for each number.
     pub fn measure(time: Duration) -> Self {
         Self {
+            device: cpu(),
             threads: rayon::current_num_threads(),
-            device: String::new(),
             product: ceiling::matrix_product(time),
             copies: COPIES.map(|bytes| (bytes, ceiling::copy(bytes, time))).to_vec(),
         }
+    }
+
+    /// Measures what Burn's own products and copies reach on a device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn measure_on(device: &Device, name: &str, time: Duration) -> Result<Self, Error> {
+        let square = |side: usize| Tensor::<2>::ones([side, side], device);
+        // The best of the sizes that a device finishes in a moment: small products cannot occupy a large one.
+        let mut product = 0.0f64;
+        for side in [1024, 2048, 4096, 8192] {
+            let x = square(side);
+            let seconds = fastest(device, time, || drop(x.clone().matmul(x.clone())))?;
+            product = product.max(2.0 * (side as f64).powi(3) / seconds / 1e9);
+            if seconds > 0.02 {
+                break;
+            }
+        }
+        let mut copies = Vec::new();
+        for bytes in COPIES {
+            let x = Tensor::<1>::ones([bytes / 8], device);
+            let seconds = fastest(device, time, || drop(x.clone().add_scalar(1.0)))?;
+            copies.push((bytes, bytes as f64 / seconds / 1e9));
+        }
+        Ok(Self { device: name.into(), threads: rayon::current_num_threads(), product, copies })
     }
 
     /// GB/s of a copy that touches about as many bytes, from `COPIES`: a small working set stays in cache from one
@@ -136,4 +168,18 @@ impl Ceilings {
     pub fn copy_binds(&self, cost: Cost) -> bool {
         cost.bytes as f64 / self.copy(cost.bytes) > cost.flops as f64 / self.product
     }
+}
+/// Seconds of the fastest of the runs that fit in `time`, after one that is not counted.
+fn fastest(device: &Device, time: Duration, run: impl Fn()) -> Result<f64, Error> {
+    let timed = || {
+        let start = Instant::now();
+        run();
+        device.sync().map(|()| start.elapsed().as_secs_f64())
+    };
+    timed()?;
+    let (all, mut best) = (Instant::now(), timed()?);
+    while all.elapsed() < time {
+        best = best.min(timed()?);
+    }
+    Ok(best)
 }

@@ -117,19 +117,19 @@ pub(crate) struct Whole {
 }
 
 impl Whole {
-    pub fn new(case: &Case) -> Result<Self, Error> {
+    pub fn new(case: &Case, device: &Device) -> Result<Self, Error> {
         let [batch, time] = case.shape[..] else { unreachable!("checked by `build`") };
-        let (config, device) = (config(&case.name)?, Device::flex());
+        let config = config(&case.name)?;
         let values: Vec<i64> = ids(0, batch, time).into_iter().map(i64::from).collect();
-        let tokens = Tensor::from_data(TensorData::new(values, [batch, time]), &device);
-        let model = || Model::new(&config, 0, &device).map(Box::new);
+        let tokens = Tensor::from_data(TensorData::new(values, [batch, time]), device);
+        let model = || Model::new(&config, 0, device).map(Box::new);
         let work = match case.pass {
             Pass::Train => {
                 // A trainer borrows its source; this one is a number, and lives as long as the benchmarks.
                 let source = Box::leak(Box::new(Bytes { context: time }));
                 let options =
                     TrainOptions { steps: 1 << 20, batch, context: time, lr: 1e-3, ..TrainOptions::default() };
-                Work::Train(Box::new(Trainer::new(&config, source, None, options, &device)?))
+                Work::Train(Box::new(Trainer::new(&config, source, None, options, device)?))
             }
             Pass::Forward => Work::Prefill(model()?),
             Pass::Step => {

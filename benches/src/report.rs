@@ -13,6 +13,9 @@ pub struct Row {
     /// What was run.
     #[serde(flatten)]
     pub case: Case,
+    /// Name of the device.
+    #[serde(default = "crate::machine::cpu")]
+    pub device: String,
     /// Threads.
     pub threads: usize,
     /// Median of the samples, milliseconds.
@@ -58,6 +61,7 @@ impl Row {
         let median = quantile(&samples.wall, 0.5);
         Self {
             case: case.clone(),
+            device: ceilings.device.clone(),
             threads: ceilings.threads,
             median_ms: median * 1e3,
             min_ms: quantile(&samples.wall, 0.0) * 1e3,
@@ -85,7 +89,7 @@ impl Row {
     }
 
     fn is_same(&self, other: &Row) -> bool {
-        self.case == other.case && self.threads == other.threads
+        self.case == other.case && self.device == other.device && self.threads == other.threads
     }
 }
 
@@ -204,7 +208,8 @@ mod tests {
             path: Path::Native,
         };
         let samples = Samples { wall: vec![median - spread, median, median + spread], cpu: Vec::new() };
-        let ceilings = Ceilings { threads: 2, device: String::new(), product: 100.0, copies: vec![(1 << 20, 10.0)] };
+        let ceilings =
+            Ceilings { device: crate::machine::cpu(), threads: 2, product: 100.0, copies: vec![(1 << 20, 10.0)] };
         Row::new(&case, &samples, (Cost { flops: 64, bytes: 384 }, 8), &ceilings, 0.0, 0)
     }
 

@@ -90,10 +90,6 @@ impl Selection {
             }
             for shape in self.shapes(entry, pass)? {
                 for &path in entry.paths.iter().filter(|&path| chosen(&self.path, path, &entry.paths[0])) {
-                    // There is no step on slices of a device's memory yet.
-                    if path == Path::Gpu && pass == Pass::Step {
-                        continue;
-                    }
                     for &dtype in entry.dtypes.iter().filter(|&dtype| chosen(&self.dtype, dtype, &entry.dtypes[0])) {
                         let chunks: Vec<_> = match (entry.chunked && pass != Pass::Step, self.chunk.is_empty()) {
                             (false, _) => vec![None],

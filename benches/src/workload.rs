@@ -1,6 +1,7 @@
 //! What a benchmark must be able to do: run, and show its results beside the oracle's.
 
 use crate::{Case, Dtype, Error, Part, Pass};
+use burn::tensor::Device;
 use thalweg_kernels::cost::Cost;
 use thalweg_reference::cases::Precision;
 use thalweg_reference::tolerance::{Quantity, relative_error, tolerance};
@@ -49,7 +50,7 @@ pub(crate) trait Workload: Send {
 }
 
 /// Makes a benchmark ready to run.
-pub(crate) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
+pub(crate) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
     let entry = crate::catalogue().into_iter().find(|entry| entry.part == case.part && entry.name == case.name);
     let Some(entry) = entry else {
         return Err(Error::argument("name", format!("`{}` is no benchmark of {}", case.name, case.part)));
@@ -65,16 +66,16 @@ pub(crate) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
         return Err(Error::argument("dtype", format!("`{}` is none that {} takes", case.dtype, case.name)));
     }
     match case.part {
-        Part::Ops => crate::ops::build(case),
-        Part::Layers => Ok(Box::new(crate::layers::Layer::new(case)?)),
-        Part::Models => Ok(Box::new(crate::models::Whole::new(case)?)),
+        Part::Ops => crate::ops::build(case, device),
+        Part::Layers => Ok(Box::new(crate::layers::Layer::new(case, device)?)),
+        Part::Models => Ok(Box::new(crate::models::Whole::new(case, device)?)),
     }
 }
 
 /// Compares a small run with the oracle. Returns the largest error.
-pub(crate) fn verify(case: &Case) -> Result<f64, Error> {
+pub(crate) fn verify(case: &Case, device: &Device) -> Result<f64, Error> {
     let small = case.small(2);
-    let mut workload = build(&small)?;
+    let mut workload = build(&small, device)?;
     workload.run()?;
     let expected = workload.expected()?;
     let mut largest = 0.0f64;
@@ -88,12 +89,12 @@ pub(crate) fn verify(case: &Case) -> Result<f64, Error> {
 }
 
 /// Compares the first tokens of a run at the full shape with the oracle. Returns the largest error.
-pub(crate) fn verify_start(case: &Case, workload: &dyn Workload) -> Result<f64, Error> {
+pub(crate) fn verify_start(case: &Case, workload: &dyn Workload, device: &Device) -> Result<f64, Error> {
     if case.part != Part::Ops || case.pass == Pass::Step {
         return Ok(0.0);
     }
     let small = case.small(1);
-    match build(&small)?.expected()?.first() {
+    match build(&small, device)?.expected()?.first() {
         Some(expected) => check(case, &workload.head(expected.values.len()), expected),
         None => Ok(0.0),
     }

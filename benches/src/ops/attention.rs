@@ -4,6 +4,7 @@ use super::{Any, Input, Op, cotangent, narrow, total, widen, with_tolerance};
 use crate::noise::{signed, wide};
 use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass, Path};
+use burn::tensor::Device;
 use half::bf16;
 use thalweg_kernels::Element;
 use thalweg_kernels::attention::{self, AttentionGradients, AttentionOutputs, AttentionProblem, StepProblem};
@@ -19,7 +20,7 @@ struct Data {
     v: Vec<f32>,
 }
 
-pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
+pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
     let [batch, time, heads, head_dim] = case.shape[..] else { unreachable!("checked by `ops::build`") };
     let queries = if case.pass == Pass::Step { 1 } else { time };
     let problem = AttentionProblem { kv_time: time, ..AttentionProblem::new(batch, queries, heads, head_dim) };
@@ -28,7 +29,7 @@ pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
     match (case.path, case.dtype) {
         (Path::Native, Dtype::F32) => Ok(Box::new(Native::<f32>::new(data, case))),
         (Path::Native, Dtype::Bf16) => Ok(Box::new(Native::<bf16>::new(data, case))),
-        _ => super::on_burn(data, case),
+        _ => super::on_burn(data, case, device),
     }
 }
 

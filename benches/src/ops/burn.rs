@@ -100,9 +100,9 @@ pub(crate) struct BurnOp {
 }
 
 impl BurnOp {
-    pub fn new(op: Box<dyn Op>, case: &Case) -> Self {
+    pub fn new(op: Box<dyn Op>, case: &Case, device: &Device) -> Self {
         let train = case.pass == Pass::Train;
-        let device = if train { Device::flex().autodiff() } else { Device::flex() };
+        let device = if train { device.clone().autodiff() } else { device.clone() };
         let inputs = op.inputs();
         let state = if case.pass == Pass::Step { op.state() } else { None };
         Self {

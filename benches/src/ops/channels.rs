@@ -4,6 +4,7 @@ use super::{Any, Input, Op, cotangent, narrow, total, widen, with_tolerance};
 use crate::noise::{fill, signed, wide};
 use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass, Path};
+use burn::tensor::Device;
 use half::bf16;
 use thalweg_kernels::cost::{self, Cost};
 use thalweg_kernels::elementwise_scan::{self, ScanGate, ScanGradients, ScanInputs, ScanOutputs};
@@ -12,18 +13,18 @@ use thalweg_kernels::{Element, ScanProblem};
 use thalweg_reference::{Shape, elementwise, short_conv as conv_oracle};
 use thalweg_scan as scan;
 
-pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
+pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
     match case.name.as_str() {
-        "scan" => on_path::<Scan>(case),
-        _ => on_path::<Conv>(case),
+        "scan" => on_path::<Scan>(case, device),
+        _ => on_path::<Conv>(case, device),
     }
 }
 
-pub(super) fn on_path<C: Channels + 'static>(case: &Case) -> Result<Box<dyn Workload>, Error> {
+pub(super) fn on_path<C: Channels + 'static>(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
     match (case.path, case.dtype) {
         (Path::Native, Dtype::F32) => Ok(Box::new(Native::<C, f32>::new(case))),
         (Path::Native, Dtype::Bf16) => Ok(Box::new(Native::<C, bf16>::new(case))),
-        _ => super::on_burn(C::new(case), case),
+        _ => super::on_burn(C::new(case), case, device),
     }
 }
 

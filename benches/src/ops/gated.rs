@@ -6,6 +6,7 @@ use crate::noise::{fill, signed, wide};
 use crate::workload::{Named, Workload};
 use crate::{Case, Error, Pass};
 use burn::Tensor;
+use burn::tensor::Device;
 use thalweg_kernels::complex_scan::{self, Complex, ComplexGradients, ComplexInputs, ComplexOutputs};
 use thalweg_kernels::cost::{self, Cost};
 use thalweg_kernels::rg_lru::{self, RgLruGradients, RgLruInputs, RgLruOutputs};
@@ -14,11 +15,11 @@ use thalweg_reference::elementwise::{self, Lambda, Planes};
 use thalweg_reference::rg_lru as oracle;
 use thalweg_scan as scan;
 
-pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
+pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
     match case.name.as_str() {
-        "complex_scan" => on_path::<ComplexScan>(case),
-        "rg_lru" => on_path::<RgLru>(case),
-        _ => super::on_burn(Block::new(case)?, case),
+        "complex_scan" => on_path::<ComplexScan>(case, device),
+        "rg_lru" => on_path::<RgLru>(case, device),
+        _ => super::on_burn(Block::new(case)?, case, device),
     }
 }
 

@@ -7,6 +7,7 @@ use super::{Any, Input, Op, cotangent, narrow, total, widen, with_tolerance};
 use crate::noise::{fill, signed, wide};
 use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass, Path};
+use burn::tensor::Device;
 use half::bf16;
 use thalweg_kernels::Element;
 use thalweg_kernels::cost::{self, Cost, GateKind, WriteKind};
@@ -43,7 +44,7 @@ struct Data {
     state: Vec<f32>,
 }
 
-pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
+pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
     let op = OPS.iter().find(|op| op.0 == case.name);
     let Some(&(_, gate, write)) = op else {
         return Err(Error::argument("name", format!("`{}` is no operation", case.name)));
@@ -54,7 +55,7 @@ pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
         (Path::Native, Dtype::Bf16) => Ok(Box::new(Native::<bf16>::new(data, case))),
         #[cfg(feature = "gpu")]
         (Path::Gpu, _) => Ok(Box::new(gpu::Gpu::new(data, case)?)),
-        _ => super::on_burn(data, case),
+        _ => super::on_burn(data, case, device),
     }
 }
 

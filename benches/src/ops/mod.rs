@@ -6,6 +6,8 @@ mod channels;
 mod gated;
 mod matrix;
 
+use ::burn::tensor::Device;
+
 use crate::workload::{Expected, Workload};
 use crate::{Case, Dtype, Entry, Error, Part, Pass, Path};
 use thalweg_kernels::Element;
@@ -121,17 +123,17 @@ pub(crate) fn widen<E: Element>(values: &[E]) -> Vec<f64> {
 }
 
 /// Makes a benchmark ready to run.
-pub(crate) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
+pub(crate) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
     match case.name.as_str() {
-        "scan" | "short_conv" => channels::build(case),
-        "complex_scan" | "rg_lru" | "rg_lru_block" => gated::build(case),
-        "attention" => attention::build(case),
-        _ => matrix::build(case),
+        "scan" | "short_conv" => channels::build(case, device),
+        "complex_scan" | "rg_lru" | "rg_lru_block" => gated::build(case, device),
+        "attention" => attention::build(case, device),
+        _ => matrix::build(case, device),
     }
 }
 
-fn on_burn(op: impl Op + 'static, case: &Case) -> Result<Box<dyn Workload>, Error> {
-    Ok(Box::new(BurnOp::new(Box::new(op), case)))
+fn on_burn(op: impl Op + 'static, case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
+    Ok(Box::new(BurnOp::new(Box::new(op), case, device)))
 }
 
 /// The cotangent of the main output: through Burn that of a sum, which needs no operation of its own.

@@ -1,6 +1,7 @@
 //! `thalweg bench`: verified times of operations, layers and models.
 
-use crate::Outcome;
+use crate::{DeviceArgs, Outcome};
+use burn::tensor::Device;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -31,6 +32,8 @@ pub struct Args {
     /// Tokens per chunk.
     #[arg(long, value_delimiter = ',')]
     chunk: Vec<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Numbers of threads; all processors if absent.
     #[arg(long, value_delimiter = ',')]
     threads: Vec<usize>,
@@ -38,7 +41,7 @@ pub struct Args {
     #[arg(long, value_delimiter = ',')]
     dtype: Vec<String>,
     /// Ways to call: `native` (kernels on slices), `burn` (tensors, the same kernels), `portable` (tensor operations), `gpu`
-    /// (GPU kernels without Burn, in a build with a feature such as `thalweg-bench/cuda` or `thalweg-bench/wgpu`).
+    /// (kernels of matrix recurrences on the first GPU, without Burn).
     #[arg(long, value_delimiter = ',')]
     path: Vec<String>,
     /// Passes: `forward`, `forward+backward`, `step`.
@@ -68,9 +71,14 @@ pub fn run(args: &Args) -> Outcome {
     if args.threads.contains(&0) {
         return Err("`threads` has a 0, expected at least 1".into());
     }
+    let device = args.device.find()?;
+    let runner = |threads| match Runner::new(threads, effort) {
+        Ok(runner) if device != Device::flex() => runner.on(device.clone(), &args.device.device),
+        other => other,
+    };
     let threads = if args.threads.is_empty() { vec![0] } else { args.threads.clone() };
     if args.part.as_deref() == Some("serve") {
-        let runner = Runner::new(threads[0], effort)?;
+        let runner = runner(threads[0])?;
         serve(&runner, io::stdin().lock(), io::stdout().lock())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -82,7 +90,11 @@ pub fn run(args: &Args) -> Outcome {
         head_dim: args.head_dim.clone(),
         chunk: args.chunk.clone(),
         dtype: parse::<Dtype>(&args.dtype)?,
-        path: parse::<Path>(&args.path)?,
+        path: match parse::<Path>(&args.path)? {
+            // Slices are the default where there are any.
+            paths if paths.is_empty() && device != Device::flex() => vec![Path::Burn],
+            paths => paths,
+        },
         pass: parse::<Pass>(&args.pass)?,
     };
     let cases = selection.cases()?;
@@ -93,7 +105,7 @@ pub fn run(args: &Args) -> Outcome {
     describe(&report.machine, earlier.as_ref());
     let mut wrong = 0;
     for threads in threads {
-        let runner = Runner::new(threads, effort)?;
+        let runner = runner(threads)?;
         for case in &cases {
             let ceilings = runner.ceilings(case)?;
             if !report.ceilings.contains(ceilings) {

@@ -1,6 +1,7 @@
 //! `thalweg conform`: golden cases through a chosen path.
 
-use crate::Outcome;
+use crate::{DeviceArgs, Outcome};
+use burn::tensor::Device;
 use clap::ValueEnum;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -19,6 +20,8 @@ pub struct Args {
     /// Implementation to run.
     #[arg(long, value_enum, default_value_t = Path::Native)]
     path: Path,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Largest relative error that passes.
     #[arg(long, default_value_t = 1e-4, value_parser = tolerance, allow_negative_numbers = true)]
     tolerance: f64,
@@ -26,7 +29,7 @@ pub struct Args {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Path {
-    /// CPU kernels.
+    /// Kernels, where the device has them.
     Native,
     /// Burn tensor operations.
     Portable,
@@ -35,10 +38,10 @@ enum Path {
 }
 
 impl Path {
-    fn runner(self) -> Box<dyn Runner> {
+    fn runner(self, device: Device) -> Box<dyn Runner> {
         match self {
-            Path::Native => Box::new(Engine::native()),
-            Path::Portable => Box::new(Engine::portable()),
+            Path::Native => Box::new(Engine::native().on(device)),
+            Path::Portable => Box::new(Engine::portable().on(device)),
             Path::Reference => Box::new(Reference),
         }
     }
@@ -52,7 +55,7 @@ fn tolerance(text: &str) -> Result<f64, String> {
 /// Runs every case of the folder.
 pub fn run(args: &Args) -> Outcome {
     let found = load(&args.dir)?;
-    let runner = args.path.runner();
+    let runner = args.path.runner(args.device.find()?);
     let (total, mut passed, mut largest) = (found.cases.len(), 0, 0.0f64);
     let mut out = io::stdout().lock();
     for (name, case) in found.cases {

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::Args as ClapArgs;
 use thalweg_models::{Generator, Sampling, checkpoint};
 
-use crate::{Outcome, device};
+use crate::{DeviceArgs, Outcome};
 
 /// Continue a prompt with a trained model.
 #[derive(Debug, ClapArgs)]
@@ -34,16 +34,15 @@ pub struct Args {
     /// Fixes what is drawn.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to compute.
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print speed and the size of the state at the end, on stderr.
     #[arg(long)]
     stats: bool,
 }
 
 pub fn run(args: &Args) -> Outcome {
-    let device = device(&args.device)?;
+    let device = args.device.find()?;
     let loaded = checkpoint::load(&args.checkpoint, &device)?;
     let tokenizer = loaded.tokenizer.ok_or("checkpoint: was trained on a synthetic task and cannot read text")?;
     let prompt = tokenizer.encode("prompt", args.prompt.as_bytes())?;

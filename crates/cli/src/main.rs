@@ -53,11 +53,18 @@ fn run(command: Command) -> Outcome {
     }
 }
 
-/// The device called `name`.
-fn device(name: &str) -> Result<burn::tensor::Device, String> {
-    match name {
-        "cpu" => Ok(burn::tensor::Device::flex()),
-        _ => Err(format!("device: no device `{name}` in this build; there is cpu")),
+/// Where to compute.
+#[derive(Debug, clap::Args)]
+struct DeviceArgs {
+    /// Where to compute: cpu, gpu, cuda, rocm, metal, vulkan, webgpu or wgpu; `gpu:1` is the second GPU. A build has the
+    /// backends of its features.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+impl DeviceArgs {
+    fn find(&self) -> Result<burn::tensor::Device, String> {
+        thalweg_scan::device(&self.device).map_err(|error| format!("device: {error}"))
     }
 }
 

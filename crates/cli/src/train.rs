@@ -12,7 +12,7 @@ use thalweg_models::{
 };
 
 use crate::dashboard::{self, Display};
-use crate::{Outcome, device, plot};
+use crate::{DeviceArgs, Outcome, plot};
 
 /// What is trained if nothing is said: two cores show progress within a minute.
 const DEFAULT_PRESET: &str = "gated_delta_net-3:1-tiny";
@@ -77,9 +77,8 @@ pub struct Args {
     /// Steps between checkpoints; 0 is only at the end.
     #[arg(long)]
     save_every: Option<usize>,
-    /// Where to compute.
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// The run's folder; default: a new one in runs/.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -132,7 +131,7 @@ struct Data {
 }
 
 pub fn run(args: &Args) -> Outcome {
-    let device = device(&args.device)?;
+    let device = args.device.find()?;
     if args.resume {
         return resume(args, &device);
     }

@@ -14,7 +14,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// The native kernels of the CPU.
+    /// The native kernels, of the CPU until [`Engine::on`] says otherwise.
     pub fn native() -> Self {
         Self { path: scan::Path::Auto, device: Device::flex().autodiff() }
     }
@@ -22,6 +22,11 @@ impl Engine {
     /// The portable body in Burn tensor operations.
     pub fn portable() -> Self {
         Self { path: scan::Path::Portable, device: Device::flex().autodiff() }
+    }
+
+    /// The same on another device.
+    pub fn on(self, device: Device) -> Self {
+        Self { device: device.autodiff(), ..self }
     }
 }
 

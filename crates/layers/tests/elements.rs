@@ -73,7 +73,7 @@ fn evaluate(activation: &Activation, points: &[f32], device: &Device) -> (Vec<f3
 
 #[test]
 fn activations_are_their_closed_forms_and_so_are_their_derivatives() {
-    let device = Device::default().autodiff();
+    let device = Device::flex().autodiff();
     let points: Vec<f32> = (-27..=27).map(|i| i as f32 * 0.21 + 0.013).collect();
     for (json, f) in CASES {
         let (values, derivatives) = evaluate(&activation(json, &device), &points, &device);
@@ -99,7 +99,7 @@ fn activations_are_their_closed_forms_and_so_are_their_derivatives() {
 
 #[test]
 fn trained_ranges_start_at_the_plain_activation_and_have_gradients() {
-    let device = Device::default().autodiff();
+    let device = Device::flex().autodiff();
     let x = Tensor::<2>::random([4, 5], Distribution::Normal(0.0, 2.0), &device);
     for (expanded, plain) in
         [(ActivationConfig::Xgelu, ActivationConfig::Gelu), (ActivationConfig::Xsilu, ActivationConfig::Silu)]
@@ -117,7 +117,7 @@ fn trained_ranges_start_at_the_plain_activation_and_have_gradients() {
 
 #[test]
 fn norms_are_their_closed_forms() {
-    let device = Device::default();
+    let device = Device::flex();
     let x = Tensor::<2>::from_floats([[3.0, -4.0, 0.0, 5.0]], &device);
     let close = |a: Tensor<2>, b: [f32; 4]| {
         let difference = (a - Tensor::<2>::from_floats([b], &device)).abs().max();
@@ -144,7 +144,7 @@ fn norms_are_their_closed_forms() {
 
 #[test]
 fn channel_mixers_are_their_formulas() {
-    let device = Device::default();
+    let device = Device::flex();
     let site = Site::new(6).with_initializer_range(0.5);
     let x = Tensor::<3>::random([2, 3, 6], Distribution::Normal(0.0, 1.0), &device);
     for (kind, gate) in [
@@ -173,7 +173,7 @@ fn channel_mixers_are_their_formulas() {
 
 #[test]
 fn rotation_keeps_lengths_and_sees_distances_only() {
-    let device = Device::default();
+    let device = Device::flex();
     let rotary = Rotary::new(4, 100.0);
     let [q, k] = [(); 2].map(|()| Tensor::<4>::random([1, 1, 1, 6], Distribution::Normal(0.0, 1.0), &device));
     let at = |x: &Tensor<4>, position| rotary.at(&[position], 1, &device).apply(x.clone());

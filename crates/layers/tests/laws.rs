@@ -42,7 +42,7 @@ fn cases() -> Vec<(&'static str, MixerConfig)> {
 }
 
 fn device() -> Device {
-    Device::default()
+    Device::flex()
 }
 
 fn mixer(config: &MixerConfig) -> Mixer {

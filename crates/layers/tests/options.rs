@@ -32,7 +32,7 @@ fn a_bad_option_is_named() {
         (r#"{"type": "attention", "num_heads": 8, "num_kv_heads": 3}"#, "num_heads"),
     ] {
         let config: MixerConfig = serde_json::from_str(json).expect(json);
-        let error = config.init(&Site::new(32), &Device::default()).map(|_| ()).expect_err(json);
+        let error = config.init(&Site::new(32), &Device::flex()).map(|_| ()).expect_err(json);
         assert_eq!(error.field, field, "{json}: {error}");
         let text = error.within("mixer").to_string();
         assert!(text.starts_with(&format!("mixer.{field}: ")), "{text}");
@@ -79,7 +79,7 @@ fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
 #[test]
 fn rg_lru_starts_with_its_radii_in_the_ring() {
     let site = Site::new(2048);
-    let block = RgLruConfig::default().init(&site, &Device::default()).expect("valid");
+    let block = RgLruConfig::default().init(&site, &Device::flex()).expect("valid");
     let radii: Vec<f32> =
         values(block.rg_lru.recurrent_param.val()).into_iter().map(|a| 1.0 / (1.0 + a.exp())).collect();
     assert!(radii.iter().all(|r| (0.8999..0.9991).contains(r)), "{radii:?}");
@@ -92,7 +92,7 @@ fn rg_lru_starts_with_its_radii_in_the_ring() {
 #[test]
 fn gated_delta_net_starts_with_its_decay_in_range() {
     let config = GatedDeltaNetConfig { num_heads: 1024, head_dim: 1, expand_v: 1.0, ..Default::default() };
-    let layer = config.init(&Site::new(1), &Device::default()).expect("valid");
+    let layer = config.init(&Site::new(1), &Device::flex()).expect("valid");
     let rates = values(layer.decay.a_log.val().exp());
     assert!(rates.iter().all(|a| (0.0..=16.001).contains(a)) && rates.iter().any(|a| *a > 14.0));
     let steps = values(layer.decay.dt_bias.val()).into_iter().map(|x| x.exp().ln_1p());
@@ -101,7 +101,7 @@ fn gated_delta_net_starts_with_its_decay_in_range() {
 
 #[test]
 fn lower_bounds_rise_from_layer_to_layer() {
-    let bounds = LowerBounds::new(4, 3, &Device::default()).forward();
+    let bounds = LowerBounds::new(4, 3, &Device::flex()).forward();
     assert!(bounds[0].is_none());
     for (layer, bound) in bounds.into_iter().enumerate().skip(1) {
         let expected = layer as f32 / 4.0;

@@ -59,7 +59,7 @@ pub fn cross_entropy(
         None => tokens as f64,
     };
     let mut loss = Loss { surrogate: None, nats: 0.0, weight: total, correct: 0.0 };
-    let mut d_hidden = Vec::new();
+    let (mut d_hidden, mut sums) = (Vec::new(), Vec::new());
     let mut d_head: Option<Tensor<2>> = None;
     for start in (0..tokens).step_by(CHUNK) {
         let length = CHUNK.min(tokens - start);
@@ -74,10 +74,9 @@ pub fn cross_entropy(
             logits = (logits / cap).tanh() * cap;
         }
         let right = logits.clone().argmax(1).equal(target.clone()).float() * weight.clone();
-        loss.correct += f64::from(right.sum().into_scalar::<f32>());
         let log_probs = log_softmax(logits.clone(), 1);
         let picked = log_probs.clone().gather(1, target.clone()) * weight.clone();
-        loss.nats -= f64::from(picked.sum().into_scalar::<f32>());
+        sums.extend([right.sum(), picked.sum()]);
         if !tracked {
             continue;
         }
@@ -94,6 +93,12 @@ pub fn cross_entropy(
             Some(sum) => sum + part,
             None => part,
         });
+    }
+    if !sums.is_empty() {
+        // Read once, when all is queued: a GPU waits at each reading.
+        let sums: Vec<f64> = Tensor::cat(sums, 0).into_data().iter().collect();
+        loss.correct = sums.iter().step_by(2).sum();
+        loss.nats = -sums.iter().skip(1).step_by(2).sum::<f64>();
     }
     if let Some(d_head) = d_head {
         loss.surrogate = Some((hidden * Tensor::cat(d_hidden, 0)).sum() + (head * d_head).sum());

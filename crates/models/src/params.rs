@@ -144,17 +144,21 @@ pub(crate) fn adamw<M: Module>(module: &M, betas: (f32, f32), weight_decay: f32)
 
 /// The l2 norm of all gradients taken together.
 fn global_norm<M: Module>(module: &M, grads: &GradientsParams) -> f64 {
-    struct Norm<'a>(&'a GradientsParams, f64);
-    impl ModuleVisitor for Norm<'_> {
+    struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
+    impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(grad) = self.0.get::<D>(param.id) {
-                self.1 += f64::from(grad.square().sum().into_scalar::<f32>());
+                self.1.push(grad.square().sum());
             }
         }
     }
-    let mut norm = Norm(grads, 0.0);
-    module.visit(&mut norm);
-    norm.1.sqrt()
+    let mut squares = Squares(grads, Vec::new());
+    module.visit(&mut squares);
+    if squares.1.is_empty() {
+        return 0.0;
+    }
+    // Read all at once: a GPU waits at each reading.
+    Tensor::cat(squares.1, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
 }
 
 /// Scales the gradients by `factor`, and further down so that their norm is at most `limit` (0 is no limit). Returns the

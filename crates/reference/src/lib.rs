@@ -7,6 +7,7 @@
 
 pub mod attention;
 pub mod cases;
+pub mod device;
 pub mod elementwise;
 pub mod matrix;
 pub mod models;

@@ -3,10 +3,12 @@
 //! Every operation takes Burn tensors laid out `[batch, time, heads, feature]`, an optional initial
 //! state and optional bounds of packed sequences, and returns its outputs and the final state; all of
 //! them are differentiable through Burn's autodiff, the states included. Gates are natural logs of
-//! decays, at most 0. On the Flex backend the native kernels of [`kernels`] run; on every other the
-//! chunked algorithm in Burn tensor operations ([`Path`] chooses).
+//! decays, at most 0. On the Flex backend the native kernels of [`kernels`] run, on the CubeCL backends (features
+//! `cuda`, `rocm`, `metal`, `vulkan`, `webgpu`, `wgpu`) the GPU kernels; what a backend has no kernel for is the
+//! chunked algorithm in Burn tensor operations ([`Path`] chooses). [`device`] finds a device by its name.
 
 mod check;
+mod device;
 mod error;
 mod families;
 mod matrix;
@@ -14,6 +16,7 @@ mod native;
 mod options;
 mod portable;
 
+pub use device::{DeviceError, device, gpus};
 pub use error::Error;
 pub use families::*;
 pub use matrix::Output;

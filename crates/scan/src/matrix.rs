@@ -5,7 +5,7 @@ use burn::tensor::{DType, FloatDType};
 
 use thalweg_kernels::matrix::{DEFAULT_CHUNK, MatrixProblem};
 
-use crate::native::{self, GateKind, Operation, WriteKind};
+use crate::native::{self, GateKind, Operation, WriteKind, Written};
 use crate::{Error, MatrixOptions, StepOptions, check, portable};
 
 /// What an operation over a matrix state returns.
@@ -51,6 +51,15 @@ pub(crate) enum Write {
     },
 }
 
+impl Write {
+    fn written(&self) -> Written {
+        match self {
+            Write::Additive | Write::Delta { .. } => Written::ForCpuAndGpu,
+            Write::LowRank { .. } => Written::ForCpu,
+        }
+    }
+}
+
 /// Inputs of a recurrence after the checks.
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
@@ -79,7 +88,7 @@ pub(crate) fn forward(
 ) -> Result<Output, Error> {
     let path = options.path;
     let problem = Problem::new(q, k, v, decay, write, options)?;
-    if native::available(path, &problem.q) {
+    if native::available(path, problem.write.written(), &problem.q) {
         return problem.native();
     }
     Ok(portable::matrix::forward(problem))
@@ -104,7 +113,7 @@ pub(crate) fn step(
     };
     let path = options.path;
     let problem = Problem::new(q, k, v, decay, write, options)?;
-    if native::available(path, &problem.q) {
+    if native::available(path, problem.write.written(), &problem.q) {
         let Output { o, final_state } = problem.native()?;
         return Ok((o.squeeze_dim(1), final_state));
     }

@@ -1,6 +1,7 @@
 //! The element-wise operations, the short convolution and attention on both paths against the oracle,
 //! forward and gradients.
 
+#[macro_use]
 mod common;
 
 use burn::Tensor;
@@ -12,6 +13,16 @@ use thalweg_scan::{self as scan, Path};
 const F32: DType = DType::F32;
 const TOLERANCE: f64 = 1e-5;
 const GRADIENT: f64 = 5e-5;
+
+on_each_device!(
+    linear_scan_and_hgrn_equal_the_oracle,
+    complex_scan_equals_the_oracle,
+    rg_lru_equals_the_oracle,
+    short_conv_equals_the_oracle,
+    attention_equals_the_oracle,
+    attention_continues_a_cache,
+    steps_equal_sequences,
+);
 
 /// Shapes with time 1, around the block sizes, and packed.
 fn shapes(channels: usize) -> Vec<Shape> {
@@ -31,7 +42,6 @@ fn check_gradient<const D: usize>(what: &str, x: &Tensor<D>, gradients: &Gradien
     assert_close(what, &gradient(x, gradients), expected, GRADIENT);
 }
 
-#[test]
 fn linear_scan_and_hgrn_equal_the_oracle() {
     for path in [Path::Auto, Path::Portable] {
         for (case, shape) in shapes(3).into_iter().enumerate() {
@@ -72,7 +82,6 @@ fn linear_scan_and_hgrn_equal_the_oracle() {
     }
 }
 
-#[test]
 fn complex_scan_equals_the_oracle() {
     for path in [Path::Auto, Path::Portable] {
         for (case, shape) in shapes(3).into_iter().enumerate() {
@@ -123,7 +132,6 @@ fn complex_scan_equals_the_oracle() {
     }
 }
 
-#[test]
 fn rg_lru_equals_the_oracle() {
     for path in [Path::Auto, Path::Portable] {
         for (case, shape) in shapes(3).into_iter().enumerate() {
@@ -170,7 +178,6 @@ fn rg_lru_equals_the_oracle() {
     }
 }
 
-#[test]
 fn short_conv_equals_the_oracle() {
     for path in [Path::Auto, Path::Portable] {
         for (case, shape) in shapes(5).into_iter().enumerate() {
@@ -210,7 +217,6 @@ fn short_conv_equals_the_oracle() {
     }
 }
 
-#[test]
 fn attention_equals_the_oracle() {
     for path in [Path::Auto, Path::Portable] {
         for (time, window, cu_seqlens) in
@@ -252,7 +258,6 @@ fn attention_equals_the_oracle() {
 }
 
 /// Queries that continue a cache see what the whole sequence would show them; one query at a time too.
-#[test]
 fn attention_continues_a_cache() {
     for path in [Path::Auto, Path::Portable] {
         let mut random = Random::new(60);
@@ -280,7 +285,6 @@ fn attention_continues_a_cache() {
 }
 
 /// The steps of every element-wise operation equal its whole-sequence form.
-#[test]
 fn steps_equal_sequences() {
     let mut random = Random::new(70);
     let dims = [2, 9, 4];

@@ -1,11 +1,22 @@
 //! The chunked forms against the step form, forward and gradients.
 
+#[macro_use]
 mod common;
 
 use burn::Tensor;
-use burn::tensor::DType;
+use burn::tensor::{DType, Device};
 use common::*;
 use thalweg_scan::{self as scan, MatrixOptions, Output, Path, StepOptions};
+
+on_each_device!(
+    both_paths_are_safe_in_f32_with_extreme_gates,
+    packed_grouped_and_normalised,
+    native_steps_equal_portable_steps,
+    half_size_paths_agree,
+    either_output_alone_has_gradients,
+    bad_arguments_are_named,
+    gradient_checkpointing_changes_nothing,
+);
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Op {
@@ -222,7 +233,6 @@ fn chunked_equals_steps_in_f64() {
 }
 
 /// Single precision on both paths, with gates from 0 to -1e4 mixed: the tolerance of the design.
-#[test]
 fn both_paths_are_safe_in_f32_with_extreme_gates() {
     for (time, gates) in [(1, Gates::Ordinary), (65, Gates::Strong), (130, Gates::Ordinary), (130, Gates::Mixed)] {
         let shape = Shape { batch: 2, time, heads: 1, value_heads: 1, key: 16, value: 8, sequences: 2 };
@@ -239,11 +249,13 @@ fn both_paths_are_safe_in_f32_with_extreme_gates() {
 }
 
 /// Packed sequences, grouped value heads and normalised keys.
-#[test]
 fn packed_grouped_and_normalised() {
     let bounds = vec![0, 1, 34, 51];
     let shape = Shape { batch: 1, time: 51, heads: 2, value_heads: 4, key: 4, value: 6, sequences: 3 };
     for (path, dtype, tolerance) in [(Path::Portable, DType::F64, 1e-11), (Path::Auto, DType::F32, 2e-5)] {
+        if !computes(dtype) {
+            continue;
+        }
         let inputs = Inputs::new(&shape, Gates::Ordinary, dtype);
         for op in [Op::Linear, Op::Retention, Op::Simple, Op::Gla, Op::Delta, Op::GatedDelta, Op::Kda] {
             let (x, y) = (inputs.fresh(), inputs.fresh());
@@ -260,7 +272,6 @@ fn packed_grouped_and_normalised() {
 }
 
 /// Native single steps, with and without a graph, equal the portable ones.
-#[test]
 fn native_steps_equal_portable_steps() {
     let shape = Shape { batch: 3, time: 5, heads: 2, value_heads: 2, key: 8, value: 4, sequences: 3 };
     let inputs = Inputs::new(&shape, Gates::Ordinary, DType::F32);
@@ -277,22 +288,25 @@ fn native_steps_equal_portable_steps() {
     }
 }
 
-/// bf16 tensors: the paths round the same inputs and accumulate in f32.
-#[test]
-fn bf16_paths_agree() {
+/// Tensors of half size: the paths round the same inputs and accumulate in f32.
+fn half_size_paths_agree() {
     let shape = Shape { batch: 1, time: 70, heads: 2, value_heads: 2, key: 8, value: 8, sequences: 1 };
-    let inputs = Inputs::new(&shape, Gates::Ordinary, DType::BF16);
-    for op in OPS {
-        let (x, y) = (inputs.fresh(), inputs.fresh());
-        let native = x.run(op, MatrixOptions::new());
-        let portable = y.run(op, MatrixOptions::new().with_path(Path::Portable));
-        assert_eq!((native.o.dtype(), native.final_state.dtype()), (DType::BF16, DType::F32));
-        x.compare(&y, op, &native, &portable, 2e-2, "bf16");
+    for (dtype, tolerance) in [(DType::BF16, 2e-2), (DType::F16, 4e-3)] {
+        if !computes(dtype) {
+            continue;
+        }
+        let inputs = Inputs::new(&shape, Gates::Ordinary, dtype);
+        for op in OPS {
+            let (x, y) = (inputs.fresh(), inputs.fresh());
+            let native = x.run(op, MatrixOptions::new());
+            let portable = y.run(op, MatrixOptions::new().with_path(Path::Portable));
+            assert_eq!((native.o.dtype(), native.final_state.dtype()), (dtype, DType::F32));
+            x.compare(&y, op, &native, &portable, tolerance, dtype.name());
+        }
     }
 }
 
 /// Only one of the two outputs in the loss: the other one's gradient is zero, not missing.
-#[test]
 fn either_output_alone_has_gradients() {
     let shape = Shape { batch: 1, time: 20, heads: 1, value_heads: 1, key: 4, value: 4, sequences: 1 };
     let inputs = Inputs::new(&shape, Gates::Ordinary, DType::F32);
@@ -308,7 +322,6 @@ fn either_output_alone_has_gradients() {
 }
 
 /// Bad arguments name themselves.
-#[test]
 fn bad_arguments_are_named() {
     let shape = Shape { batch: 1, time: 4, heads: 1, value_heads: 1, key: 2, value: 2, sequences: 1 };
     let x = Inputs::new(&shape, Gates::Ordinary, DType::F32);
@@ -321,9 +334,12 @@ fn bad_arguments_are_named() {
         call(wrong, MatrixOptions::new()),
         "`k` has shape [1, 4, 1, 1], expected [batch=1, time=4, heads=1, key_dim=2]"
     );
-    let positive = scan::gla(x.q.clone(), x.k.clone(), x.v.clone(), x.key.clone().neg(), MatrixOptions::new());
-    let message = positive.expect_err("an error").to_string();
-    assert!(message.starts_with("`g` holds "), "{message}");
+    // On a GPU that would be known after all work in the queue is done.
+    if device().inner() == Device::flex() {
+        let positive = scan::gla(x.q.clone(), x.k.clone(), x.v.clone(), x.key.clone().neg(), MatrixOptions::new());
+        let message = positive.expect_err("an error").to_string();
+        assert!(message.starts_with("`g` holds "), "{message}");
+    }
     for (options, name) in [
         (MatrixOptions::new().with_chunk(0), "`chunk`"),
         (MatrixOptions::new().with_cu_seqlens(vec![0, 3, 2, 4]), "`cu_seqlens`"),
@@ -368,7 +384,6 @@ fn normalised_linear_attention() {
 }
 
 /// With gradient checkpointing the operands of the backward pass are recomputed.
-#[test]
 fn gradient_checkpointing_changes_nothing() {
     let shape = Shape { batch: 1, time: 40, heads: 2, value_heads: 2, key: 4, value: 4, sequences: 1 };
     let inputs = Inputs::new(&shape, Gates::Ordinary, DType::F32);

@@ -1,6 +1,7 @@
 //! The matrix-state recurrences on both paths against the oracle, over gates that forget nothing or
 //! everything and keys that agree.
 
+#[macro_use]
 mod common;
 
 use burn::Tensor;
@@ -12,6 +13,8 @@ use thalweg_reference::tolerance::{Quantity, relative_error, tolerance};
 use thalweg_scan::{self as scan, MatrixOptions, Path};
 
 const F32: DType = DType::F32;
+
+on_each_device!(both_paths_equal_the_oracle,);
 
 #[derive(Debug, Clone, Copy)]
 enum Op {
@@ -85,7 +88,6 @@ fn check(case: &MatrixCase, op: Op, path: Path, extreme: bool) {
     }
 }
 
-#[test]
 fn both_paths_equal_the_oracle() {
     let shape = |batch, time, cu_seqlens| Problem {
         batch,

@@ -1,6 +1,7 @@
 //! The recurrences on any GPU that CubeCL reaches: one source for CUDA, ROCm, Metal, Vulkan and WebGPU.
 
 mod buffer;
+mod device;
 pub mod matrix;
 mod reduce;
 mod scan;

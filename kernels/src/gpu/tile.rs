@@ -13,8 +13,11 @@ pub(crate) const BLOCK: usize = 16;
 /// How products are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Engine {
-    /// Each unit computes a block of the result in registers, in f32. Runs everywhere.
-    Registers,
+    /// Each unit computes `side x side` blocks of the result in registers, in f32. Runs everywhere.
+    Registers {
+        /// 4 on a GPU.
+        side: usize,
+    },
     /// Each plane computes 16 x 16 blocks on matrix units (tensor cores): operands of the storage type, sums in f32.
     Matrix {
         /// Units of a plane.
@@ -23,11 +26,20 @@ pub enum Engine {
 }
 
 impl Engine {
+    pub(crate) fn on_matrix_units(self) -> bool {
+        matches!(self, Engine::Matrix { .. })
+    }
+
+    /// Whether the device is a CPU behind a driver for GPUs.
+    pub(crate) fn in_software(self) -> bool {
+        self == Engine::Registers { side: 1 }
+    }
+
     /// Elements between the end of a row and the next: without them a column would fall into few memory banks. Matrix
     /// units want rows at multiples of 16 bytes.
     pub(crate) fn padding(self, element_size: usize) -> usize {
         match self {
-            Engine::Registers => 1,
+            Engine::Registers { .. } => 1,
             Engine::Matrix { .. } => 16 / element_size,
         }
     }
@@ -56,11 +68,6 @@ impl<E: Float> Tile<E> {
     /// The same memory again.
     pub fn alias(&self) -> Tile<E> {
         Tile::<E> { data: self.data.clone(), rows: self.rows, cols: self.cols, stride: self.stride }
-    }
-
-    /// The first columns, in the same memory.
-    pub fn narrow(&self, #[comptime] cols: usize) -> Tile<E> {
-        Tile::<E> { data: self.data.clone(), rows: self.rows, cols, stride: self.stride }
     }
 
     pub fn at(&self, row: usize, col: usize) -> usize {
@@ -179,14 +186,7 @@ pub(crate) fn product_at<E: Float>(
     #[comptime] engine: Engine,
 ) {
     match comptime!(engine) {
-        Engine::Registers => {
-            // Small products get small register blocks, so that more units have one.
-            if comptime!(form.m * form.n >= 64 * 64) {
-                in_registers::<E>(a, b, out, corner, form, 4usize);
-            } else {
-                in_registers::<E>(a, b, out, corner, form, 2usize);
-            }
-        }
+        Engine::Registers { side } => in_registers::<E>(a, b, out, corner, form, side),
         Engine::Matrix { plane } => on_matrix_units::<E>(a, b, out, corner, form, plane),
     }
 }

@@ -25,6 +25,8 @@ pub(super) struct Gpu {
     beta: Buffer,
     d_o: Option<Vec<f32>>,
     cotangent: Option<Buffer>,
+    /// Of a step, advanced in place.
+    state: Option<Buffer>,
     results: Option<(Outputs, Option<Gradients>)>,
 }
 
@@ -38,7 +40,8 @@ impl Gpu {
         let [g, beta] =
             [&data.g, &data.beta].map(|x| upload(&client, Dtype::F32, if x.is_empty() { &[0.0] } else { x }));
         let cotangent = d_o.as_deref().map(|x| upload(&client, case.dtype, x));
-        Ok(Self { case: case.clone(), client, q, k, v, g, beta, d_o, cotangent, results: None, data })
+        let state = (case.pass == Pass::Step).then(|| upload(&client, Dtype::F32, &data.state));
+        Ok(Self { case: case.clone(), client, q, k, v, g, beta, d_o, cotangent, state, results: None, data })
     }
 
     fn call(&mut self) -> Result<(), Error> {
@@ -59,6 +62,11 @@ impl Gpu {
             },
             initial_state: None,
         };
+        if let Some(state) = &self.state {
+            let o = matrix::step(&self.client, problem, &inputs, state)?;
+            self.results = Some((Outputs { o, final_state: state.clone() }, None));
+            return Ok(());
+        }
         let out = matrix::forward(&self.client, problem, &inputs)?;
         let gradients = match &self.cotangent {
             Some(d_o) => Some(matrix::backward(&self.client, problem, &inputs, Some(d_o), None)?),
@@ -71,7 +79,9 @@ impl Gpu {
 
 impl Workload for Gpu {
     fn run(&mut self) -> Result<(), Error> {
-        for _ in 0..self.calls() {
+        // The first run is the one that is compared, and steps go on from each other.
+        let calls = if self.results.is_some() { self.calls() } else { 1 };
+        for _ in 0..calls {
             self.call()?;
         }
         wait(&self.client)

@@ -19,7 +19,7 @@ fn distance<const D: usize>(a: &Tensor<D>, b: &Tensor<D>) -> f32 {
 
 fn check(peer: &Peer) {
     let folder = peer.folder;
-    let device = Device::default().autodiff();
+    let device = Device::flex().autodiff();
     let weights = File::open(folder, "model.safetensors");
     let golden = File::open(folder, "golden.safetensors");
     let mut load = Load { peer, file: &weights, path: Vec::new() };

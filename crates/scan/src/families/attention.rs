@@ -4,7 +4,7 @@ use burn::Tensor;
 use thalweg_kernels::attention::AttentionProblem;
 
 use crate::matrix::state_type;
-use crate::native::{self, Operation};
+use crate::native::{self, Operation, Written};
 use crate::{AttentionOptions, Error, check, portable};
 
 /// Causal softmax attention (Vaswani et al. 2017, arXiv 1706.03762):
@@ -45,7 +45,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
 
     let (dtype, float) = (q.dtype(), state_type(q.dtype()));
     let scale = options.scale.unwrap_or((dim as f64).powf(-0.5));
-    if native::available(options.path, &q) {
+    if native::available(options.path, Written::ForCpu, &q) {
         let problem = AttentionProblem {
             batch,
             time,

@@ -5,7 +5,7 @@ use burn::tensor::FloatDType;
 use thalweg_kernels::ScanProblem;
 
 use crate::matrix::state_type;
-use crate::native::{self, Operation};
+use crate::native::{self, Operation, Written};
 use crate::portable::scan::{Complex, forward};
 use crate::{ComplexScanOptions, Error, check};
 
@@ -58,7 +58,7 @@ pub fn complex_scan(
         check::shape("initial_state.im", im, [("sequences", count), ("channels", channels)])?;
     }
 
-    if native::available(options.path, &b_re) {
+    if native::available(options.path, Written::ForCpuAndGpu, &b_re) {
         return kernel(log_a, theta, b_re, b_im, options);
     }
     let (dtype, float) = (b_re.dtype(), state_type(b_re.dtype()));

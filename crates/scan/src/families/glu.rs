@@ -4,7 +4,7 @@ use burn::Tensor;
 use burn::tensor::activation::sigmoid;
 use thalweg_kernels::glu::Activation;
 
-use crate::native::{self, Operation};
+use crate::native::{self, Operation, Written};
 use crate::{Error, Path, check};
 
 /// Gated unit (Dauphin et al. 2017, arXiv 1612.08083; Shazeer 2020, arXiv 2002.05202): `f(x) z`, or `f(x)` alone.
@@ -37,7 +37,7 @@ pub fn glu<const D: usize>(
             return Err(Error::Shape { argument: "z", found: z.dims().to_vec(), expected });
         }
     }
-    if native::available(path, &x) && x.shape().num_elements() > 0 {
+    if native::available(path, Written::ForCpu, &x) && x.shape().num_elements() > 0 {
         let rest = [z.map(Into::into), None, None, None, None, None];
         let (y, _) = native::run::<D, 1>(Operation::Glu { activation }, x, rest)?;
         return Ok(y);

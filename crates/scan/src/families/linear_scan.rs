@@ -5,7 +5,7 @@ use burn::tensor::FloatDType;
 use thalweg_kernels::ScanProblem;
 
 use crate::matrix::state_type;
-use crate::native::{self, Operation};
+use crate::native::{self, Operation, Written};
 use crate::{Error, ScanOptions, check, portable};
 
 /// What an element-wise recurrence returns.
@@ -36,7 +36,7 @@ pub struct ScanOutput {
 /// ```
 pub fn linear_scan(a: Tensor<3>, b: Tensor<3>, options: ScanOptions) -> Result<ScanOutput, Error> {
     validate("a", &a, "b", &b, &options)?;
-    if native::available(options.path, &b) {
+    if native::available(options.path, Written::ForCpuAndGpu, &b) {
         return kernel(a, false, b, options);
     }
     let float = state_type(b.dtype());
@@ -63,7 +63,7 @@ pub fn linear_scan_step(a: Tensor<2>, b: Tensor<2>, state: Tensor<2>) -> Result<
 /// A shape, option or gate that does not fit; see [`Error`].
 pub fn hgrn(x: Tensor<3>, g: Tensor<3>, options: ScanOptions) -> Result<ScanOutput, Error> {
     validate("g", &g, "x", &x, &options)?;
-    if native::available(options.path, &x) {
+    if native::available(options.path, Written::ForCpuAndGpu, &x) {
         return kernel(g, true, x, options);
     }
     let float = state_type(x.dtype());

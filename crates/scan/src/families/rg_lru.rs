@@ -7,7 +7,7 @@ use thalweg_kernels::ScanProblem;
 
 use super::linear_scan::{ScanOutput, run, validate};
 use crate::matrix::state_type;
-use crate::native::{self, Operation};
+use crate::native::{self, Operation, Written};
 use crate::portable::one_minus_exp;
 use crate::{Error, ScanOptions, check};
 
@@ -50,7 +50,7 @@ pub fn rg_lru(
         check::dims("reset", &reset.dims(), [("batch", batch), ("time", time)])?;
     }
 
-    if native::available(options.path, &x) {
+    if native::available(options.path, Written::ForCpuAndGpu, &x) {
         return kernel([x, recurrent_gate_logits, input_gate_logits], a_param, reset, options);
     }
     let (dtype, float) = (x.dtype(), state_type(x.dtype()));

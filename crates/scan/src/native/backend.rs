@@ -53,7 +53,7 @@ pub(crate) struct Results<B: Backend> {
 }
 
 /// The one custom operation: every recurrence, by its [`Operation`].
-#[backend_extension(Flex, Autodiff)]
+#[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff)]
 pub(crate) trait Recurrence: Backend {
     fn recurrence(operation: Operation, #[extension_type] slots: Slots<Self>) -> Results<Self>;
 }
@@ -83,4 +83,13 @@ pub(crate) trait Kernels: Backend {
         d_o: Option<FloatTensor<Self>>,
         d_final_state: FloatTensor<Self>,
     ) -> Result<[Option<FloatTensor<Self>>; SLOTS], Error>;
+}
+
+/// The custom operation of a backend that has kernels, without gradients.
+pub(crate) fn plain<B: Kernels>(operation: Operation, slots: Slots<B>) -> Results<B> {
+    let fallback = slots.x0.clone();
+    match B::forward(&operation, slots.into_array(), false) {
+        Ok(Forward { o, final_state, .. }) => Results { o, final_state, status: Ok(()) },
+        Err(error) => Results { o: fallback.clone(), final_state: fallback, status: Err(error) },
+    }
 }

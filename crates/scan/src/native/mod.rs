@@ -2,11 +2,13 @@
 //!
 //! Every recurrence is one custom operation of up to seven tensors: an [`Operation`] says which, and
 //! what its slots mean. `backend` is the extension trait that Burn's dispatch routes, `flex` runs the
-//! CPU kernels on Flex tensors, `autodiff` is the only place with a backward pass. A further backend is
-//! one more implementation of [`backend::Kernels`].
+//! CPU kernels on Flex tensors, `cube` the GPU kernels on CubeCL tensors, `autodiff` is the only place with a
+//! backward pass. A further backend is one more implementation of [`backend::Kernels`].
 
 mod autodiff;
 mod backend;
+#[cfg(feature = "cube")]
+mod cube;
 mod flex;
 mod operation;
 
@@ -19,20 +21,29 @@ pub(crate) use operation::*;
 use crate::{Error, Path};
 use backend::{Recurrence, Slot, Slots};
 
+/// Which kernels an operation has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Written {
+    ForCpu,
+    ForCpuAndGpu,
+}
+
 /// Whether a kernel runs an operation on this tensor: the path allows it, and the backend and the
 /// element type have one.
-pub(crate) fn available<const D: usize>(path: Path, tensor: &Tensor<D>) -> bool {
-    fn on(kind: &DispatchTensorKind) -> bool {
+pub(crate) fn available<const D: usize>(path: Path, written: Written, tensor: &Tensor<D>) -> bool {
+    fn on(kind: &DispatchTensorKind, written: Written) -> bool {
         match kind {
             DispatchTensorKind::Flex(_) => true,
-            DispatchTensorKind::Autodiff(inner) => on(inner),
+            #[cfg(feature = "cube")]
+            DispatchTensorKind::Cube(_) => written == Written::ForCpuAndGpu,
+            DispatchTensorKind::Autodiff(inner) => on(inner, written),
             #[allow(unreachable_patterns)] // other backends are features of the final binary
             _ => false,
         }
     }
     path == Path::Auto
         && matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16)
-        && on(&tensor.clone().into_dispatch().kind)
+        && on(&tensor.clone().into_dispatch().kind, written)
 }
 
 /// One operand, with its rank forgotten.

@@ -1,5 +1,6 @@
 //! The operations that kernels implement, and what their slots hold.
 
+use burn::tensor::Shape;
 use thalweg_kernels::ScanProblem;
 use thalweg_kernels::attention::AttentionProblem;
 use thalweg_kernels::glu::Activation;
@@ -44,4 +45,45 @@ pub(crate) enum WriteKind {
     Additive,
     Delta,
     LowRank,
+}
+
+impl Operation {
+    /// The slot whose element type the first output has.
+    pub(crate) fn typed_slot(&self) -> usize {
+        match self {
+            Operation::Scan { .. } => 1,
+            Operation::ComplexScan { .. } => 2,
+            _ => 0,
+        }
+    }
+
+    /// Whether the backward pass wants the first output.
+    pub(crate) fn keeps_output(&self) -> bool {
+        matches!(self, Operation::Scan { .. } | Operation::ComplexScan { .. } | Operation::RgLru { .. })
+    }
+
+    /// Whether an operand has a gradient: all but the resets of the RG-LRU.
+    pub(crate) fn has_gradient(&self, slot: usize) -> bool {
+        !matches!((self, slot), (Operation::RgLru { .. }, 4))
+    }
+
+    /// Shapes of the outputs of a recurrence.
+    pub(crate) fn shapes(&self) -> [Shape; 2] {
+        let states = |p: &ScanProblem| p.cu_seqlens.as_ref().map_or(p.batch, |bounds| bounds.len().saturating_sub(1));
+        match self {
+            Operation::Matrix { problem: p, .. } => [p.value_shape().into(), p.state_shape().into()],
+            Operation::Scan { problem: p, .. } | Operation::RgLru { problem: p } => {
+                [[p.batch, p.time, p.channels].into(), [states(p), p.channels].into()]
+            }
+            Operation::ComplexScan { problem: p } => {
+                [[2, p.batch, p.time, p.channels].into(), [2, 1, states(p), p.channels].into()]
+            }
+            other => unreachable!("{other:?} is no recurrence"),
+        }
+    }
+
+    /// Whether this is one token of sequences of equal length, which advances the state in place.
+    pub(crate) fn is_step(&self) -> bool {
+        matches!(self, Operation::Matrix { problem, .. } if problem.time == 1 && problem.cu_seqlens.is_none())
+    }
 }

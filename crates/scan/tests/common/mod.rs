@@ -1,12 +1,57 @@
-//! Random inputs and comparisons shared by the tests.
+//! Devices, random inputs and comparisons shared by the tests.
 #![allow(dead_code)]
+
+use std::cell::RefCell;
 
 use burn::Tensor;
 use burn::tensor::{DType, Device, Gradients, TensorData};
 
-/// The device, with autodiff.
+thread_local! {
+    static DEVICE: RefCell<Device> = RefCell::new(Device::flex());
+}
+
+/// The device of the running test, with autodiff.
 pub fn device() -> Device {
-    Device::default().autodiff()
+    DEVICE.with_borrow(|device| device.clone().autodiff())
+}
+
+/// Whether that device computes with an element type.
+pub fn computes(dtype: DType) -> bool {
+    device().supports_dtype(dtype)
+}
+
+/// Runs a test on the first GPU, if there is one.
+#[cfg(feature = "cube")]
+pub fn on_gpu(test: fn()) {
+    let gpu = thalweg_scan::gpus().into_iter().next();
+    if let Some(gpu) = thalweg_reference::device::or_skip(gpu) {
+        DEVICE.set(gpu);
+        test();
+    }
+}
+
+/// Makes tests of functions: one on the CPU, and one on a GPU in builds that have a backend for it.
+macro_rules! on_each_device {
+    ($($test:ident),+ $(,)?) => {
+        mod cpu {
+            $(
+                #[test]
+                fn $test() {
+                    super::$test();
+                }
+            )+
+        }
+
+        #[cfg(feature = "cube")]
+        mod gpu {
+            $(
+                #[test]
+                fn $test() {
+                    super::on_gpu(super::$test);
+                }
+            )+
+        }
+    };
 }
 
 /// A small deterministic generator: the tests must fail the same way twice.

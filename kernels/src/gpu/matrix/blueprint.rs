@@ -11,20 +11,17 @@ use crate::matrix::MatrixProblem;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum GateKind {
     None,
-    /// One per head; its gradient is summed over the tokens by a kernel of its own.
-    Constant,
+    /// One per head, for each token or for all.
     Head,
     Key,
 }
 
-/// The compile-time key of the kernels. Lengths, batch and head counts are not in it: a new sequence length compiles
-/// and tunes nothing.
+/// The compile-time key of the kernels. Lengths, batch, head counts and head sizes are not in it: a new sequence
+/// length compiles and tunes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Blueprint {
     pub gate: GateKind,
     pub delta: bool,
-    pub key_dim: usize,
-    pub value_dim: usize,
     /// Tokens of a chunk.
     pub chunk: usize,
     /// Key or value features that are in shared memory at a time; at most `chunk`.
@@ -33,8 +30,16 @@ pub(crate) struct Blueprint {
     pub engine: Engine,
     /// Bytes of an element of an operand tile: the storage type on matrix units, f32 in registers.
     pub operand_size: usize,
-    /// Whether chunks are found in a table.
-    pub packed: bool,
+}
+
+/// The compile-time key of the state passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct WalkBlueprint {
+    pub chunk: Blueprint,
+    /// Blocks of key features that a cube holds.
+    pub state_blocks: usize,
+    /// Value features that it holds.
+    pub value_block: usize,
 }
 
 /// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
@@ -46,8 +51,7 @@ impl Blueprint {
         let hardware = &client.properties().hardware;
         let engine = engine(client, storage);
         let room = hardware.max_shared_memory_size.min(SHARED_MEMORY);
-        let operand_size = if engine == Engine::Registers { 4 } else { storage.size() };
-        let packed = p.cu_seqlens.is_some();
+        let operand_size = if engine.on_matrix_units() { storage.size() } else { 4 };
         let sizes = [(64, 64), (64, 32), (32, 32), (32, 16), (16, 16)];
         let widest = p.key_dim.max(p.value_dim).next_multiple_of(BLOCK);
         sizes
@@ -55,24 +59,13 @@ impl Blueprint {
             .map(|(chunk, block)| {
                 let block = widest.min(block);
                 let units = match engine {
-                    Engine::Registers => (chunk * block / 8).min(256),
+                    Engine::Registers { .. } => (chunk * block / 8).min(256),
                     Engine::Matrix { plane } => plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8),
                 };
                 let units = units.min(hardware.max_units_per_cube as usize);
-                let (key_dim, value_dim) = (p.key_dim, p.value_dim);
-                Self { gate, delta, key_dim, value_dim, chunk, block, units, engine, operand_size, packed }
+                Self { gate, delta, chunk, block, units, engine, operand_size }
             })
-            .find(|blueprint| blueprint.shared_memory() <= room)
-    }
-
-    /// Blocks of key features, the last one padded with zeros.
-    pub const fn key_blocks(&self) -> usize {
-        self.key_dim.div_ceil(self.block)
-    }
-
-    /// Blocks of value features, likewise.
-    pub const fn value_blocks(&self) -> usize {
-        self.value_dim.div_ceil(self.block)
+            .find(|blueprint| blueprint.shared_memory(p.key_dim) <= room)
     }
 
     /// Sub-blocks of a chunk.
@@ -90,35 +83,44 @@ impl Blueprint {
         self.engine.padding(self.operand_size)
     }
 
-    /// Whether the decay is the same for all key features.
-    pub const fn scalar_gate(&self) -> bool {
-        matches!(self.gate, GateKind::Constant | GateKind::Head)
+    /// Side of a unit's blocks in products that are f32 on every device.
+    pub fn side(&self) -> usize {
+        if let Engine::Registers { side } = self.engine { side } else { 4 }
     }
 
     /// Blocks of key features that one cube of a state pass holds: all of them if the write reads the state, else one,
     /// so that more cubes can work.
-    pub const fn state_key_blocks(&self) -> usize {
-        if self.delta { self.key_blocks() } else { 1 }
+    pub fn state_blocks(&self, key_dim: usize) -> usize {
+        if self.delta { key_dim.div_ceil(self.block) } else { 1 }
     }
 
-    /// Rows of the state that one cube of a state pass holds.
-    pub const fn state_keys(&self) -> usize {
-        self.state_key_blocks() * self.block
+    /// How the state passes cut the state: their cubes are few and walk a whole sequence, so value features are cut finer
+    /// where that lets more of the device work.
+    pub fn walk(&self, client: &Client, p: &MatrixProblem, sequences: usize) -> WalkBlueprint {
+        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(0) as usize;
+        let state_blocks = self.state_blocks(p.key_dim);
+        let key_parts = p.key_dim.div_ceil(self.block) / state_blocks;
+        let cubes = |value_block: usize| sequences * p.value_heads * key_parts * p.value_dim.div_ceil(value_block);
+        let mut value_block = self.block;
+        while value_block % (2 * BLOCK) == 0 && cubes(value_block) < processors {
+            value_block /= 2;
+        }
+        WalkBlueprint { chunk: *self, state_blocks, value_block }
     }
 
     /// The most that one of the kernels needs, in bytes.
-    pub fn shared_memory(&self) -> usize {
+    pub fn shared_memory(&self, key_dim: usize) -> usize {
         let float = |rows: usize, cols: usize| rows * (cols + self.padding()) * 4;
         let operand = |rows: usize, cols: usize| rows * (cols + self.operand_padding()) * self.operand_size;
         let (c, d, only_delta) = (self.chunk, self.block, self.delta as usize);
         let scores = 2 * float(c, c) + float(BLOCK, c) + 3 * operand(c, d);
-        let state = float(self.state_keys(), d)
+        let state = float(self.state_blocks(key_dim) * d, d)
             + 2 * operand(c, d)
             + only_delta * (float(c, d) + operand(c, d) + operand(d, d) + operand(c, c));
         let output = float(c, d) + 2 * operand(c, d) + operand(d, d) + operand(c, c);
-        let backward = float(c, c)
-            + (1 + only_delta) * operand(c, c)
-            + (3 + only_delta) * float(c, d)
+        let key_wise = (self.gate == GateKind::Key) as usize;
+        let backward = (1 + only_delta) * operand(c, c)
+            + (3 + only_delta + key_wise) * float(c, d)
             + 2 * operand(c, d)
             + operand(d, d);
         let decay = if self.gate == GateKind::Key { float(c, d) + self.segments() * d * 4 } else { 3 * c * 4 };
@@ -143,6 +145,7 @@ fn engine(client: &Client, storage: Storage) -> Engine {
     if storage != Storage::F32 && plane_min == plane && properties.features.matmul.cmma.contains(&wanted) {
         Engine::Matrix { plane: plane as usize }
     } else {
-        Engine::Registers
+        // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
+        Engine::Registers { side: if plane > 8 { 4 } else { 1 } }
     }
 }

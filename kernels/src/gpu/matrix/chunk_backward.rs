@@ -6,7 +6,7 @@
 //! queries   left:  e^{c} (scale do S^T)  + P's pairs with beta k
 //! keys      left:  e^{c} (-z S^T)        + R's pairs with beta k          (delta)
 //! keys      right: P's pairs with q + R's pairs with k      end: e^{c_n - c} (x dS'^T)
-//! dq = left     dk = beta (right + end) + left     dbeta = <k, right + end>     dv = A^T do + (k e^{c_n - c}) dS'
+//! dq = left     dk = beta (right + end) + left     dbeta = <k, right + end>    
 //! ```
 //! One cube computes one chunk of one head, block by block of key features. A tensor meets the decay on the left, times
 //! `e^{c_i}`, or on the right, times `e^{-c_j}`; so the gradient of `c` is `left (.) dleft - right (.) dright`, and `dg_t`
@@ -17,32 +17,29 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Tile, fill, product, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, load, load_keys, read, scale, store};
-use super::pair_gradients::{key_pairs, pair_gradients, scalar_pairs};
+use super::decay::{Decay, Role, load, read, scale};
+use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
 use super::state::load_state;
 
 /// What the chunk reads.
 #[derive(CubeType, CubeLaunch)]
-pub(crate) struct Operands<I: Float + CubePrimitive, E: Float + CubePrimitive> {
+pub(crate) struct Operands<I: Float + CubePrimitive> {
     pub q: Box<[I]>,
     pub k: Box<[I]>,
     pub g: Box<[f32]>,
     pub beta: Box<[f32]>,
     /// `v` without the delta rule.
     pub x: Box<[I]>,
-    pub a: Box<[E]>,
     pub states: Box<[f32]>,
 }
 
 /// The gradients that leave it.
 #[derive(CubeType, CubeLaunch)]
-pub(crate) struct Gradients<I: Float + CubePrimitive, O: Float + CubePrimitive> {
+pub(crate) struct Gradients<O: Float + CubePrimitive> {
     /// `[tokens, value_heads, key_dim]`.
     pub dq: Box<[O]>,
     pub dk: Box<[O]>,
-    /// Of the additive write.
-    pub dv: Box<[I]>,
     /// `[tokens, value_heads]` or `[tokens, value_heads, key_dim]`.
     pub dg: Box<[f32]>,
     pub dbeta: Box<[f32]>,
@@ -82,30 +79,32 @@ pub(crate) struct Pairs<E: Float> {
     pub state: Tile<E>,
 }
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
+    p: &[E],
+    r: &[E],
     do_: &[I],
     z: &[I],
     dstates: &[f32],
     table: &[u32],
-    out: &mut Gradients<I, O>,
+    out: &mut Gradients<O>,
     sizes: &Sizes,
     #[comptime] b: Blueprint,
     #[define(I, E, O)] _types: [ElemType; 3],
 ) {
     let cube = CUBE_POS;
-    if cube >= sizes.all_chunks * sizes.value_heads {
+    if cube >= sizes.chunks * sizes.value_heads {
         terminate!();
     }
-    let place = Place::new(sizes, table, cube / sizes.value_heads, cube % sizes.value_heads, b);
+    let place = Place::of(cube, sizes, table, b);
     let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
     let (c, delta_rows) = comptime!((b.chunk, if b.delta { b.chunk } else { 1 }));
     let mut decay = Decay::new(b);
     let mut pairs = Pairs::<E> {
         p: Tile::<E>::new(c, c, operand),
         r: Tile::<E>::new(delta_rows, c, operand),
-        square: Tile::<f32>::new(c, c, padding),
+        square: Tile::<f32>::new(comptime!(if b.gate == GateKind::Key { c } else { 1 }), b.block, padding),
         one: Tile::<E>::new(c, b.block, operand),
         two: Tile::<E>::new(c, b.block, operand),
         state: Tile::<E>::new(b.block, b.block, operand),
@@ -139,13 +138,22 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
         tokens.ending[i] = 0.0;
     }
     decay.load(&x.g, &place, sizes, b);
-    if comptime!(!b.delta) {
-        values::<I, E>(x, do_, dstates, &place, sizes, &mut decay, &mut pairs, &mut out.dv, b);
+    let squares = place.scores(sizes, b);
+    for i in range_stepped(unit(), comptime!(c * c), units()) {
+        let (row, col) = (i / c, i % c);
+        let value = f32::cast_from(p[squares + i]);
+        pairs.p.set(row, col, select(row == col, f32::new(0.0), value));
+        if row == col {
+            tokens.diagonal[row] = value;
+        }
+        if comptime!(b.delta) {
+            pairs.r.set(row, col, f32::cast_from(r[squares + i]));
+        }
     }
-    pair_gradients::<I, E>(x, do_, z, &place, sizes, &decay, &mut pairs, &mut tokens.diagonal, b);
+    sync_cube();
 
     let mut total = f32::new(0.0);
-    for block in 0..comptime!(b.key_blocks()) {
+    for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         decay.load_block(&x.g, &place, sizes, k0, b);
         through_state::<I, E>(
@@ -167,18 +175,18 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
         } else {
             scalar_pairs::<I, E>(x, &place, sizes, k0, &decay, &mut pairs, &mut roles, &tokens, b);
         }
-        finish::<I, E, O>(x, &place, sizes, k0, &mut roles, &tokens, out, b);
+        finish::<I, O>(x, &place, sizes, k0, &mut roles, &tokens, out, b);
         sync_cube();
         for i in range_stepped(unit(), c, units()) {
             if comptime!(b.delta) {
                 tokens.d_beta[i] += sum_row(&roles.k_right, i);
             }
-            if comptime!(b.scalar_gate()) {
+            if comptime!(b.gate == GateKind::Head) {
                 tokens.dc[i] += sum_row(&roles.q_left, i);
                 tokens.ending[i] += sum_row(&roles.k_end, i);
             }
         }
-        if comptime!(b.scalar_gate()) {
+        if comptime!(b.gate == GateKind::Head) {
             for k in 0..b.block {
                 total += tokens.carry[k];
             }
@@ -192,7 +200,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
         if comptime!(b.delta) {
             out.dbeta[scalar_at + i * stride] = tokens.d_beta[i];
         }
-        if comptime!(b.scalar_gate()) {
+        if comptime!(b.gate == GateKind::Head) {
             let mut sum = f32::new(0.0);
             for j in 0..i {
                 sum += tokens.ending[j];
@@ -216,48 +224,10 @@ fn sum_row(tile: &Tile<f32>, row: usize) -> f32 {
     sum
 }
 
-/// `dv = A^T do + (k e^{c_n - c}) dS'`, the additive write's.
-#[cube]
-fn values<I: Float, E: Float>(
-    x: &Operands<I, E>,
-    do_: &[I],
-    dstates: &[f32],
-    place: &Place,
-    sizes: &Sizes,
-    decay: &mut Decay,
-    pairs: &mut Pairs<E>,
-    dv: &mut [I],
-    #[comptime] b: Blueprint,
-) {
-    let c = comptime!(b.chunk);
-    let at = place.values(sizes, b);
-    load::<E, E>(&x.a, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c, &mut pairs.p);
-    for part in 0..comptime!(b.value_blocks()) {
-        let v0 = part * b.block;
-        load::<I, E>(do_, at, place.rows, v0, b.value_dim, &mut pairs.one);
-        sync_cube();
-        product::<E>(&pairs.p, &pairs.one, &mut pairs.square, comptime!(Form::atb(c, b.block, c, Mode::Set)), b.engine);
-        for block in 0..comptime!(b.key_blocks()) {
-            let k0 = block * b.block;
-            decay.load_block(&x.g, place, sizes, k0, b);
-            decay.prepare(&x.g, place, sizes, k0, Role::ToEnd, b);
-            let keys = place.keys(sizes, b);
-            load_keys::<I, E>(&x.k, keys, place.rows, k0, 1.0, &*decay, &mut pairs.two, Role::ToEnd, b);
-            load_state::<E>(dstates, place.state(sizes, b), k0, v0, &mut pairs.state, true, b);
-            sync_cube();
-            let form = comptime!(Form::ab(c, b.block, b.block, Mode::Add));
-            product::<E>(&pairs.two, &pairs.state, &mut pairs.square, form, b.engine);
-            sync_cube();
-        }
-        store::<I, f32>(&pairs.square.narrow(b.block), dv, at, place.rows, v0, b.value_dim);
-        sync_cube();
-    }
-}
-
 /// Starts the gradients by role with what comes through the states before and after the chunk. Synchronises.
 #[cube]
 fn through_state<I: Float, E: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
     do_: &[I],
     z: &[I],
     dstates: &[f32],
@@ -270,7 +240,7 @@ fn through_state<I: Float, E: Float>(
     tokens: &mut ByToken,
     #[comptime] b: Blueprint,
 ) {
-    let (at, state_at) = (place.values(sizes, b), place.state(sizes, b));
+    let (at, state_at) = (place.values(sizes), place.state(sizes));
     let form = comptime!(Form::abt(b.chunk, b.block, b.block, Mode::Add));
     fill::<f32>(&mut roles.q_left, 0.0);
     fill::<f32>(&mut roles.k_left, 0.0);
@@ -279,31 +249,31 @@ fn through_state<I: Float, E: Float>(
     for k in range_stepped(unit(), b.block, units()) {
         tokens.carry[k] = 0.0;
     }
-    for part in 0..comptime!(b.value_blocks()) {
+    for part in 0..sizes.value_blocks {
         let v0 = part * b.block;
-        load::<I, E>(do_, at, place.rows, v0, b.value_dim, &mut pairs.one);
-        load_state::<E>(&x.states, state_at, k0, v0, &mut pairs.state, true, b);
+        load::<I, E>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
+        load_state::<E>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
         product::<E>(&pairs.one, &pairs.state, &mut roles.q_left, form, b.engine);
         // `sum_v S dS'`, in f32.
         for k in range_stepped(unit(), b.block, units()) {
             let mut sum = tokens.carry[k];
             for v in 0..b.block {
-                let row = (state_at, b.value_dim.runtime());
-                let s = read::<f32>(&x.states, row, b.key_dim.runtime(), k0 + k, v0 + v, b.value_dim);
-                sum += s * read::<f32>(dstates, row, b.key_dim.runtime(), k0 + k, v0 + v, b.value_dim);
+                let row = (state_at, sizes.value_dim);
+                let s = read::<f32>(&x.states, row, sizes.key_dim, k0 + k, v0 + v, sizes.value_dim);
+                sum += s * read::<f32>(dstates, row, sizes.key_dim, k0 + k, v0 + v, sizes.value_dim);
             }
             tokens.carry[k] = sum;
         }
         sync_cube();
         if comptime!(b.delta) {
-            load::<I, E>(z, at, place.rows, v0, b.value_dim, &mut pairs.one);
+            load::<I, E>(z, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
             sync_cube();
             product::<E>(&pairs.one, &pairs.state, &mut roles.k_left, form, b.engine);
             sync_cube();
         }
-        load::<I, E>(&x.x, at, place.rows, v0, b.value_dim, &mut pairs.one);
-        load_state::<E>(dstates, state_at, k0, v0, &mut pairs.state, true, b);
+        load::<I, E>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
+        load_state::<E>(dstates, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
         product::<E>(&pairs.one, &pairs.state, &mut roles.k_end, form, b.engine);
         sync_cube();
@@ -325,21 +295,21 @@ fn through_state<I: Float, E: Float>(
 /// Adds up the roles and writes `dq` and `dk`. Leaves in `q_left` the gradient of `c`, in `k_end` what goes to the gates
 /// after the token, in `k_right` the terms of `dbeta`.
 #[cube]
-fn finish<I: Float, E: Float, O: Float>(
-    x: &Operands<I, E>,
+fn finish<I: Float, O: Float>(
+    x: &Operands<I>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
     roles: &mut Roles,
     tokens: &ByToken,
-    out: &mut Gradients<I, O>,
+    out: &mut Gradients<O>,
     #[comptime] b: Blueprint,
 ) {
-    let (at, to) = (place.keys(sizes, b), place.key_gates(sizes, b));
+    let (at, to) = (place.keys(sizes), place.key_gates(sizes));
     for item in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (row, d) = (item / b.block, item % b.block);
-        let query = read::<I>(&x.q, at, place.rows, row, k0 + d, b.key_dim);
-        let key = read::<I>(&x.k, at, place.rows, row, k0 + d, b.key_dim);
+        let query = read::<I>(&x.q, at, place.rows, row, k0 + d, sizes.key_dim);
+        let key = read::<I>(&x.k, at, place.rows, row, k0 + d, sizes.key_dim);
         let (beta, diagonal) = (tokens.beta[row], tokens.diagonal[row]);
         let (q_left, end) = (roles.q_left.get(row, d), roles.k_end.get(row, d));
         let right = roles.k_right.get(row, d);
@@ -351,7 +321,7 @@ fn finish<I: Float, E: Float, O: Float>(
             dk += k_left;
             dc += key * k_left;
         }
-        if row < place.rows && k0 + d < b.key_dim {
+        if row < place.rows && k0 + d < sizes.key_dim {
             out.dq[to.0 + row * to.1 + k0 + d] = O::cast_from(q_left + diagonal * beta * key);
             out.dk[to.0 + row * to.1 + k0 + d] = O::cast_from(dk);
         }
@@ -372,7 +342,7 @@ fn key_gate_gradient(
     dg: &mut [f32],
     #[comptime] b: Blueprint,
 ) {
-    let at = place.key_gates(sizes, b);
+    let at = place.key_gates(sizes);
     for d in range_stepped(unit(), b.block, units()) {
         let mut earlier = f32::new(0.0);
         for row in 0..b.chunk {
@@ -384,7 +354,7 @@ fn key_gate_gradient(
         for i in 0..b.chunk {
             let row = comptime!(b.chunk - 1).runtime() - i;
             later += roles.q_left.get(row, d);
-            if row < place.rows && k0 + d < b.key_dim {
+            if row < place.rows && k0 + d < sizes.key_dim {
                 dg[at.0 + row * at.1 + k0 + d] = later + roles.k_end.get(row, d);
             }
         }

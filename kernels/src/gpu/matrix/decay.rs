@@ -42,7 +42,7 @@ pub(crate) struct Decay {
 #[cube]
 impl Decay {
     pub fn new(#[comptime] b: Blueprint) -> Decay {
-        let tokens = comptime!(if b.scalar_gate() { b.chunk } else { 1 });
+        let tokens = comptime!(if b.gate == GateKind::Head { b.chunk } else { 1 });
         let (totals, rows, cols) =
             comptime!(if b.gate == GateKind::Key { (b.segments() * b.block, b.chunk, b.block) } else { (1, 1, 1) });
         Decay {
@@ -56,16 +56,11 @@ impl Decay {
 
     /// Begins a chunk: reads scalar gates. Synchronises.
     pub fn load(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
-        if comptime!(b.scalar_gate()) {
+        if comptime!(b.gate == GateKind::Head) {
             for i in range_stepped(unit(), b.chunk, units()) {
                 let mut gate = f32::new(0.0);
                 if i < place.rows {
-                    if comptime!(b.gate == GateKind::Constant) {
-                        gate = g[place.head];
-                    } else {
-                        let (at, stride) = place.scalars(sizes);
-                        gate = g[at + i * stride];
-                    }
+                    gate = g[(place.token + i) * sizes.gate_stride + place.head];
                 }
                 self.g[i] = gate;
             }
@@ -92,7 +87,7 @@ impl Decay {
                 let (segment, k) = (item / b.block, item % b.block);
                 let mut sum = f32::new(0.0);
                 for row in segment * BLOCK..(segment + 1) * BLOCK {
-                    sum += key_gate(g, place, sizes, row, k0 + k, b);
+                    sum += key_gate(g, place, sizes, row, k0 + k);
                 }
                 self.totals[item] = sum;
             }
@@ -132,12 +127,12 @@ impl Decay {
                 for i in 0..BLOCK {
                     if comptime!(forward) {
                         let row = segment * BLOCK + i;
-                        sum += key_gate(g, place, sizes, row, k0 + k, b);
+                        sum += key_gate(g, place, sizes, row, k0 + k);
                         self.weights.set(row, k, sum.exp());
                     } else {
                         let row = (segment + 1) * BLOCK - 1 - i;
                         self.weights.set(row, k, sum.exp());
-                        sum += key_gate(g, place, sizes, row, k0 + k, b);
+                        sum += key_gate(g, place, sizes, row, k0 + k);
                     }
                 }
             }
@@ -151,10 +146,10 @@ impl Decay {
         if comptime!(b.gate == GateKind::Key && role != Role::Plain) {
             weight = self.weights.get(row, k);
         }
-        if comptime!(b.scalar_gate() && role == Role::FromStart) {
+        if comptime!(b.gate == GateKind::Head && role == Role::FromStart) {
             weight = self.from_start[row];
         }
-        if comptime!(b.scalar_gate() && role == Role::ToEnd) {
+        if comptime!(b.gate == GateKind::Head && role == Role::ToEnd) {
             weight = self.to_end[row];
         }
         weight
@@ -163,7 +158,7 @@ impl Decay {
     /// `e^{c_n}`, the decay of a row of the state over the whole chunk.
     pub fn end(&self, k: usize, #[comptime] b: Blueprint) -> f32 {
         let mut weight = f32::new(1.0);
-        if comptime!(b.scalar_gate()) {
+        if comptime!(b.gate == GateKind::Head) {
             weight = self.from_start[comptime!(b.chunk - 1)];
         }
         if comptime!(b.gate == GateKind::Key) {
@@ -183,14 +178,14 @@ impl Decay {
             let (segment, j) = (item / b.chunk, item % b.chunk);
             let first = segment * BLOCK;
             let mut sum = f32::new(0.0);
-            if comptime!(b.scalar_gate()) {
+            if comptime!(b.gate == GateKind::Head) {
                 for i in j + 1..first {
                     sum += self.g[i];
                 }
             }
             for i in first..first + BLOCK {
                 let mut value = f32::new(0.0);
-                if comptime!(b.scalar_gate()) {
+                if comptime!(b.gate == GateKind::Head) {
                     if i > j {
                         sum += self.g[i];
                     }
@@ -211,25 +206,17 @@ impl Decay {
 
 /// The log-decay of a token and key feature; 0 outside of the tensor.
 #[cube]
-pub(crate) fn key_gate(g: &[f32], place: &Place, sizes: &Sizes, row: usize, k: usize, #[comptime] b: Blueprint) -> f32 {
-    read::<f32>(g, place.key_gates(sizes, b), place.rows, row, k, b.key_dim)
+pub(crate) fn key_gate(g: &[f32], place: &Place, sizes: &Sizes, row: usize, k: usize) -> f32 {
+    read::<f32>(g, place.key_gates(sizes), place.rows, row, k, sizes.key_dim)
 }
 
 /// An element of a row of a tensor, `at` being its first row and the distance of rows; 0 outside of the tensor.
 #[cube]
-pub(crate) fn read<I: Float>(
-    x: &[I],
-    at: (usize, usize),
-    rows: usize,
-    row: usize,
-    col: usize,
-    #[comptime] dim: usize,
-) -> f32 {
-    let mut value = f32::new(0.0);
-    if row < rows && col < dim {
-        value = f32::cast_from(x[at.0 + row * at.1 + col]);
-    }
-    value
+pub(crate) fn read<I: Float>(x: &[I], at: (usize, usize), rows: usize, row: usize, col: usize, dim: usize) -> f32 {
+    // No branch: it reads some element of the tensor in any case.
+    let inside = row < rows && col < dim;
+    let value = f32::cast_from(x[select(inside, at.0 + row * at.1 + col, at.0)]);
+    select(inside, value, f32::new(0.0))
 }
 
 /// Fills a tile from the features `col0..` of a tensor.
@@ -239,7 +226,7 @@ pub(crate) fn load<I: Float, E: Float>(
     at: (usize, usize),
     rows: usize,
     col0: usize,
-    #[comptime] dim: usize,
+    dim: usize,
     tile: &mut Tile<E>,
 ) {
     let (tile_rows, cols) = comptime!((tile.rows, tile.cols));
@@ -255,6 +242,7 @@ pub(crate) fn load_keys<I: Float, E: Float>(
     at: (usize, usize),
     rows: usize,
     k0: usize,
+    dim: usize,
     factor: f32,
     decay: &Decay,
     tile: &mut Tile<E>,
@@ -263,7 +251,7 @@ pub(crate) fn load_keys<I: Float, E: Float>(
 ) {
     for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (row, k) = (i / b.block, i % b.block);
-        let value = read::<I>(x, at, rows, row, k0 + k, b.key_dim) * factor;
+        let value = read::<I>(x, at, rows, row, k0 + k, dim) * factor;
         tile.set(row, k, value * decay.weight(row, k, role, b));
     }
 }
@@ -291,7 +279,7 @@ pub(crate) fn store<I: Float, E: Float>(
     at: (usize, usize),
     rows: usize,
     col0: usize,
-    #[comptime] dim: usize,
+    dim: usize,
 ) {
     let (tile_rows, cols) = comptime!((tile.rows, tile.cols));
     for i in range_stepped(unit(), tile_rows * cols, units()) {

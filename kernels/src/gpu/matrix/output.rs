@@ -1,5 +1,9 @@
-//! Stage 3, all chunks at once: `o = scale (q e^{c}) S + A u`. One cube computes one chunk, head and block of value
-//! features.
+//! Stage 3, all chunks at once, and its reverse for the values of the additive write:
+//!
+//! ```text
+//! o = scale (q e^{c}) S + A u          dv = (k e^{c_n - c}) dS' + A^T do
+//! ```
+//! One cube computes one chunk, head and block of value features.
 
 use cubecl::prelude::*;
 
@@ -9,7 +13,15 @@ use super::decay::{Decay, Role, load, load_keys, read, store};
 use super::place::{Place, Sizes};
 use super::state::load_state;
 
-#[cube(launch, address_type = "dynamic")]
+/// Which of the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Direction {
+    Forward,
+    /// With `k`, `do` and the states' gradients in the places of `q`, `x` and the states.
+    Backward,
+}
+
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn output_kernel<I: Float, E: Float>(
     q: &[I],
     x: &[I],
@@ -20,14 +32,15 @@ pub(crate) fn output_kernel<I: Float, E: Float>(
     table: &[u32],
     o: &mut [I],
     sizes: &Sizes,
+    #[comptime] direction: Direction,
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
-    let (cube, v0) = (CUBE_POS / comptime!(b.value_blocks()), CUBE_POS % comptime!(b.value_blocks()) * b.block);
-    if cube >= sizes.all_chunks * sizes.value_heads {
+    let (cube, v0) = (CUBE_POS / sizes.value_blocks, CUBE_POS % sizes.value_blocks * b.block);
+    if cube >= sizes.chunks * sizes.value_heads {
         terminate!();
     }
-    let place = Place::new(sizes, table, cube / sizes.value_heads, cube % sizes.value_heads, b);
+    let place = Place::of(cube, sizes, table, b);
     let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
     let c = comptime!(b.chunk);
     let mut decay = Decay::new(b);
@@ -38,40 +51,52 @@ pub(crate) fn output_kernel<I: Float, E: Float>(
     let mut u = Tile::<E>::new(c, b.block, operand);
     fill::<f32>(&mut sum, 0.0);
     decay.load(g, &place, sizes, b);
-    load::<E, E>(a, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c, &mut scores);
-    load_written::<I, E>(x, beta, &place, sizes, v0, &mut u, b);
-    for block in 0..comptime!(b.key_blocks()) {
+    load::<E, E>(a, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c.runtime(), &mut scores);
+    let (role, factor, weigh) = match comptime!(direction) {
+        Direction::Forward => (comptime!(Role::FromStart), sizes.scale, comptime!(true)),
+        Direction::Backward => (comptime!(Role::ToEnd), f32::new(1.0), comptime!(false)),
+    };
+    load_written::<I, E>(x, beta, &place, sizes, v0, &mut u, weigh, b);
+    for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         decay.load_block(g, &place, sizes, k0, b);
-        decay.prepare(g, &place, sizes, k0, Role::FromStart, b);
-        let at = place.keys(sizes, b);
-        load_keys::<I, E>(q, at, place.rows, k0, sizes.scale, &decay, &mut queries, Role::FromStart, b);
-        load_state::<E>(states, place.state(sizes, b), k0, v0, &mut state, true, b);
+        decay.prepare(g, &place, sizes, k0, role, b);
+        let at = place.keys(sizes);
+        load_keys::<I, E>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, b);
+        load_state::<E>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
         sync_cube();
         product::<E>(&queries, &state, &mut sum, comptime!(Form::ab(c, b.block, b.block, Mode::Add)), b.engine);
         sync_cube();
     }
-    product::<E>(&scores, &u, &mut sum, comptime!(Form::ab(c, b.block, c, Mode::Add)), b.engine);
+    product::<E>(&scores, &u, &mut sum, comptime!(scores_form(direction, b)), b.engine);
     sync_cube();
-    store::<I, f32>(&sum, o, place.values(sizes, b), place.rows, v0, b.value_dim);
+    store::<I, f32>(&sum, o, place.values(sizes), place.rows, v0, sizes.value_dim);
+}
+
+fn scores_form(direction: Direction, b: Blueprint) -> Form {
+    match direction {
+        Direction::Forward => Form::ab(b.chunk, b.block, b.chunk, Mode::Add),
+        Direction::Backward => Form::atb(b.chunk, b.block, b.chunk, Mode::Add),
+    }
 }
 
 /// What the chunk's tokens write along their keys: `u = beta x`, or `v` without the delta rule.
 #[cube]
-pub(crate) fn load_written<I: Float, E: Float>(
+fn load_written<I: Float, E: Float>(
     x: &[I],
     beta: &[f32],
     place: &Place,
     sizes: &Sizes,
     v0: usize,
     tile: &mut Tile<E>,
+    #[comptime] weigh: bool,
     #[comptime] b: Blueprint,
 ) {
-    let (at, scalars) = (place.values(sizes, b), place.scalars(sizes));
+    let (at, scalars) = (place.values(sizes), place.scalars(sizes));
     for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (row, v) = (i / b.block, i % b.block);
-        let mut value = read::<I>(x, at, place.rows, row, v0 + v, b.value_dim);
-        if comptime!(b.delta) {
+        let mut value = read::<I>(x, at, place.rows, row, v0 + v, sizes.value_dim);
+        if comptime!(b.delta && weigh) {
             if row < place.rows {
                 value *= beta[scalars.0 + row * scalars.1];
             }

@@ -1,75 +1,18 @@
-//! The pairs of a chunk, reversed: the gradients of the scores, and what they give the tokens on either side.
+//! What the gradients of the scores give the tokens on either side.
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Corner, Form, Mode, Tile, fill, product, product_at, unit, units};
+use super::super::tile::Tile;
+use super::super::tile::{BLOCK, Corner, Form, Mode, product, product_at, unit, units};
 use super::blueprint::Blueprint;
 use super::chunk_backward::{ByToken, Operands, Pairs, Roles};
-use super::decay::{Decay, Role, key_gate, load, load_keys, read};
+use super::decay::{Decay, Role, key_gate, load_keys, read};
 use super::place::{Place, Sizes};
-
-/// `P` and `R` below the diagonal, times the decay between the tokens if that is a scalar.
-#[cube]
-pub(crate) fn pair_gradients<I: Float, E: Float>(
-    x: &Operands<I, E>,
-    do_: &[I],
-    z: &[I],
-    place: &Place,
-    sizes: &Sizes,
-    decay: &Decay,
-    pairs: &mut Pairs<E>,
-    diagonal: &mut Shared<[f32]>,
-    #[comptime] b: Blueprint,
-) {
-    let c = comptime!(b.chunk);
-    outer::<I, E>(do_, &x.x, place, sizes, pairs, b);
-    for i in range_stepped(unit(), c, units()) {
-        diagonal[i] = pairs.square.get(i, i) * sizes.scale;
-    }
-    sync_cube();
-    decay.multiply_lower(&mut pairs.square, true, b);
-    sync_cube();
-    for i in range_stepped(unit(), comptime!(c * c), units()) {
-        pairs.p.set(i / c, i % c, pairs.square.get(i / c, i % c) * sizes.scale);
-    }
-    if comptime!(b.delta) {
-        sync_cube();
-        outer::<I, E>(z, &x.x, place, sizes, pairs, b);
-        decay.multiply_lower(&mut pairs.square, true, b);
-        sync_cube();
-        for i in range_stepped(unit(), comptime!(c * c), units()) {
-            pairs.r.set(i / c, i % c, -pairs.square.get(i / c, i % c));
-        }
-    }
-    sync_cube();
-}
-
-/// `square = y x^T` over the value features. Synchronises.
-#[cube]
-fn outer<I: Float, E: Float>(
-    y: &[I],
-    x: &[I],
-    place: &Place,
-    sizes: &Sizes,
-    pairs: &mut Pairs<E>,
-    #[comptime] b: Blueprint,
-) {
-    let at = place.values(sizes, b);
-    fill::<f32>(&mut pairs.square, 0.0);
-    for part in 0..comptime!(b.value_blocks()) {
-        load::<I, E>(y, at, place.rows, part * b.block, b.value_dim, &mut pairs.one);
-        load::<I, E>(x, at, place.rows, part * b.block, b.value_dim, &mut pairs.two);
-        sync_cube();
-        let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
-        product::<E>(&pairs.one, &pairs.two, &mut pairs.square, form, b.engine);
-        sync_cube();
-    }
-}
 
 /// Adds the pairs, whose decay is in `p` and `r` already. Synchronises.
 #[cube]
 pub(crate) fn scalar_pairs<I: Float, E: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -79,18 +22,18 @@ pub(crate) fn scalar_pairs<I: Float, E: Float>(
     tokens: &ByToken,
     #[comptime] b: Blueprint,
 ) {
-    let at = place.keys(sizes, b);
+    let at = place.keys(sizes);
     let (left, right) =
         comptime!((Form::ab(b.chunk, b.block, b.chunk, Mode::Add), Form::atb(b.chunk, b.block, b.chunk, Mode::Add)));
     load_stepped::<I, E>(&x.k, place, sizes, k0, decay, tokens, &mut pairs.one, Role::Plain, b);
-    load_keys::<I, E>(&x.q, at, place.rows, k0, 1.0, decay, &mut pairs.two, Role::Plain, b);
+    load_keys::<I, E>(&x.q, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.two, Role::Plain, b);
     sync_cube();
     product::<E>(&pairs.p, &pairs.one, &mut roles.q_left, left, b.engine);
     product::<E>(&pairs.p, &pairs.two, &mut roles.k_right, right, b.engine);
     if comptime!(b.delta) {
         product::<E>(&pairs.r, &pairs.one, &mut roles.k_left, left, b.engine);
         sync_cube();
-        load_keys::<I, E>(&x.k, at, place.rows, k0, 1.0, decay, &mut pairs.one, Role::Plain, b);
+        load_keys::<I, E>(&x.k, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.one, Role::Plain, b);
         sync_cube();
         product::<E>(&pairs.r, &pairs.one, &mut roles.k_right, right, b.engine);
     }
@@ -110,10 +53,10 @@ fn load_stepped<I: Float, E: Float>(
     #[comptime] role: Role,
     #[comptime] b: Blueprint,
 ) {
-    let at = place.keys(sizes, b);
+    let at = place.keys(sizes);
     for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (row, col) = (i / b.block, i % b.block);
-        let value = read::<I>(k, at, place.rows, row, k0 + col, b.key_dim) * tokens.beta[row];
+        let value = read::<I>(k, at, place.rows, row, k0 + col, sizes.key_dim) * tokens.beta[row];
         tile.set(row, col, value * decay.weight(row, col, role, b));
     }
 }
@@ -122,7 +65,7 @@ fn load_stepped<I: Float, E: Float>(
 /// of the later one, those within a sub-block one by one. Synchronises.
 #[cube]
 pub(crate) fn key_pairs<I: Float, E: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -132,7 +75,7 @@ pub(crate) fn key_pairs<I: Float, E: Float>(
     tokens: &ByToken,
     #[comptime] b: Blueprint,
 ) {
-    let at = place.keys(sizes, b);
+    let at = place.keys(sizes);
     #[unroll]
     for later in 1..comptime!(b.segments()) {
         let (toward, n) = comptime!((Role::Toward(later), later * BLOCK));
@@ -159,9 +102,9 @@ pub(crate) fn key_pairs<I: Float, E: Float>(
                 roles.k_left.set(row + i, k, roles.k_left.get(row + i, k) + weight * pairs.square.get(BLOCK + i, k));
             }
         }
-        load_keys::<I, E>(&x.q, at, place.rows, k0, 1.0, &*decay, &mut pairs.two, Role::Within, b);
+        load_keys::<I, E>(&x.q, at, place.rows, k0, sizes.key_dim, 1.0, &*decay, &mut pairs.two, Role::Within, b);
         if comptime!(b.delta) {
-            load_keys::<I, E>(&x.k, at, place.rows, k0, 1.0, &*decay, &mut pairs.one, Role::Within, b);
+            load_keys::<I, E>(&x.k, at, place.rows, k0, sizes.key_dim, 1.0, &*decay, &mut pairs.one, Role::Within, b);
         }
         sync_cube();
         // Right: of the earlier keys.
@@ -187,7 +130,7 @@ pub(crate) fn key_pairs<I: Float, E: Float>(
 
 #[cube]
 fn within_segments<I: Float, E: Float>(
-    x: &Operands<I, E>,
+    x: &Operands<I>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -196,7 +139,7 @@ fn within_segments<I: Float, E: Float>(
     tokens: &ByToken,
     #[comptime] b: Blueprint,
 ) {
-    let at = place.keys(sizes, b);
+    let at = place.keys(sizes);
     for item in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (t, d) = (item / b.block, item % b.block);
         let k = k0 + d;
@@ -205,8 +148,8 @@ fn within_segments<I: Float, E: Float>(
         let (mut q_left, mut k_left, mut sum) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
         for back in 1..t - first + 1 {
             let j = t - back;
-            sum += key_gate(&x.g, place, sizes, j + 1, k, b);
-            let key = read::<I>(&x.k, at, place.rows, j, k, b.key_dim) * tokens.beta[j] * sum.exp();
+            sum += key_gate(&x.g, place, sizes, j + 1, k);
+            let key = read::<I>(&x.k, at, place.rows, j, k, sizes.key_dim) * tokens.beta[j] * sum.exp();
             q_left += pairs.p.get(t, j) * key;
             if comptime!(b.delta) {
                 k_left += pairs.r.get(t, j) * key;
@@ -219,10 +162,10 @@ fn within_segments<I: Float, E: Float>(
         // The token on the right, with those after it.
         let (mut right, mut sum) = (f32::new(0.0), f32::new(0.0));
         for i in t + 1..first + BLOCK {
-            sum += key_gate(&x.g, place, sizes, i, k, b);
-            let mut value = pairs.p.get(i, t) * read::<I>(&x.q, at, place.rows, i, k, b.key_dim);
+            sum += key_gate(&x.g, place, sizes, i, k);
+            let mut value = pairs.p.get(i, t) * read::<I>(&x.q, at, place.rows, i, k, sizes.key_dim);
             if comptime!(b.delta) {
-                value += pairs.r.get(i, t) * read::<I>(&x.k, at, place.rows, i, k, b.key_dim);
+                value += pairs.r.get(i, t) * read::<I>(&x.k, at, place.rows, i, k, sizes.key_dim);
             }
             right += value * sum.exp();
         }

@@ -16,7 +16,7 @@ use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, key_gate, load_keys, read};
 use super::place::{Place, Sizes};
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scores_kernel<I: Float, E: Float>(
     q: &[I],
     k: &[I],
@@ -30,10 +30,10 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
     #[define(I, E)] _types: [ElemType; 2],
 ) {
     let cube = CUBE_POS;
-    if cube >= sizes.all_chunks * sizes.value_heads {
+    if cube >= sizes.chunks * sizes.value_heads {
         terminate!();
     }
-    let place = Place::new(sizes, table, cube / sizes.value_heads, cube % sizes.value_heads, b);
+    let place = Place::of(cube, sizes, table, b);
     let mut decay = Decay::new(b);
     let c = comptime!(b.chunk);
     let mut a = Tile::<f32>::new(c, c, comptime!(b.padding()));
@@ -45,21 +45,32 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
     let mut q_left = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
     let mut k_left = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), b.block, comptime!(b.operand_padding()));
     let mut right = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
-    for block in 0..comptime!(b.key_blocks()) {
+    for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
-        let at = place.keys(sizes, b);
+        let at = place.keys(sizes);
         decay.load_block(g, &place, sizes, k0, b);
         decay.prepare(g, &place, sizes, k0, Role::Within, b);
-        load_keys::<I, E>(q, at, place.rows, k0, 1.0, &decay, &mut q_left, Role::Within, b);
+        load_keys::<I, E>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Within, b);
         if comptime!(b.delta) {
-            load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut k_left, Role::Within, b);
+            load_keys::<I, E>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut k_left, Role::Within, b);
         }
         if comptime!(b.gate == GateKind::Key) {
             #[unroll]
             for later in 1..comptime!(b.segments()) {
                 sync_cube();
                 decay.prepare(g, &place, sizes, k0, comptime!(Role::Toward(later)), b);
-                load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut right, comptime!(Role::Toward(later)), b);
+                load_keys::<I, E>(
+                    k,
+                    at,
+                    place.rows,
+                    k0,
+                    sizes.key_dim,
+                    1.0,
+                    &decay,
+                    &mut right,
+                    comptime!(Role::Toward(later)),
+                    b,
+                );
                 sync_cube();
                 let row = comptime!(later * BLOCK).runtime();
                 let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
@@ -72,7 +83,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
             sync_cube();
             pairs::<I>(q, k, g, &place, sizes, k0, &mut a, &mut m, b);
         } else {
-            load_keys::<I, E>(k, at, place.rows, k0, 1.0, &decay, &mut right, Role::Plain, b);
+            load_keys::<I, E>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
             sync_cube();
             let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
             product::<E>(&q_left, &right, &mut a, form, b.engine);
@@ -131,7 +142,7 @@ fn pairs<I: Float>(
 ) {
     // The units of a cube are a multiple of the tokens of a chunk.
     let shares = comptime!((b.units / b.chunk).min(b.block));
-    let at = place.keys(sizes, b);
+    let at = place.keys(sizes);
     let (j, share) = (unit() % b.chunk, unit() / b.chunk);
     let first = (j / BLOCK) * BLOCK;
     let mut sum_q = Array::<f32>::new(BLOCK);
@@ -143,19 +154,19 @@ fn pairs<I: Float>(
     }
     if share < shares {
         for d in range_stepped(share, b.block, shares) {
-            let key = read::<I>(k, at, place.rows, j, k0 + d, b.key_dim);
+            let key = read::<I>(k, at, place.rows, j, k0 + d, sizes.key_dim);
             let mut sum = f32::new(0.0);
             #[unroll]
             for i in 0..BLOCK {
                 let row = first + i;
                 if row > j {
-                    sum += key_gate(g, place, sizes, row, k0 + d, b);
+                    sum += key_gate(g, place, sizes, row, k0 + d);
                 }
                 if row >= j {
                     let weight = key * sum.exp();
-                    sum_q[i] += weight * read::<I>(q, at, place.rows, row, k0 + d, b.key_dim);
+                    sum_q[i] += weight * read::<I>(q, at, place.rows, row, k0 + d, sizes.key_dim);
                     if comptime!(b.delta) {
-                        sum_k[i] += weight * read::<I>(k, at, place.rows, row, k0 + d, b.key_dim);
+                        sum_k[i] += weight * read::<I>(k, at, place.rows, row, k0 + d, sizes.key_dim);
                     }
                 }
             }
@@ -205,6 +216,7 @@ fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
         }
     }
     sync_cube();
+    let registers = comptime!(Engine::Registers { side: b.side() });
     // Below: T_IJ = -T_II sum_M L_IM T_MJ.
     let mut w = Tile::<f32>::new(BLOCK, b.chunk, comptime!(b.padding()));
     let solved = t.alias();
@@ -213,11 +225,11 @@ fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
         let row = comptime!(block * BLOCK).runtime();
         let n = comptime!(block * BLOCK);
         let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
-        product_at::<f32>(l, &solved, &mut w, &corner, comptime!(Form::ab(BLOCK, n, n, Mode::Set)), Engine::Registers);
+        product_at::<f32>(l, &solved, &mut w, &corner, comptime!(Form::ab(BLOCK, n, n, Mode::Set)), registers);
         sync_cube();
         let corner = Corner { a_row: row, a_col: row, b_row: 0usize, out_row: row };
         let form = comptime!(Form::ab(BLOCK, n, BLOCK, Mode::SetNegative));
-        product_at::<f32>(&solved, &w, t, &corner, form, Engine::Registers);
+        product_at::<f32>(&solved, &w, t, &corner, form, registers);
         sync_cube();
     }
 }

@@ -10,9 +10,9 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Corner, Form, Mode, Tile, copy, product, product_at, unit, units};
-use super::blueprint::{Blueprint, GateKind};
+use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role, load, load_keys, read, store};
-use super::place::{Place, Sizes, walk};
+use super::place::{Sizes, Walk};
 
 /// The part of the state that a cube holds.
 #[derive(CubeType, Clone, Copy)]
@@ -26,15 +26,15 @@ pub(crate) struct Part {
 
 #[cube]
 impl Part {
-    pub fn of(cube: usize, sizes: &Sizes, #[comptime] b: Blueprint) -> Part {
-        let key_parts = comptime!(b.key_blocks() / b.state_key_blocks());
-        let part = cube % comptime!(key_parts * b.value_blocks());
-        let walk = cube / comptime!(key_parts * b.value_blocks());
+    pub fn of(cube: usize, sizes: &Sizes, #[comptime] w: WalkBlueprint) -> Part {
+        let key_parts = sizes.key_blocks / w.state_blocks;
+        let parts = key_parts * sizes.value_dim.div_ceil(w.value_block);
+        let (walk, part) = (cube / parts, cube % parts);
         Part {
             sequence: walk / sizes.value_heads,
             head: walk % sizes.value_heads,
-            v0: (part / key_parts) * b.block,
-            k0: (part % key_parts) * comptime!(b.state_keys()),
+            v0: (part / key_parts) * w.value_block,
+            k0: (part % key_parts) * comptime!(w.state_blocks * w.chunk.block),
         }
     }
 }
@@ -46,22 +46,15 @@ pub(crate) fn load_state<E: Float>(
     at: usize,
     k0: usize,
     v0: usize,
+    sizes: &Sizes,
     tile: &mut Tile<E>,
     #[comptime] present: bool,
-    #[comptime] b: Blueprint,
 ) {
     let (rows, cols) = comptime!((tile.rows, tile.cols));
     for i in range_stepped(unit(), rows * cols, units()) {
         let mut value = f32::new(0.0);
         if comptime!(present) {
-            value = read::<f32>(
-                x,
-                (at, b.value_dim.runtime()),
-                b.key_dim.runtime(),
-                k0 + i / cols,
-                v0 + i % cols,
-                b.value_dim,
-            );
+            value = read::<f32>(x, (at, sizes.value_dim), sizes.key_dim, k0 + i / cols, v0 + i % cols, sizes.value_dim);
         }
         tile.set(i / cols, i % cols, value);
     }
@@ -69,19 +62,12 @@ pub(crate) fn load_state<E: Float>(
 
 /// Writes a state, or a block of it.
 #[cube]
-pub(crate) fn store_state(
-    tile: &Tile<f32>,
-    out: &mut [f32],
-    at: usize,
-    k0: usize,
-    v0: usize,
-    #[comptime] b: Blueprint,
-) {
+pub(crate) fn store_state(tile: &Tile<f32>, out: &mut [f32], at: usize, k0: usize, v0: usize, sizes: &Sizes) {
     let (rows, cols) = comptime!((tile.rows, tile.cols));
     for i in range_stepped(unit(), rows * cols, units()) {
         let (k, v) = (k0 + i / cols, v0 + i % cols);
-        if k < b.key_dim && v < b.value_dim {
-            out[at + k * b.value_dim + v] = tile.get(i / cols, i % cols);
+        if k < sizes.key_dim && v < sizes.value_dim {
+            out[at + k * sizes.value_dim + v] = tile.get(i / cols, i % cols);
         }
     }
 }
@@ -90,14 +76,14 @@ pub(crate) fn store_state(
 #[cube]
 pub(crate) fn decay_rows(state: &mut Tile<f32>, row0: usize, decay: &Decay, #[comptime] b: Blueprint) {
     if comptime!(b.gate != GateKind::None) {
-        for i in range_stepped(unit(), comptime!(b.block * b.block), units()) {
-            let (k, v) = (i / b.block, i % b.block);
+        for i in range_stepped(unit(), comptime!(b.block * state.cols), units()) {
+            let (k, v) = (i / state.cols, i % state.cols);
             state.set(row0 + k, v, state.get(row0 + k, v) * decay.end(k, b));
         }
     }
 }
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_kernel<I: Float, E: Float>(
     k: &[I],
     v: &[I],
@@ -110,85 +96,84 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
     states: &mut [f32],
     final_state: &mut [f32],
     sizes: &Sizes,
-    sequences: usize,
     #[comptime] has_initial: bool,
-    #[comptime] b: Blueprint,
+    #[comptime] w: WalkBlueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
+    let b = comptime!(w.chunk);
+    let (state_blocks, d) = comptime!((w.state_blocks, w.value_block));
     let cube = CUBE_POS;
-    let parts = comptime!(b.key_blocks() / b.state_key_blocks() * b.value_blocks());
-    if cube >= sequences * sizes.value_heads * parts {
+    let parts = sizes.key_blocks / state_blocks * sizes.value_dim.div_ceil(d);
+    if cube >= sizes.sequences * sizes.value_heads * parts {
         terminate!();
     }
-    let part = Part::of(cube, sizes, b);
+    let part = Part::of(cube, sizes, w);
     let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
     let c = comptime!(b.chunk);
     let mut decay = Decay::new(b);
-    let mut state = Tile::<f32>::new(comptime!(b.state_keys()), b.block, padding);
+    let mut state = Tile::<f32>::new(comptime!(state_blocks * b.block), d, padding);
     let mut keys = Tile::<E>::new(c, b.block, operand);
-    let mut u = Tile::<E>::new(c, b.block, operand);
-    let of_state = (part.sequence * sizes.value_heads + part.head) * comptime!(b.key_dim * b.value_dim);
-    load_state::<f32>(initial_state, of_state, part.k0, part.v0, &mut state, has_initial, b);
+    let mut u = Tile::<E>::new(c, d, operand);
+    let of_state = (part.sequence * sizes.value_heads + part.head) * (sizes.key_dim * sizes.value_dim);
+    load_state::<f32>(initial_state, of_state, part.k0, part.v0, sizes, &mut state, has_initial);
 
-    let (first, chunks) = walk(sizes, table, part.sequence, b);
-    for chunk in first..first + chunks {
-        let place = Place::new(sizes, table, chunk, part.head, b);
+    let walk = Walk::of(sizes, table, part.sequence, b);
+    for n in 0..walk.chunks {
+        let place = walk.place(sizes, n, part.head, b);
         sync_cube();
-        store_state(&state, states, place.state(sizes, b), part.k0, part.v0, b);
+        store_state(&state, states, place.state(sizes), part.k0, part.v0, sizes);
         decay.load(g, &place, sizes, b);
-        let (key_at, value_at) = (place.keys(sizes, b), place.values(sizes, b));
+        let (key_at, value_at) = (place.keys(sizes), place.values(sizes));
         if comptime!(b.delta) {
-            let mut x = Tile::<f32>::new(c, b.block, padding);
-            let mut state_block = Tile::<E>::new(b.block, b.block, operand);
+            let mut x = Tile::<f32>::new(c, d, padding);
+            let mut state_block = Tile::<E>::new(b.block, d, operand);
             let mut inverse = Tile::<E>::new(c, c, operand);
-            load::<I, f32>(v, value_at, place.rows, part.v0, b.value_dim, &mut x);
-            for block in 0..comptime!(b.state_key_blocks()) {
+            load::<I, f32>(v, value_at, place.rows, part.v0, sizes.value_dim, &mut x);
+            for block in 0..state_blocks {
                 let k0 = block * b.block;
                 decay.load_block(g, &place, sizes, k0, b);
                 decay.prepare(g, &place, sizes, k0, Role::FromStart, b);
-                load_keys::<I, E>(k, key_at, place.rows, k0, -1.0, &decay, &mut keys, Role::FromStart, b);
+                load_keys::<I, E>(
+                    k,
+                    key_at,
+                    place.rows,
+                    k0,
+                    sizes.key_dim,
+                    -1.0,
+                    &decay,
+                    &mut keys,
+                    Role::FromStart,
+                    b,
+                );
                 copy::<f32, E>(&state, k0, &mut state_block);
                 sync_cube();
-                product::<E>(
-                    &keys,
-                    &state_block,
-                    &mut x,
-                    comptime!(Form::ab(c, b.block, b.block, Mode::Add)),
-                    b.engine,
-                );
+                product::<E>(&keys, &state_block, &mut x, comptime!(Form::ab(c, d, b.block, Mode::Add)), b.engine);
                 sync_cube();
             }
             copy::<f32, E>(&x, 0, &mut u);
-            load::<E, E>(t, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c, &mut inverse);
+            load::<E, E>(t, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c.runtime(), &mut inverse);
             sync_cube();
-            product::<E>(&inverse, &u, &mut x, comptime!(Form::ab(c, b.block, c, Mode::Set)), b.engine);
+            product::<E>(&inverse, &u, &mut x, comptime!(Form::ab(c, d, c, Mode::Set)), b.engine);
             sync_cube();
-            store::<I, f32>(&x, x_out, value_at, place.rows, part.v0, b.value_dim);
+            store::<I, f32>(&x, x_out, value_at, place.rows, part.v0, sizes.value_dim);
             scale_rows::<E>(&x, beta, place.scalars(sizes), place.rows, &mut u);
         } else {
-            load::<I, E>(v, value_at, place.rows, part.v0, b.value_dim, &mut u);
+            load::<I, E>(v, value_at, place.rows, part.v0, sizes.value_dim, &mut u);
         }
-        for block in 0..comptime!(b.state_key_blocks()) {
+        for block in 0..state_blocks {
             let k0 = part.k0 + block * b.block;
             decay.load_block(g, &place, sizes, k0, b);
             decay.prepare(g, &place, sizes, k0, Role::ToEnd, b);
-            load_keys::<I, E>(k, key_at, place.rows, k0, 1.0, &decay, &mut keys, Role::ToEnd, b);
+            load_keys::<I, E>(k, key_at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut keys, Role::ToEnd, b);
             decay_rows(&mut state, block * b.block, &decay, b);
             sync_cube();
             let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: block * b.block };
-            product_at::<E>(
-                &keys,
-                &u,
-                &mut state,
-                &corner,
-                comptime!(Form::atb(b.block, b.block, c, Mode::Add)),
-                b.engine,
-            );
+            product_at::<E>(&keys, &u, &mut state, &corner, comptime!(Form::atb(b.block, d, c, Mode::Add)), b.engine);
             sync_cube();
         }
     }
     sync_cube();
-    store_state(&state, final_state, of_state, part.k0, part.v0, b);
+    store_state(&state, final_state, of_state, part.k0, part.v0, sizes);
 }
 
 /// `to_i = beta_i from_i`; rows beyond the sequence become zero.

@@ -10,7 +10,7 @@ pub mod rg_lru;
 
 use cubecl::prelude::*;
 
-use super::buffer::address_type;
+use super::device::{address_type, grid};
 use super::{Buffer, Client, Storage};
 use crate::channels::ScanProblem;
 use crate::error::Error;
@@ -51,13 +51,7 @@ impl Scan<'_> {
         sequences: &Sequences,
     ) -> Result<Scanned, Error> {
         let storage = self.inputs[0].storage;
-        if !client.properties().supports_type(storage.elem_type()) {
-            return Err(Error::Device { reason: format!("it has no {storage:?}") });
-        }
-        let address = address_type(&self.inputs);
-        if !client.properties().supports_address(address) {
-            return Err(Error::Device { reason: format!("{} elements need 64-bit indices", self.inputs[0].len) });
-        }
+        let address = address_type(client, storage, self.inputs.iter().map(|x| x.len))?;
         let (count, states) = (sequences.count(), sequences.count() * problem.channels);
         let buffers = |n: usize, storage, len| (0..n).map(|_| Buffer::output(client, storage, len)).collect::<Vec<_>>();
         let outputs = buffers(self.outputs, storage, sequences.tokens() * problem.channels);
@@ -122,17 +116,6 @@ fn upload(client: &Client, bounds: &[usize]) -> Result<BufferArg, Error> {
     Ok(unsafe { BufferArg::from_raw_parts(handle, bounds.len()) })
 }
 
-/// `cubes` cubes, over as many axes as it takes.
-fn grid(client: &Client, cubes: usize) -> Result<CubeCount, Error> {
-    let (x, y, _) = client.properties().hardware.max_cube_count;
-    let columns = cubes.min(x as usize);
-    let rows = cubes.div_ceil(columns);
-    if rows > y as usize {
-        return Err(Error::Device { reason: format!("{cubes} cubes are more than it can launch at once") });
-    }
-    Ok(CubeCount::Static(columns as u32, rows as u32, 1))
-}
-
 /// Sums over the sequences of `[sequences, channels]`.
 fn total(client: &Client, sums: &Buffer, sequences: usize, channels: usize, storage: Storage) -> Result<Buffer, Error> {
     let out = Buffer::output(client, storage, channels);
@@ -143,7 +126,7 @@ fn total(client: &Client, sums: &Buffer, sequences: usize, channels: usize, stor
             client,
             grid(client, channels.div_ceil(units))?,
             CubeDim::new_1d(units as u32),
-            address_type(&[sums]),
+            address_type(client, Storage::F32, [sums.len])?,
             sums.arg(),
             out.arg(),
             sequences,

@@ -15,7 +15,7 @@ use burn::tensor::{Bytes, DType, Element as BurnElement, Shape};
 use burn_flex::{FlexTensor, Layout};
 use thalweg_kernels::{Element, Error};
 
-use super::backend::{Forward, Kernels, Recurrence, Results, Slots};
+use super::backend::{self, Forward, Kernels, Recurrence, Results, Slots};
 use super::operation::{Operation, SLOTS};
 
 /// Operands of an operation.
@@ -41,50 +41,24 @@ macro_rules! for_element {
 
 impl Recurrence for Flex {
     fn recurrence(operation: Operation, slots: Slots<Self>) -> Results<Self> {
-        let operands = slots.into_array();
-        let fallback = operands[0].clone();
-        match Self::forward(&operation, operands, false) {
-            Ok(Forward { o, final_state, .. }) => Results { o, final_state, status: Ok(()) },
-            Err(error) => {
-                let any = fallback.unwrap_or_else(|| FlexTensor::zeros(Shape::new([1]), DType::F32));
-                Results { o: any.clone(), final_state: any, status: Err(error) }
-            }
-        }
+        backend::plain(operation, slots)
     }
 }
 
 impl Kernels for Flex {
     fn forward(operation: &Operation, operands: Operands, keep: bool) -> Result<Forward<Self>, Error> {
         let operands = contiguous(operands);
+        let dtype = dtype(&operands, operation);
         match operation {
             Operation::Matrix { problem, gate, write } => {
-                let dtype = dtype(&operands, 0);
                 for_element!(dtype, matrix::forward(problem, *gate, *write, operands, keep))
             }
-            Operation::Scan { problem, log } => {
-                let dtype = dtype(&operands, 1);
-                for_element!(dtype, scan::forward(problem, *log, operands, keep))
-            }
-            Operation::ComplexScan { problem } => {
-                let dtype = dtype(&operands, 2);
-                for_element!(dtype, complex_scan::forward(problem, operands, keep))
-            }
-            Operation::RgLru { problem } => {
-                let dtype = dtype(&operands, 0);
-                for_element!(dtype, rg_lru::forward(problem, operands, keep))
-            }
-            Operation::ShortConv { problem } => {
-                let dtype = dtype(&operands, 0);
-                for_element!(dtype, short_conv::forward(problem, operands))
-            }
-            Operation::Attention { problem } => {
-                let dtype = dtype(&operands, 0);
-                for_element!(dtype, attention::forward(problem, operands, keep))
-            }
-            Operation::Glu { activation } => {
-                let dtype = dtype(&operands, 0);
-                for_element!(dtype, glu::forward(*activation, operands))
-            }
+            Operation::Scan { problem, log } => for_element!(dtype, scan::forward(problem, *log, operands, keep)),
+            Operation::ComplexScan { problem } => for_element!(dtype, complex_scan::forward(problem, operands, keep)),
+            Operation::RgLru { problem } => for_element!(dtype, rg_lru::forward(problem, operands, keep)),
+            Operation::ShortConv { problem } => for_element!(dtype, short_conv::forward(problem, operands)),
+            Operation::Attention { problem } => for_element!(dtype, attention::forward(problem, operands, keep)),
+            Operation::Glu { activation } => for_element!(dtype, glu::forward(*activation, operands)),
         }
     }
 
@@ -98,35 +72,25 @@ impl Kernels for Flex {
         let operands = contiguous(operands);
         let d_o = d_o.map(|d| d.to_contiguous());
         let d_final_state = d_final_state.to_contiguous();
+        let dtype = dtype(&operands, operation);
         match operation {
             Operation::Matrix { problem, gate, write } => {
-                let dtype = dtype(&operands, 0);
                 for_element!(dtype, matrix::backward(problem, *gate, *write, operands, saved, d_o, d_final_state))
             }
             Operation::Scan { problem, log } => {
-                let dtype = dtype(&operands, 1);
                 for_element!(dtype, scan::backward(problem, *log, operands, saved, d_o, d_final_state))
             }
             Operation::ComplexScan { problem } => {
-                let dtype = dtype(&operands, 2);
                 for_element!(dtype, complex_scan::backward(problem, operands, saved, d_o, d_final_state))
             }
             Operation::RgLru { problem } => {
-                let dtype = dtype(&operands, 0);
                 for_element!(dtype, rg_lru::backward(problem, operands, saved, d_o, d_final_state))
             }
             Operation::ShortConv { problem } => {
-                let dtype = dtype(&operands, 0);
                 for_element!(dtype, short_conv::backward(problem, operands, d_o, d_final_state))
             }
-            Operation::Attention { problem } => {
-                let dtype = dtype(&operands, 0);
-                for_element!(dtype, attention::backward(problem, operands, saved, d_o))
-            }
-            Operation::Glu { activation } => {
-                let dtype = dtype(&operands, 0);
-                for_element!(dtype, glu::backward(*activation, operands, d_o))
-            }
+            Operation::Attention { problem } => for_element!(dtype, attention::backward(problem, operands, saved, d_o)),
+            Operation::Glu { activation } => for_element!(dtype, glu::backward(*activation, operands, d_o)),
         }
     }
 }
@@ -136,9 +100,9 @@ fn contiguous(operands: Operands) -> Operands {
     operands.map(|x| x.map(|x| if x.is_contiguous() { x } else { x.to_contiguous() }))
 }
 
-/// The element type of an operand.
-fn dtype(operands: &Operands, slot: usize) -> DType {
-    operands[slot].as_ref().map_or(DType::F32, FlexTensor::dtype)
+/// The element type of an operation.
+fn dtype(operands: &Operands, operation: &Operation) -> DType {
+    operands[operation.typed_slot()].as_ref().map_or(DType::F32, FlexTensor::dtype)
 }
 
 /// The elements of a contiguous tensor.
