@@ -46,6 +46,8 @@ impl Pipeline {
 /// The sizes that all stages share.
 struct Stages {
     delta: bool,
+    /// Whether there is a gate per key feature.
+    by_key: bool,
     /// Bytes of the tensors.
     x: Tensors,
     /// A `[chunk, chunk]` matrix for each chunk and head.
@@ -68,6 +70,7 @@ impl Stages {
         let write = if delta { WriteKind::Delta } else { WriteKind::Additive };
         Self {
             delta,
+            by_key: gate == GateKind::Key,
             x: Tensors::new(p, gate, write, element),
             squares: chunks * c * c * element,
             states: chunks * k * v * 4,
@@ -115,15 +118,27 @@ impl Stages {
         self.launch("state_backward", flops, bytes + delta)
     }
 
+    /// The values' gradient of the additive write: the output stage with keys for queries.
+    fn values_back(&self) -> Launch {
+        let flops = self.state + self.lower * self.p[2];
+        let bytes = self.x.keys + 2 * self.x.values + self.x.gates + self.squares + self.states;
+        self.launch("output (dv)", flops, bytes)
+    }
+
+    fn scores_back(&self) -> Launch {
+        let flops = (self.lower + self.delta(self.strict)) * self.p[2];
+        // A gate per key feature meets the pairs in the next stage.
+        let gates = if self.by_key { 0 } else { self.x.gates };
+        let bytes = 2 * self.x.values + gates + self.squares + self.delta(self.x.values + self.squares);
+        self.launch("scores_backward", flops, bytes)
+    }
+
     fn chunk_back(&self) -> Launch {
-        let [_, k, v] = self.p;
-        // do x^T, its products with k and q, do S^T and x dS'^T; then the same of the keys that read the state, whose
-        // gradient of values is done already, or else that gradient.
-        let shared = self.lower * (v + 2 * k) + 2 * self.state;
-        let delta = self.strict * (v + 2 * k) + self.state;
-        let flops = shared + if self.delta { delta } else { self.lower * v + self.state };
-        let bytes = 4 * self.x.keys + 3 * self.x.values + 2 * (self.x.gates + self.x.writes) + 2 * self.states;
-        self.launch("chunk_backward", flops, bytes + if self.delta { 0 } else { self.squares })
+        // do S^T and x dS'^T, and of each pair's gradient the products with both keys; then those of the keys that read
+        // the state.
+        let flops = 2 * self.state + 2 * self.lower * self.p[1] + self.delta(self.state + 2 * self.strict * self.p[1]);
+        let bytes = 4 * self.x.keys + 2 * self.x.values + 2 * (self.x.gates + self.x.writes) + 2 * self.states;
+        self.launch("chunk_backward", flops, bytes + self.squares + self.delta(self.x.values + self.squares))
     }
 }
 
@@ -135,13 +150,15 @@ pub fn matrix(p: &MatrixProblem, gate: GateKind, delta: bool, element: usize, pa
         return Pipeline::single("step", super::matrix(p, gate, write, element, pass));
     }
     let s = Stages::new(p, gate, delta, element);
-    let kept = s.squares + s.states + s.delta(s.squares + s.x.values);
+    let squares = s.squares + s.delta(s.squares);
+    let kept = squares + s.states + s.delta(s.x.values);
     let (launches, tensors, scratch) = match pass {
-        Pass::Backward => (
-            vec![s.scores(), s.walk(), s.walk_back(), s.chunk_back()],
-            2 * s.x.inputs() + s.x.values + s.x.states,
-            kept + s.states,
-        ),
+        Pass::Backward => {
+            let mut launches = vec![s.scores(), s.walk(), s.walk_back()];
+            launches.extend((!delta).then(|| s.values_back()));
+            launches.extend([s.scores_back(), s.chunk_back()]);
+            (launches, 2 * s.x.inputs() + s.x.values + s.x.states, kept + s.states + squares)
+        }
         _ => (vec![s.scores(), s.walk(), s.output()], s.x.inputs() + s.x.values + s.x.states, kept),
     };
     Pipeline { launches, tensors: tensors as u64, scratch: scratch as u64 }
