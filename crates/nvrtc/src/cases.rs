@@ -73,7 +73,8 @@ fn scans(recorder: &Recorder, note: &str, p: &ScanProblem, storage: Storage) {
 }
 
 fn matrices(recorder: &Recorder) {
-    let sizes = |key_dim, value_dim| MatrixProblem::new(2, 1000, 4, key_dim, value_dim);
+    // Enough sequences and heads to fill the device, so that a walk holds blocks of features as large as they get.
+    let sizes = |key_dim, value_dim| MatrixProblem::new(16, 1000, 16, key_dim, value_dim);
     let usual = sizes(128, 128);
     for gate in ["none", "constant", "head", "key"] {
         for delta in [false, true] {
@@ -95,14 +96,30 @@ fn matrices(recorder: &Recorder) {
     }
     let grouped = MatrixProblem { heads: 2, ..usual.clone() };
     let packed = MatrixProblem { batch: 1, cu_seqlens: Some(vec![0, 70, 1000]), ..usual.clone() };
-    let large = MatrixProblem { batch: 8, time: 1 << 18, heads: 16, value_heads: 16, ..usual.clone() };
+    let large = MatrixProblem { batch: 8, time: 1 << 18, ..usual.clone() };
     with_key_gates("states", &usual, Storage::Bf16);
     with_key_gates("grouped", &grouped, Storage::Bf16);
     with_key_gates("packed", &packed, Storage::Bf16);
     with_key_gates("64-bit", &large, Storage::Bf16);
+    // Where sequences are few, walks hold half or a quarter of the values.
+    for (note, batch) in [("few", 3), ("one", 1)] {
+        let p = MatrixProblem { batch, time: 65536, ..usual.clone() };
+        with_key_gates(note, &p, Storage::Bf16);
+        for delta in [false, true] {
+            matrix(recorder, note, &p, Storage::Bf16, "head", delta);
+        }
+    }
+    with_key_gates("one", &MatrixProblem { batch: 1, time: 65536, ..usual.clone() }, Storage::F32);
+    for storage in [Storage::Bf16, Storage::F32] {
+        for gate in ["none", "constant", "head", "key"] {
+            for delta in [false, true] {
+                matrix(recorder, "step", &MatrixProblem { time: 1, ..usual.clone() }, storage, gate, delta);
+            }
+        }
+    }
 }
 
-/// Forward and backward.
+/// Forward and backward, or a step.
 fn matrix(recorder: &Recorder, note: &str, p: &MatrixProblem, storage: Storage, gate: &str, delta: bool) {
     let write = if delta { "delta" } else { "additive" };
     let name = format!("{gate} {write} {}x{} {storage:?} {note}", p.key_dim, p.value_dim);
@@ -121,6 +138,11 @@ fn matrix(recorder: &Recorder, note: &str, p: &MatrixProblem, storage: Storage, 
         };
         let write = if delta { Write::Delta { beta: &beta } } else { Write::Additive };
         let states = g(len(&p.state_shape()));
+        if note == "step" {
+            let x = Inputs { q: &q, k: &k, v: &v, gate, write, initial_state: None };
+            matrix::step(client, p, &x, &states).expect("the sizes agree");
+            return;
+        }
         // A state that comes in, and the gradient of the one that goes out, are known when a kernel is compiled.
         let state = (note == "states").then_some(&states);
         let x = Inputs { q: &q, k: &k, v: &v, gate, write, initial_state: state };
