@@ -1,4 +1,4 @@
-//! Compiles every kernel that the library can select; exits with 1 if one does not compile or is out of registers.
+//! Compiles every kernel that the library can select; exits with 1 if one does not compile or spills registers.
 //!
 //! usage: thalweg-nvrtc [--only CASE] [--keep FOLDER]
 //!
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
         }
     }
     let failed = kernels.iter().filter(|kernel| !kernel.passes()).count();
-    println!("{} kernels, {failed} that do not compile or run out of registers", kernels.len());
+    println!("{} kernels, {failed} that do not compile or spill", kernels.len());
     if failed == 0 && !kernels.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

@@ -102,7 +102,7 @@ impl Blueprint {
         let key_parts = p.key_dim.div_ceil(self.block) / state_blocks;
         let cubes = |value_block: usize| sequences * p.value_heads * key_parts * p.value_dim.div_ceil(value_block);
         let mut value_block = self.block;
-        while value_block % (2 * BLOCK) == 0 && cubes(value_block) < processors {
+        while value_block.is_multiple_of(2 * BLOCK) && cubes(value_block) < processors {
             value_block /= 2;
         }
         WalkBlueprint { chunk: *self, state_blocks, value_block }
