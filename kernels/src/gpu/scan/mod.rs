@@ -8,6 +8,7 @@ pub mod hgrn;
 mod map;
 pub mod rg_lru;
 
+use cubecl::ir::AddressType;
 use cubecl::prelude::*;
 
 use super::device::{address_type, grid};
@@ -17,8 +18,11 @@ use crate::error::Error;
 use crate::sequences::Sequences;
 use map::{ElementMap, InputsLaunch, OutputsLaunch, Plan};
 
-/// Units of a cube, where the device allows as many.
+/// Units of a cube, where the device allows as many: a processor has registers for so many of 128 each.
 const UNITS: usize = 512;
+/// Units that hold more than this in registers, which have addresses and intermediate results to hold besides, are half
+/// as many: they would spill.
+const REGISTERS: usize = 90;
 
 /// A scan to be launched: its tensors, in the order of [`map::Inputs`], and what its map needs.
 struct Scan<'a> {
@@ -60,8 +64,12 @@ impl Scan<'_> {
         // 16-bit elements in pairs, so that a warp reads 128 bytes at once.
         let vector = if storage.size() == 2 && problem.channels.is_multiple_of(2) { 2 } else { 1 };
         let longest = (0..count).map(|n| sequences.range(n).len()).max().unwrap_or(1);
-        let units = UNITS.min(1 << client.properties().hardware.max_units_per_cube.ilog2());
-        let plan = Plan { packed: problem.cu_seqlens.is_some(), units, ..self.plan };
+        let packed = problem.cu_seqlens.is_some();
+        let extra = if packed { 8 } else { 0 } + if address == AddressType::U64 { 16 } else { 0 };
+        let few = self.plan.registers(vector, storage.size()) + extra > REGISTERS;
+        let units =
+            if few { UNITS / 2 } else { UNITS }.min(1 << client.properties().hardware.max_units_per_cube.ilog2());
+        let plan = Plan { packed, units, ..self.plan };
         let (lanes, width) = shape(client, &plan, count, problem.channels / vector, longest);
         let cubes = grid(client, count * (problem.channels / vector).div_ceil(width))?;
         let bounds = problem.cu_seqlens.as_deref().map(|bounds| upload(client, bounds)).transpose()?;
