@@ -4,6 +4,7 @@
 //! through CubeCL's CUDA C++, NVRTC and `ptxas`, as the real runtime and driver would, and recorded: whoever calls the
 //! library's public functions with its client learns whether every kernel that they select compiles, and what it takes.
 //! What a kernel computes is not seen here.
+#![cfg(feature = "check")]
 
 mod device;
 mod nvrtc;

@@ -1,6 +1,6 @@
 //! One kernel through the whole way: tensor cores, and more shared memory than a block has without asking.
 //!
-//! They need NVIDIA's compilers, which `.ci/cuda` fetches: `.ci/cuda cargo test --release -p thalweg-nvrtc -- --ignored`.
+//! They need NVIDIA's compilers, which `.ci/cuda` fetches: `.ci/cuda cargo test --release -p thalweg-nvrtc --features check -- --ignored`.
 
 use cubecl::prelude::*;
 use half::{bf16, f16};
