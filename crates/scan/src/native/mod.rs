@@ -31,6 +31,7 @@ pub(crate) enum Written {
 /// Whether a kernel runs an operation on this tensor: the path allows it, and the backend and the
 /// element type have one.
 pub(crate) fn available<const D: usize>(path: Path, written: Written, tensor: &Tensor<D>) -> bool {
+    #[cfg_attr(not(feature = "cube"), allow(clippy::only_used_in_recursion))]
     fn on(kind: &DispatchTensorKind, written: Written) -> bool {
         match kind {
             DispatchTensorKind::Flex(_) => true,
