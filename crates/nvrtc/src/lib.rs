@@ -1,6 +1,6 @@
 //! Compiles GPU kernels for CUDA on a machine that has no GPU.
 //!
-//! A [`Recorder`] is a CubeCL device that claims to be an A100 or an H100. What is launched on it is not run but taken
+//! A `Recorder` is a CubeCL device that claims to be an A100 or an H100. What is launched on it is not run but taken
 //! through CubeCL's CUDA C++, NVRTC and `ptxas`, as the real runtime and driver would, and recorded: whoever calls the
 //! library's public functions with its client learns whether every kernel that they select compiles, and what it takes.
 //! What a kernel computes is not seen here.
