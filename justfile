@@ -11,6 +11,14 @@ train *args:
 test:
     cargo test --release --workspace
 
+# Run the tests that need a GPU, or Mesa's software driver in place of one
+test-gpu:
+    THALWEG_REQUIRE_GPU=1 cargo test --release --workspace --features wgpu --tests -- gpu
+
+# Compile every GPU kernel for CUDA, on any machine
+check-cuda:
+    .ci/cuda
+
 # Format, lints, documentation, dependency arrows
 check:
     cargo fmt --all -- --check

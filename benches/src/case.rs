@@ -92,8 +92,10 @@ pub enum Path {
     Burn,
     /// Burn tensor operations only.
     Portable,
+    /// The kernels on the first GPU, without Burn.
+    Gpu,
 }
-names!(Path, "path": Native = "native", Burn = "burn", Portable = "portable");
+names!(Path, "path": Native = "native", Burn = "burn", Portable = "portable", Gpu = "gpu");
 
 /// One benchmark.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]

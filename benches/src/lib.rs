@@ -11,6 +11,8 @@
 
 mod case;
 mod error;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod layers;
 mod machine;
 mod models;

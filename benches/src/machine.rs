@@ -3,6 +3,7 @@
 use crate::Error;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use thalweg_kernels::ceiling;
@@ -81,12 +82,12 @@ fn commit() -> Option<String> {
 /// Measured ceilings of a device, on a CPU for one number of threads.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ceilings {
-    /// Name of the device, as in `--device`.
+    /// Name of the device: as in `--device`, or of a GPU without Burn its own.
     #[serde(default = "cpu")]
     pub device: String,
-    /// Threads.
+    /// Threads; 0 of a GPU without Burn.
     pub threads: usize,
-    /// f32 matrix products, on a CPU in cache, GFLOP/s.
+    /// Matrix products, GFLOP/s: of f32, on a CPU in cache; on a GPU without Burn of the element type.
     pub product: f64,
     /// Copies by the bytes that they touch: GB/s, read and write counted.
     pub copies: Vec<(usize, f64)>,
@@ -98,6 +99,20 @@ const COPIES: [usize; 3] = [512 << 10, 8 << 20, 512 << 20];
 /// The device of reports that name none.
 pub(crate) fn cpu() -> String {
     "cpu".into()
+}
+
+impl fmt::Display for Ceilings {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}", self.device)?;
+        if self.threads > 0 {
+            write!(f, ", {} threads", self.threads)?;
+        }
+        write!(f, ": products {:.1} GFLOP/s; copies", self.product)?;
+        for (i, (bytes, rate)) in self.copies.iter().enumerate() {
+            write!(f, "{} {rate:.1} GB/s over {} KiB", if i > 0 { "," } else { "" }, bytes >> 10)?;
+        }
+        Ok(())
+    }
 }
 
 impl Ceilings {

@@ -1,8 +1,12 @@
 //! From a case to a row: verify, time, account.
 
+#[cfg(feature = "gpu")]
+use crate::Dtype;
 use crate::workload::{Workload, build, verify, verify_start};
 use crate::{Case, Ceilings, Effort, Error, Path, Row, Samples};
 use burn::tensor::Device;
+#[cfg(feature = "gpu")]
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Runs benchmarks on a number of threads, or on another device.
@@ -10,6 +14,9 @@ pub struct Runner {
     pool: rayon::ThreadPool,
     device: Device,
     ceilings: Ceilings,
+    /// Of the GPU without Burn, with 16-bit and with f32 elements.
+    #[cfg(feature = "gpu")]
+    direct: [OnceLock<Ceilings>; 2],
     effort: Effort,
 }
 
@@ -22,7 +29,14 @@ impl Runner {
     pub fn new(threads: usize, effort: Effort) -> Result<Self, Error> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         let ceilings = pool.install(|| Ceilings::measure(ceiling_time(effort)));
-        Ok(Self { pool, device: Device::flex(), ceilings, effort })
+        Ok(Self {
+            pool,
+            device: Device::flex(),
+            ceilings,
+            #[cfg(feature = "gpu")]
+            direct: Default::default(),
+            effort,
+        })
     }
 
     /// The same on another device, with ceilings measured there.
@@ -37,7 +51,7 @@ impl Runner {
     fn check(&self, case: &Case) -> Result<(), Error> {
         if case.path == Path::Native && self.device != Device::flex() {
             let reason = format!(
-                "is `native`, which takes slices in the memory of the CPU; on {} there are burn and portable",
+                "is `native`, which takes slices in the memory of the CPU; on {} there are burn, portable and gpu",
                 self.ceilings.device
             );
             return Err(Error::argument("path", reason));
@@ -45,9 +59,26 @@ impl Runner {
         Ok(())
     }
 
-    /// The measured ceilings.
-    pub fn ceilings(&self) -> &Ceilings {
-        &self.ceilings
+    /// The measured ceilings of what runs a case; those of a GPU are measured when they are first asked for.
+    ///
+    /// # Errors
+    /// If there is no GPU for a case that needs one.
+    pub fn ceilings(&self, case: &Case) -> Result<&Ceilings, Error> {
+        if case.path != Path::Gpu {
+            return Ok(&self.ceilings);
+        }
+        #[cfg(feature = "gpu")]
+        {
+            let cell = &self.direct[usize::from(case.dtype == Dtype::F32)];
+            if cell.get().is_none() {
+                let measured = crate::gpu::ceilings(&crate::gpu::client()?, case.dtype)?;
+                // Whoever was first measured the same.
+                let _ = cell.set(measured);
+            }
+            Ok(cell.get().expect("set above"))
+        }
+        #[cfg(not(feature = "gpu"))]
+        Err(Error::argument("path", "is `gpu`, which needs a build with a feature such as `cuda` or `wgpu`"))
     }
 
     /// Verifies, then times.
@@ -62,11 +93,11 @@ impl Runner {
             let memory = Memory::start();
             let mut workload = build(case, device)?;
             finish(workload.as_mut(), device)?;
-            let peak = memory.peak();
+            let peak = workload.device_bytes().unwrap_or_else(|| memory.peak());
             let error = error.max(verify_start(case, workload.as_ref(), device)?);
             let samples = Samples::take(self.effort, workload.calls(), || finish(workload.as_mut(), device))?;
             let work = (workload.cost(), workload.tokens());
-            Ok(Row::new(case, &samples, work, &self.ceilings, error, peak))
+            Ok(Row::new(case, &samples, work, self.ceilings(case)?, error, peak))
         })
     }
 
@@ -89,7 +120,7 @@ impl Runner {
         let run = || finish(workload.as_mut(), &self.device);
         let samples = self.pool.install(|| Samples::take(effort, calls, run))?;
         let work = (workload.cost(), workload.tokens());
-        Ok((Row::new(case, &samples, work, &self.ceilings, *error, 0), samples))
+        Ok((Row::new(case, &samples, work, self.ceilings(case)?, *error, 0), samples))
     }
 }
 

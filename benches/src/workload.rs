@@ -39,6 +39,10 @@ pub(crate) trait Workload: Send {
     fn cost(&self) -> Cost;
     /// Tokens of a call.
     fn tokens(&self) -> usize;
+    /// Bytes of a device's memory that are taken, if it runs on one.
+    fn device_bytes(&self) -> Option<u64> {
+        None
+    }
     /// Calls of what is timed in a run; times are those of one.
     fn calls(&self) -> usize {
         1

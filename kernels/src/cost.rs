@@ -8,6 +8,8 @@
 //! With `f` FLOP and `b` bytes no implementation on a machine of `F` FLOP/s and `B` bytes/s needs less than
 //! `max(f / F, b / B)`.
 
+pub mod gpu;
+
 use crate::attention::AttentionProblem;
 use crate::channels::ScanProblem;
 use crate::matrix::{Gate, MatrixProblem, Write};
@@ -93,30 +95,60 @@ impl<E> From<&Write<'_, E>> for WriteKind {
     }
 }
 
-/// A matrix-state operation on elements of `element` bytes.
-pub fn matrix(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usize, pass: Pass) -> Cost {
-    let lengths: Vec<usize> = match &p.cu_seqlens {
+/// Tokens of each sequence of the batch or of the packed row.
+fn lengths(p: &MatrixProblem) -> Vec<usize> {
+    match &p.cu_seqlens {
         Some(bounds) => bounds.windows(2).map(|b| b[1].saturating_sub(b[0])).collect(),
         None => vec![p.time; p.batch],
-    };
-    let tokens: usize = lengths.iter().sum();
-    let states = 4 * lengths.len() * p.value_heads * p.key_dim * p.value_dim;
-    let keys = tokens * p.heads * p.key_dim * element;
-    let values = tokens * p.value_heads * p.value_dim * element;
-    // Tensors that go in, beside q, k and v; their gradients are as large.
-    let gates = 4 * match gate {
-        GateKind::None => 0,
-        GateKind::Constant => p.value_heads,
-        GateKind::Head => tokens * p.value_heads,
-        GateKind::Key => tokens * p.value_heads * p.key_dim,
-    };
-    let writes = match write {
-        WriteKind::Additive => 0,
-        WriteKind::Delta => 4 * tokens * p.value_heads,
-        WriteKind::LowRank => 2 * keys,
-    };
-    let inputs = 2 * keys + values + gates + writes;
+    }
+}
 
+/// Bytes of a matrix-state operation's tensors; gradients are as large as what they are of.
+struct Tensors {
+    /// `q`, and as much again `k`.
+    keys: usize,
+    /// `v`, and as much again `o`.
+    values: usize,
+    gates: usize,
+    /// What the write has besides `k` and `v`.
+    writes: usize,
+    /// The states of all sequences.
+    states: usize,
+}
+
+impl Tensors {
+    fn new(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usize) -> Self {
+        let lengths = lengths(p);
+        let tokens: usize = lengths.iter().sum();
+        let keys = tokens * p.heads * p.key_dim * element;
+        Self {
+            keys,
+            values: tokens * p.value_heads * p.value_dim * element,
+            gates: 4 * match gate {
+                GateKind::None => 0,
+                GateKind::Constant => p.value_heads,
+                GateKind::Head => tokens * p.value_heads,
+                GateKind::Key => tokens * p.value_heads * p.key_dim,
+            },
+            writes: match write {
+                WriteKind::Additive => 0,
+                WriteKind::Delta => 4 * tokens * p.value_heads,
+                WriteKind::LowRank => 2 * keys,
+            },
+            states: 4 * lengths.len() * p.value_heads * p.key_dim * p.value_dim,
+        }
+    }
+
+    fn inputs(&self) -> usize {
+        2 * self.keys + self.values + self.gates + self.writes
+    }
+}
+
+/// A matrix-state operation on elements of `element` bytes.
+pub fn matrix(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usize, pass: Pass) -> Cost {
+    let lengths = lengths(p);
+    let tensors = Tensors::new(p, gate, write, element);
+    let (inputs, values, states) = (tensors.inputs(), tensors.values, tensors.states);
     let per_chunk = |rows: usize| chunk_flops(rows as u64, p.key_dim as u64, p.value_dim as u64, write, pass);
     let (flops, bytes) = match pass {
         Pass::Step => {
@@ -124,6 +156,7 @@ pub fn matrix(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usiz
             let reads_and_writes = if write == WriteKind::Additive { 4 } else { 6 };
             let reads_and_writes = if write == WriteKind::LowRank { 8 } else { reads_and_writes };
             let state = p.key_dim * p.value_dim;
+            let tokens: usize = lengths.iter().sum();
             let flops = (tokens * p.value_heads * state) as u64 * (reads_and_writes + decay);
             (flops, inputs + values + 2 * states)
         }

@@ -32,24 +32,60 @@ impl Element for f32 {
     }
 }
 
-macro_rules! half_element {
-    ($ty:ty, $name:literal) => {
-        impl Element for $ty {
-            const NAME: &'static str = $name;
-            fn to_f32_slice(src: &[Self], dst: &mut [f32]) {
-                src.convert_to_f32_slice(dst);
-            }
-            fn from_f32_slice(src: &[f32], dst: &mut [Self]) {
-                dst.convert_from_f32_slice(src);
-            }
-            fn to_f32(self) -> f32 {
-                self.into()
-            }
-            fn from_f32(value: f32) -> Self {
-                <$ty>::from_f32(value)
-            }
-        }
-    };
+impl Element for bf16 {
+    const NAME: &'static str = "bf16";
+
+    // Plain loops, so that they become vector code inside the kernels' own loops.
+    #[inline(always)]
+    fn to_f32_slice(src: &[Self], dst: &mut [f32]) {
+        dst.iter_mut().zip(src).for_each(|(d, s)| *d = s.to_f32());
+    }
+    #[inline(always)]
+    fn from_f32_slice(src: &[f32], dst: &mut [Self]) {
+        dst.iter_mut().zip(src).for_each(|(d, s)| *d = <Self as Element>::from_f32(*s));
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1));
+        // A NaN keeps a bit that says so.
+        let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
+        Self::from_bits((bits >> 16) as u16)
+    }
 }
-half_element!(bf16, "bf16");
-half_element!(f16, "f16");
+
+impl Element for f16 {
+    const NAME: &'static str = "f16";
+    fn to_f32_slice(src: &[Self], dst: &mut [f32]) {
+        src.convert_to_f32_slice(dst);
+    }
+    fn from_f32_slice(src: &[f32], dst: &mut [Self]) {
+        dst.convert_from_f32_slice(src);
+    }
+    fn to_f32(self) -> f32 {
+        self.into()
+    }
+    fn from_f32(value: f32) -> Self {
+        <Self>::from_f32(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_to_nearest_even() {
+        let halves = (0..=u16::MAX).flat_map(|high| [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF].map(|low| (high, low)));
+        for (high, low) in halves {
+            let x = f32::from_bits((high as u32) << 16 | low);
+            let (mine, theirs) = (<bf16 as Element>::from_f32(x), bf16::from_f32(x));
+            assert!(mine.to_bits() == theirs.to_bits() || (mine.is_nan() && x.is_nan()), "{x:e} {mine} {theirs}");
+            assert_eq!(Element::to_f32(theirs).to_bits(), bf16::to_f32(theirs).to_bits());
+        }
+    }
+}

@@ -215,15 +215,21 @@ pub fn backward<E: Element>(
 /// As [`forward`].
 pub fn step<E: Element>(problem: &MatrixProblem, inputs: &MatrixInputs<E>, state: &mut [f32]) -> Result<Vec<E>, Error> {
     validate(problem, inputs)?;
+    check_step(problem, inputs.initial_state.is_some())?;
+    Error::check_len("state", state.len(), &problem.state_shape())?;
+    Ok(native::step(problem, inputs, state))
+}
+
+/// Checks that a problem is one token of each sequence.
+pub(crate) fn check_step(problem: &MatrixProblem, has_initial_state: bool) -> Result<(), Error> {
     if problem.time != 1 {
         return Err(Error::Value { argument: "time", found: problem.time.to_string(), expected: "1 for a step" });
     }
-    if inputs.initial_state.is_some() || problem.cu_seqlens.is_some() {
+    if has_initial_state || problem.cu_seqlens.is_some() {
         let found = "present".to_string();
         return Err(Error::Value { argument: "initial_state, cu_seqlens", found, expected: "absent for a step" });
     }
-    Error::check_len("state", state.len(), &problem.state_shape())?;
-    Ok(native::step(problem, inputs, state))
+    Ok(())
 }
 
 /// Checks everything that is not a tensor.

@@ -1,5 +1,8 @@
 //! The matrix-state recurrences.
 
+#[cfg(feature = "gpu")]
+mod gpu;
+
 use super::{Any, Input, Op, cotangent, narrow, total, widen, with_tolerance};
 use crate::noise::{fill, signed, wide};
 use crate::workload::{Expected, Named, Workload};
@@ -50,6 +53,8 @@ pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, E
     match (case.path, case.dtype) {
         (Path::Native, Dtype::F32) => Ok(Box::new(Native::<f32>::new(data, case))),
         (Path::Native, Dtype::Bf16) => Ok(Box::new(Native::<bf16>::new(data, case))),
+        #[cfg(feature = "gpu")]
+        (Path::Gpu, _) => Ok(Box::new(gpu::Gpu::new(data, case)?)),
         _ => super::on_burn(data, case, device),
     }
 }

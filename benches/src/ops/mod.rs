@@ -18,6 +18,11 @@ use self::burn::{Any, BurnOp};
 
 const BOTH: &[Dtype] = &[Dtype::F32, Dtype::Bf16];
 const ALL: &[Path] = &[Path::Native, Path::Burn, Path::Portable];
+/// Of operations that have GPU kernels.
+#[cfg(feature = "gpu")]
+const WITH_GPU: &[Path] = &[Path::Native, Path::Burn, Path::Portable, Path::Gpu];
+#[cfg(not(feature = "gpu"))]
+const WITH_GPU: &[Path] = ALL;
 
 type Shapes = &'static [&'static [usize]];
 
@@ -26,11 +31,11 @@ const fn channels(name: &'static str, shapes: Shapes, steps: Shapes) -> Entry {
     Entry { part: Part::Ops, name, axes, shapes, steps, chunked: false, paths: ALL, dtypes: BOTH }
 }
 
-const fn matrix(name: &'static str) -> Entry {
+const fn matrix(name: &'static str, paths: &'static [Path]) -> Entry {
     const SHAPES: Shapes = &[&[1, 2048, 4, 128, 128]];
     const STEPS: Shapes = &[&[1, 1, 4, 128, 128], &[8, 1, 4, 128, 128]];
     let axes = &["batch", "time", "heads", "key_dim", "value_dim"];
-    Entry { part: Part::Ops, name, axes, shapes: SHAPES, steps: STEPS, chunked: true, paths: ALL, dtypes: BOTH }
+    Entry { part: Part::Ops, name, axes, shapes: SHAPES, steps: STEPS, chunked: true, paths, dtypes: BOTH }
 }
 
 /// Every operation; the shapes are those at which other implementations are known.
@@ -49,14 +54,14 @@ pub(crate) const ENTRIES: &[Entry] = &[
         dtypes: &[Dtype::F32],
     },
     channels("short_conv", &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
-    matrix("linear_attention"),
-    matrix("retention"),
-    matrix("simple_gla"),
-    matrix("gla"),
-    matrix("delta_rule"),
-    matrix("gated_delta_rule"),
-    matrix("kda"),
-    matrix("dplr"),
+    matrix("linear_attention", WITH_GPU),
+    matrix("retention", WITH_GPU),
+    matrix("simple_gla", WITH_GPU),
+    matrix("gla", WITH_GPU),
+    matrix("delta_rule", WITH_GPU),
+    matrix("gated_delta_rule", WITH_GPU),
+    matrix("kda", WITH_GPU),
+    matrix("dplr", ALL),
     Entry {
         part: Part::Ops,
         name: "attention",
@@ -109,11 +114,11 @@ fn total(pass: Pass, cost: impl Fn(cost::Pass) -> Cost) -> Cost {
     }
 }
 
-fn narrow<E: Element>(values: &[f32]) -> Vec<E> {
+pub(crate) fn narrow<E: Element>(values: &[f32]) -> Vec<E> {
     values.iter().map(|&x| E::from_f32(x)).collect()
 }
 
-fn widen<E: Element>(values: &[E]) -> Vec<f64> {
+pub(crate) fn widen<E: Element>(values: &[E]) -> Vec<f64> {
     values.iter().map(|x| f64::from(x.to_f32())).collect()
 }
 
@@ -133,7 +138,7 @@ fn on_burn(op: impl Op + 'static, case: &Case, device: &Device) -> Result<Box<dy
 
 /// The cotangent of the main output: through Burn that of a sum, which needs no operation of its own.
 fn cotangent(case: &Case, shape: &[usize]) -> Vec<f32> {
-    if case.path == Path::Native {
+    if matches!(case.path, Path::Native | Path::Gpu) {
         let sizes = [shape[0], shape[1], shape[2..].iter().product()];
         case.dtype.round(crate::noise::signed(99, sizes))
     } else {

@@ -40,7 +40,8 @@ pub struct Args {
     /// Element types: `f32`, `bf16`.
     #[arg(long, value_delimiter = ',')]
     dtype: Vec<String>,
-    /// Ways to call: `native` (kernels on slices), `burn` (tensors, the same kernels), `portable` (tensor operations).
+    /// Ways to call: `native` (kernels on slices), `burn` (tensors, the same kernels), `portable` (tensor operations), `gpu`
+    /// (kernels of matrix recurrences on the first GPU, without Burn).
     #[arg(long, value_delimiter = ',')]
     path: Vec<String>,
     /// Passes: `forward`, `forward+backward`, `step`.
@@ -105,18 +106,12 @@ pub fn run(args: &Args) -> Outcome {
     let mut wrong = 0;
     for threads in threads {
         let runner = runner(threads)?;
-        let ceilings = runner.ceilings();
-        let copies = ceilings.copies.iter().map(|(bytes, rate)| format!("{rate:.1} GB/s over {} KiB", bytes >> 10));
-        println!(
-            "{}, {} threads: products {:.1} GFLOP/s; copies {}",
-            ceilings.device,
-            ceilings.threads,
-            ceilings.product,
-            copies.collect::<Vec<_>>().join(", ")
-        );
-        println!("{}", Row::heading());
-        report.ceilings.push(ceilings.clone());
         for case in &cases {
+            let ceilings = runner.ceilings(case)?;
+            if !report.ceilings.contains(ceilings) {
+                println!("{ceilings}\n{}", Row::heading());
+                report.ceilings.push(ceilings.clone());
+            }
             match runner.run(case) {
                 Ok(row) => {
                     let change = earlier.as_ref().map(|earlier| format!("  {}", Report::change(&row, earlier)));

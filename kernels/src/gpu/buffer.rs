@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
-use cubecl::prelude::{AddressType, BufferArg, Scalar};
+use cubecl::prelude::{BufferArg, Scalar};
 use cubecl::server::Handle;
 use half::{bf16, f16};
 
@@ -117,17 +117,11 @@ impl Buffer {
             let found = format!("a {:?} tensor", self.storage);
             let expected = match storage {
                 Storage::F32 => "f32",
-                Storage::Bf16 => "bf16, as `q`",
-                Storage::F16 => "f16, as `q`",
+                Storage::Bf16 => "bf16",
+                Storage::F16 => "f16",
             };
             return Err(Error::Value { argument, found, expected });
         }
         Ok(())
     }
-}
-
-/// The integers that a kernel indexes these buffers with: 64 bits only where 32 might not do, for they are slow.
-pub(crate) fn address_type(buffers: &[&Buffer]) -> AddressType {
-    let largest = buffers.iter().map(|b| b.len).max().unwrap_or(0);
-    if largest > u32::MAX as usize / 4 { AddressType::U64 } else { AddressType::U32 }
 }

@@ -1,6 +1,9 @@
 //! The recurrences on any GPU that CubeCL reaches: one source for CUDA, ROCm, Metal, Vulkan and WebGPU.
+// What is known when a kernel is compiled and what is not are two conditions.
+#![allow(clippy::collapsible_if)]
 
 mod buffer;
+mod device;
 pub mod matrix;
 mod reduce;
 mod scan;

@@ -1,11 +1,14 @@
 //! Sums over a few rows, in a fixed order.
 
-use cubecl::calculate_cube_count_elemwise;
 use cubecl::client::Client;
-use cubecl::ir::{AddressType, ElemType};
+use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::buffer::{Buffer, Storage};
+use super::device::{address_type, grid};
+use crate::error::Error;
+
+const UNITS: usize = 64;
 
 /// Rows that one unit adds.
 const SPAN: usize = 128;
@@ -35,22 +38,27 @@ fn sum_kernel<O: Float>(
 }
 
 /// Sums each `span` rows of a `[rows, inner]` tensor in f32.
-pub(crate) fn sum_rows(client: &Client, x: &Buffer, span: usize, inner: usize, storage: Storage) -> Buffer {
+pub(crate) fn sum_rows(
+    client: &Client,
+    x: &Buffer,
+    span: usize,
+    inner: usize,
+    storage: Storage,
+) -> Result<Buffer, Error> {
     let rows = x.len / inner;
     let len = rows.div_ceil(span) * inner;
     let out = Buffer::output(client, storage, len);
-    let dim = CubeDim::new_1d(64);
-    let count = calculate_cube_count_elemwise(client, len, dim);
-    let address = if x.len > i32::MAX as usize { AddressType::U64 } else { AddressType::U32 };
-    sum_kernel::launch(client, count, dim, address, x.arg(), out.arg(), rows, span, inner, storage.elem_type());
-    out
+    let address = address_type(client, storage, [x.len])?;
+    let cubes = grid(client, len.div_ceil(UNITS))?;
+    let dim = CubeDim::new_1d(UNITS as u32);
+    sum_kernel::launch(client, cubes, dim, address, x.arg(), out.arg(), rows, span, inner, storage.elem_type());
+    Ok(out)
 }
 
 /// Sums all rows of a `[rows, inner]` tensor, in spans and spans of spans.
-pub(crate) fn sum_all_rows(client: &Client, x: Buffer, inner: usize) -> Buffer {
-    let mut x = x;
+pub(crate) fn sum_all_rows(client: &Client, mut x: Buffer, inner: usize) -> Result<Buffer, Error> {
     while x.len > inner {
-        x = sum_rows(client, &x, SPAN, inner, Storage::F32);
+        x = sum_rows(client, &x, SPAN, inner, Storage::F32)?;
     }
-    x
+    Ok(x)
 }

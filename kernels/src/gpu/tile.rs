@@ -30,6 +30,11 @@ impl Engine {
         matches!(self, Engine::Matrix { .. })
     }
 
+    /// Whether the device is a CPU behind a driver for GPUs.
+    pub(crate) fn in_software(self) -> bool {
+        self == Engine::Registers { side: 1 }
+    }
+
     /// Elements between the end of a row and the next: without them a column would fall into few memory banks. Matrix
     /// units want rows at multiples of 16 bytes.
     pub(crate) fn padding(self, element_size: usize) -> usize {

@@ -30,20 +30,22 @@ pub(crate) enum Written {
 
 /// Whether a kernel runs an operation on this tensor: the path allows it, and the backend and the
 /// element type have one.
+#[cfg_attr(not(feature = "cube"), allow(unused_variables))]
 pub(crate) fn available<const D: usize>(path: Path, written: Written, tensor: &Tensor<D>) -> bool {
-    fn on(kind: &DispatchTensorKind, written: Written) -> bool {
-        match kind {
-            DispatchTensorKind::Flex(_) => true,
-            #[cfg(feature = "cube")]
-            DispatchTensorKind::Cube(_) => written == Written::ForCpuAndGpu,
-            DispatchTensorKind::Autodiff(inner) => on(inner, written),
-            #[allow(unreachable_patterns)] // other backends are features of the final binary
-            _ => false,
-        }
+    if path != Path::Auto || !matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+        return false;
     }
-    path == Path::Auto
-        && matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16)
-        && on(&tensor.clone().into_dispatch().kind, written)
+    let tensor = tensor.clone().into_dispatch();
+    let mut kind = &tensor.kind;
+    while let DispatchTensorKind::Autodiff(inner) = kind {
+        kind = inner;
+    }
+    match kind {
+        DispatchTensorKind::Flex(_) => true,
+        #[cfg(feature = "cube")]
+        DispatchTensorKind::Cube(_) => written == Written::ForCpuAndGpu,
+        _ => false,
+    }
 }
 
 /// One operand, with its rank forgotten.

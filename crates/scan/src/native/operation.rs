@@ -1,5 +1,6 @@
 //! The operations that kernels implement, and what their slots hold.
 
+#[cfg(feature = "cube")]
 use burn::tensor::Shape;
 use thalweg_kernels::ScanProblem;
 use thalweg_kernels::attention::AttentionProblem;
@@ -56,7 +57,11 @@ impl Operation {
             _ => 0,
         }
     }
+}
 
+/// What backends need to know that queue operations or check them late.
+#[cfg(feature = "cube")]
+impl Operation {
     /// Whether the backward pass wants the first output.
     pub(crate) fn keeps_output(&self) -> bool {
         matches!(self, Operation::Scan { .. } | Operation::ComplexScan { .. } | Operation::RgLru { .. })

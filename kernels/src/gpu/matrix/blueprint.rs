@@ -32,6 +32,16 @@ pub(crate) struct Blueprint {
     pub operand_size: usize,
 }
 
+/// The compile-time key of the state passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct WalkBlueprint {
+    pub chunk: Blueprint,
+    /// Blocks of key features that a cube holds.
+    pub state_blocks: usize,
+    /// Value features that it holds.
+    pub value_block: usize,
+}
+
 /// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
 const SHARED_MEMORY: usize = 100 << 10;
 
@@ -82,6 +92,20 @@ impl Blueprint {
     /// so that more cubes can work.
     pub fn state_blocks(&self, key_dim: usize) -> usize {
         if self.delta { key_dim.div_ceil(self.block) } else { 1 }
+    }
+
+    /// How the state passes cut the state: their cubes are few and walk a whole sequence, so value features are cut finer
+    /// where that lets more of the device work.
+    pub fn walk(&self, client: &Client, p: &MatrixProblem, sequences: usize) -> WalkBlueprint {
+        let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(0) as usize;
+        let state_blocks = self.state_blocks(p.key_dim);
+        let key_parts = p.key_dim.div_ceil(self.block) / state_blocks;
+        let cubes = |value_block: usize| sequences * p.value_heads * key_parts * p.value_dim.div_ceil(value_block);
+        let mut value_block = self.block;
+        while value_block.is_multiple_of(2 * BLOCK) && cubes(value_block) < processors {
+            value_block /= 2;
+        }
+        WalkBlueprint { chunk: *self, state_blocks, value_block }
     }
 
     /// The most that one of the kernels needs, in bytes.

@@ -79,7 +79,7 @@ pub(crate) struct Pairs<E: Float> {
     pub state: Tile<E>,
 }
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
     x: &Operands<I>,
     p: &[E],

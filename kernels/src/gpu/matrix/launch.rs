@@ -5,10 +5,12 @@ use cubecl::ir::{AddressType, ElemType};
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 
 use super::super::buffer::{Buffer, Storage};
+use super::super::device::{address_type, grid};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::blueprint::{Blueprint, GateKind};
+use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::output::Direction;
 use super::place::{SizesLaunch, table};
+use super::step::{COLUMNS, StepBlueprint, StepSizesLaunch, step_kernel};
 use super::{Inputs, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
@@ -24,12 +26,27 @@ pub(crate) struct WalkBack {
     pub d_initial_state: Buffer,
 }
 
+/// Launches a kernel on `$cubes` cubes. Software drivers compile the checked kernels faster; elsewhere a check at every
+/// access would cost.
+macro_rules! launch {
+    ($on:ident, $($kernel:ident)::+, $cubes:expr, $($arg:expr),+ $(,)?) => {
+        if $on.b.engine.in_software() {
+            $($kernel)::+::launch($on.client, $cubes, $on.units(), $on.address, $($arg),+);
+        } else {
+            // Safety: the kernels stay within the rows, features and states that the sizes describe, and the buffers
+            // have those sizes.
+            unsafe { $($kernel)::+::launch_unchecked($on.client, $cubes, $on.units(), $on.address, $($arg),+) };
+        }
+    };
+}
+
 /// One operation's launches share this.
 pub(crate) struct Launch<'a> {
     client: &'a Client,
     pub p: &'a MatrixProblem,
     x: &'a Inputs<'a>,
-    pub b: Blueprint,
+    b: Blueprint,
+    w: WalkBlueprint,
     chunks: usize,
     sequences: usize,
     table: Buffer,
@@ -65,16 +82,19 @@ impl<'a> Launch<'a> {
         };
         let (table, chunks) = table(&sequences, b.chunk);
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
+        let w = b.walk(client, p, sequences);
         let nothing = Buffer::from_slice(client, &[0.0f32]);
         let operand = if b.engine.on_matrix_units() { storage } else { Storage::F32 };
-        let largest = (chunks * p.value_heads * p.key_dim * p.value_dim)
-            .max(x.q.len)
-            .max(x.v.len)
-            .max(x.gate.tensor().map_or(0, |g| g.len))
-            .max(chunks * p.value_heads * b.chunk * b.chunk);
-        let address = if largest > i32::MAX as usize { AddressType::U64 } else { AddressType::U32 };
+        let chunk_heads = chunks * p.value_heads;
+        let lengths = [
+            chunk_heads * p.key_dim * p.value_dim,
+            chunk_heads * b.chunk * b.chunk,
+            p.batch * p.time * p.value_heads * p.key_dim,
+            x.v.len,
+        ];
+        let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operand.elem_type()];
-        Ok(Self { client, p, x, b, chunks, sequences, table, nothing, address, types })
+        Ok(Self { client, p, x, b, w, chunks, sequences, table, nothing, address, types })
     }
 
     fn sizes(&self) -> SizesLaunch {
@@ -97,10 +117,6 @@ impl<'a> Launch<'a> {
         self.p.value_dim.div_ceil(self.b.block)
     }
 
-    fn state_blocks(&self) -> usize {
-        self.b.state_blocks(self.p.key_dim)
-    }
-
     fn operand(&self) -> Storage {
         if self.b.engine.on_matrix_units() { self.x.q.storage } else { Storage::F32 }
     }
@@ -114,20 +130,17 @@ impl<'a> Launch<'a> {
         optional.unwrap_or(&self.nothing).arg()
     }
 
-    /// `count` cubes, in as many dimensions as the device wants.
-    fn cubes(&self, count: usize) -> CubeCount {
-        let max = self.client.properties().hardware.max_cube_count.0 as usize;
-        let x = count.min(max);
-        CubeCount::Static(x as u32, count.div_ceil(x) as u32, 1)
+    fn cubes(&self, count: usize) -> Result<CubeCount, Error> {
+        grid(self.client, count)
     }
 
     fn units(&self) -> CubeDim {
         CubeDim::new_1d(self.b.units as u32)
     }
 
-    fn walks(&self) -> CubeCount {
-        let key_parts = self.p.key_dim.div_ceil(self.b.block) / self.state_blocks();
-        let parts = key_parts * self.value_blocks();
+    fn walks(&self) -> Result<CubeCount, Error> {
+        let key_parts = self.p.key_dim.div_ceil(self.b.block) / self.w.state_blocks;
+        let parts = key_parts * self.p.value_dim.div_ceil(self.w.value_block);
         self.cubes(self.sequences * self.p.value_heads * parts)
     }
 
@@ -135,15 +148,14 @@ impl<'a> Launch<'a> {
         self.chunks * self.p.value_heads
     }
 
-    pub fn scores(&self) -> Scores {
+    pub fn scores(&self) -> Result<Scores, Error> {
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
         let a = Buffer::output(self.client, self.operand(), squares);
         let t = self.output_if(self.b.delta, self.operand(), squares);
-        scores::scores_kernel::launch(
-            self.client,
-            self.cubes(self.chunk_heads()),
-            self.units(),
-            self.address,
+        launch!(
+            self,
+            scores::scores_kernel,
+            self.cubes(self.chunk_heads())?,
             self.x.q.arg(),
             self.x.k.arg(),
             self.tensor(self.x.gate.tensor()),
@@ -155,19 +167,18 @@ impl<'a> Launch<'a> {
             self.b,
             self.types,
         );
-        Scores { a, t }
+        Ok(Scores { a, t })
     }
 
-    pub fn state(&self, scores: &Scores) -> Walk {
+    pub fn state(&self, scores: &Scores) -> Result<Walk, Error> {
         let storage = self.x.q.storage;
         let x = self.output_if(self.b.delta, storage, self.x.v.len);
         let states = Buffer::output(self.client, Storage::F32, self.chunk_heads() * self.p.key_dim * self.p.value_dim);
         let final_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
-        state::state_kernel::launch(
-            self.client,
-            self.walks(),
-            self.units(),
-            self.address,
+        launch!(
+            self,
+            state::state_kernel,
+            self.walks()?,
             self.x.k.arg(),
             self.x.v.arg(),
             self.tensor(self.x.gate.tensor()),
@@ -180,30 +191,35 @@ impl<'a> Launch<'a> {
             final_state.arg(),
             self.sizes(),
             self.x.initial_state.is_some(),
-            self.state_blocks(),
-            self.b,
+            self.w,
             self.types,
         );
         let x = if self.b.delta { x } else { self.x.v.clone() };
-        Walk { x, states, final_state }
+        Ok(Walk { x, states, final_state })
     }
 
-    pub fn output(&self, scores: &Scores, walk: &Walk) -> Buffer {
+    pub fn output(&self, scores: &Scores, walk: &Walk) -> Result<Buffer, Error> {
         self.read_out(self.x.q, &walk.x, &scores.a, &walk.states, Direction::Forward)
     }
 
     /// `dv` of the additive write.
-    pub fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Buffer {
+    pub fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Result<Buffer, Error> {
         self.read_out(self.x.k, d_o, &scores.a, &back.dstates, Direction::Backward)
     }
 
-    fn read_out(&self, keys: &Buffer, x: &Buffer, a: &Buffer, states: &Buffer, direction: Direction) -> Buffer {
+    fn read_out(
+        &self,
+        keys: &Buffer,
+        x: &Buffer,
+        a: &Buffer,
+        states: &Buffer,
+        direction: Direction,
+    ) -> Result<Buffer, Error> {
         let o = Buffer::output(self.client, self.x.q.storage, self.x.v.len);
-        output::output_kernel::launch(
-            self.client,
-            self.cubes(self.chunk_heads() * self.value_blocks()),
-            self.units(),
-            self.address,
+        launch!(
+            self,
+            output::output_kernel,
+            self.cubes(self.chunk_heads() * self.value_blocks())?,
             keys.arg(),
             x.arg(),
             self.tensor(self.x.gate.tensor()),
@@ -217,19 +233,23 @@ impl<'a> Launch<'a> {
             self.b,
             self.types,
         );
-        o
+        Ok(o)
     }
 
-    pub fn state_backward(&self, scores: &Scores, d_o: &Buffer, d_final_state: Option<&Buffer>) -> WalkBack {
+    pub fn state_backward(
+        &self,
+        scores: &Scores,
+        d_o: &Buffer,
+        d_final_state: Option<&Buffer>,
+    ) -> Result<WalkBack, Error> {
         let storage = self.x.q.storage;
         let z = self.output_if(self.b.delta, storage, self.x.v.len);
         let dstates = Buffer::output(self.client, Storage::F32, self.chunk_heads() * self.p.key_dim * self.p.value_dim);
         let d_initial_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
-        state_backward::state_backward_kernel::launch(
-            self.client,
-            self.walks(),
-            self.units(),
-            self.address,
+        launch!(
+            self,
+            state_backward::state_backward_kernel,
+            self.walks()?,
             self.x.q.arg(),
             self.x.k.arg(),
             self.tensor(self.x.gate.tensor()),
@@ -244,23 +264,21 @@ impl<'a> Launch<'a> {
             d_initial_state.arg(),
             self.sizes(),
             d_final_state.is_some(),
-            self.state_blocks(),
-            self.b,
+            self.w,
             self.types,
         );
-        WalkBack { z, dstates, d_initial_state }
+        Ok(WalkBack { z, dstates, d_initial_state })
     }
 
     /// The gradients of the scores, in the places of `A` and `T`.
-    fn scores_backward(&self, walk: &Walk, back: &WalkBack, d_o: &Buffer) -> Scores {
+    fn scores_backward(&self, walk: &Walk, back: &WalkBack, d_o: &Buffer) -> Result<Scores, Error> {
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
         let p = Buffer::output(self.client, self.operand(), squares);
         let r = self.output_if(self.b.delta, self.operand(), squares);
-        scores_backward::scores_backward_kernel::launch(
-            self.client,
-            self.cubes(self.chunk_heads()),
-            self.units(),
-            self.address,
+        launch!(
+            self,
+            scores_backward::scores_backward_kernel,
+            self.cubes(self.chunk_heads())?,
             walk.x.arg(),
             self.tensor(self.x.gate.tensor()),
             d_o.arg(),
@@ -272,10 +290,16 @@ impl<'a> Launch<'a> {
             self.b,
             self.types,
         );
-        Scores { a: p, t: r }
+        Ok(Scores { a: p, t: r })
     }
 
-    pub fn chunk_backward(&self, scores: &Scores, walk: &Walk, back: WalkBack, d_o: &Buffer) -> Gradients {
+    pub fn chunk_backward(
+        &self,
+        scores: &Scores,
+        walk: &Walk,
+        back: WalkBack,
+        d_o: &Buffer,
+    ) -> Result<Gradients, Error> {
         let (storage, p, tokens) = (self.x.q.storage, self.p, self.p.batch * self.p.time);
         let (delta, gate) = (self.b.delta, self.b.gate);
         let group = p.value_heads / p.heads;
@@ -285,16 +309,15 @@ impl<'a> Launch<'a> {
         let by_head = tokens * p.value_heads;
         let dq = Buffer::output(self.client, part, by_key);
         let dk = Buffer::output(self.client, part, by_key);
-        let dv = if delta { back.z.clone() } else { self.values(scores, &back, d_o) };
-        let pairs = self.scores_backward(walk, &back, d_o);
+        let dv = if delta { back.z.clone() } else { self.values(scores, &back, d_o)? };
+        let pairs = self.scores_backward(walk, &back, d_o)?;
         let dg_len = if gate == GateKind::Key { by_key } else { by_head };
         let dg = self.output_if(gate != GateKind::None, Storage::F32, dg_len);
         let dbeta = self.output_if(delta, Storage::F32, by_head);
-        chunk_backward::chunk_backward_kernel::launch(
-            self.client,
-            self.cubes(self.chunk_heads()),
-            self.units(),
-            self.address,
+        launch!(
+            self,
+            chunk_backward::chunk_backward_kernel,
+            self.cubes(self.chunk_heads())?,
             chunk_backward::OperandsLaunch::new(
                 self.x.q.arg(),
                 self.x.k.arg(),
@@ -314,20 +337,23 @@ impl<'a> Launch<'a> {
             self.b,
             [self.types[0], self.types[1], part.elem_type()],
         );
-        let ungroup = |x: Buffer| if group > 1 { sum_rows(self.client, &x, group, p.key_dim, storage) } else { x };
+        let ungroup = |x: Buffer| match group {
+            1 => Ok(x),
+            _ => sum_rows(self.client, &x, group, p.key_dim, storage),
+        };
         let dg = match self.x.gate {
             Gate::None => None,
-            Gate::Constant(_) => Some(sum_all_rows(self.client, dg, p.value_heads)),
+            Gate::Constant(_) => Some(sum_all_rows(self.client, dg, p.value_heads)?),
             Gate::Head(_) | Gate::Key(_) => Some(dg),
         };
-        Gradients {
-            dq: ungroup(dq),
-            dk: ungroup(dk),
+        Ok(Gradients {
+            dq: ungroup(dq)?,
+            dk: ungroup(dk)?,
             dv,
             dg,
             dbeta: delta.then_some(dbeta),
             d_initial_state: self.x.initial_state.map(|_| back.d_initial_state),
-        }
+        })
     }
 
     /// A tensor of zeros for a gradient that does not exist.
@@ -335,4 +361,32 @@ impl<'a> Launch<'a> {
         let handle = self.client.create_from_slice(&vec![0; like.len * like.storage.size()]);
         Buffer { handle, ..*like }
     }
+}
+
+/// One token of each sequence, in one launch; `state` is updated in place.
+pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffer) -> Result<Buffer, Error> {
+    let o = Buffer::output(client, x.q.storage, x.v.len);
+    let units = client.properties().hardware.max_units_per_cube as usize;
+    let b = StepBlueprint::new(x.gate.kind(), x.write.beta().is_some(), p.key_dim, units);
+    let cubes = p.batch * p.value_heads * p.value_dim.div_ceil(COLUMNS);
+    let gate_stride = if let Gate::Constant(_) = x.gate { 0 } else { p.value_heads };
+    let nothing = Buffer::from_slice(client, &[0.0f32]);
+    let tensor = |x: Option<&Buffer>| x.unwrap_or(&nothing).arg();
+    step_kernel::launch(
+        client,
+        grid(client, cubes)?,
+        CubeDim::new_1d((b.groups * COLUMNS) as u32),
+        address_type(client, x.q.storage, [state.len])?,
+        x.q.arg(),
+        x.k.arg(),
+        x.v.arg(),
+        tensor(x.gate.tensor()),
+        tensor(x.write.beta()),
+        state.arg(),
+        o.arg(),
+        StepSizesLaunch::new(p.batch, p.heads, p.value_heads, p.key_dim, p.value_dim, gate_stride, p.scale),
+        b,
+        x.q.storage.elem_type(),
+    );
+    Ok(o)
 }

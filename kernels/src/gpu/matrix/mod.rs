@@ -8,6 +8,9 @@
 //! Results do not depend on what else is in the batch, nor on the run. The values of gates are not read back: that they
 //! are at most 0 is the caller's to ensure.
 
+// In a kernel, a condition at compile time must not be merged with one at run time.
+#![allow(clippy::collapsible_if)]
+
 mod blueprint;
 mod chunk_backward;
 mod decay;
@@ -19,12 +22,13 @@ mod scores;
 mod scores_backward;
 mod state;
 mod state_backward;
+mod step;
 
 use cubecl::client::Client;
 
 use super::buffer::{Buffer, Storage};
 use crate::error::Error;
-use crate::matrix::{MatrixProblem, validate_sizes};
+use crate::matrix::{MatrixProblem, check_step, validate_sizes};
 use blueprint::GateKind;
 use launch::Launch;
 
@@ -112,9 +116,9 @@ pub struct Outputs {
 /// boundaries that are no partition; [`Error::Device`] if the device has too little shared memory for `key_dim`.
 pub fn forward(client: &Client, problem: &MatrixProblem, inputs: &Inputs) -> Result<Outputs, Error> {
     let launch = Launch::new(client, problem, inputs)?;
-    let scores = launch.scores();
-    let walk = launch.state(&scores);
-    let o = launch.output(&scores, &walk);
+    let scores = launch.scores()?;
+    let walk = launch.state(&scores)?;
+    let o = launch.output(&scores, &walk)?;
     Ok(Outputs { o, final_state: walk.final_state })
 }
 
@@ -156,10 +160,23 @@ pub fn backward(
             &zeros
         }
     };
-    let scores = launch.scores();
-    let walk = launch.state(&scores);
-    let back = launch.state_backward(&scores, d_o, d_final_state);
-    Ok(launch.chunk_backward(&scores, &walk, back, d_o))
+    let scores = launch.scores()?;
+    let walk = launch.state(&scores)?;
+    let back = launch.state_backward(&scores, d_o, d_final_state)?;
+    launch.chunk_backward(&scores, &walk, back, d_o)
+}
+
+/// One token of `batch` sequences, in one launch: updates `state` (`[batch, value_heads, key_dim, value_dim]`, f32) in
+/// place and returns `o`, `[batch, 1, value_heads, value_dim]`. `problem.time` must be 1; `initial_state` and
+/// `cu_seqlens` must be absent.
+///
+/// # Errors
+/// As [`forward`].
+pub fn step(client: &Client, problem: &MatrixProblem, inputs: &Inputs, state: &Buffer) -> Result<Buffer, Error> {
+    validate(problem, inputs)?;
+    check_step(problem, inputs.initial_state.is_some())?;
+    state.check("state", Storage::F32, &problem.state_shape())?;
+    launch::step(client, problem, inputs, state)
 }
 
 fn validate(p: &MatrixProblem, x: &Inputs) -> Result<crate::Sequences, Error> {

@@ -21,7 +21,7 @@ pub(crate) enum Direction {
     Backward,
 }
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn output_kernel<I: Float, E: Float>(
     q: &[I],
     x: &[I],

@@ -16,7 +16,7 @@ use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, key_gate, load_keys, read};
 use super::place::{Place, Sizes};
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scores_kernel<I: Float, E: Float>(
     q: &[I],
     k: &[I],

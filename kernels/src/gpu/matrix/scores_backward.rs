@@ -12,7 +12,7 @@ use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, load};
 use super::place::{Place, Sizes};
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scores_backward_kernel<I: Float, E: Float>(
     x: &[I],
     g: &[f32],

@@ -10,7 +10,7 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Corner, Form, Mode, Tile, copy, product, product_at, unit, units};
-use super::blueprint::{Blueprint, GateKind};
+use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role, load, load_keys, read, store};
 use super::place::{Sizes, Walk};
 
@@ -26,15 +26,15 @@ pub(crate) struct Part {
 
 #[cube]
 impl Part {
-    pub fn of(cube: usize, sizes: &Sizes, #[comptime] state_blocks: usize, #[comptime] b: Blueprint) -> Part {
-        let key_parts = sizes.key_blocks / state_blocks;
-        let parts = key_parts * sizes.value_blocks;
+    pub fn of(cube: usize, sizes: &Sizes, #[comptime] w: WalkBlueprint) -> Part {
+        let key_parts = sizes.key_blocks / w.state_blocks;
+        let parts = key_parts * sizes.value_dim.div_ceil(w.value_block);
         let (walk, part) = (cube / parts, cube % parts);
         Part {
             sequence: walk / sizes.value_heads,
             head: walk % sizes.value_heads,
-            v0: (part / key_parts) * b.block,
-            k0: (part % key_parts) * comptime!(state_blocks * b.block),
+            v0: (part / key_parts) * w.value_block,
+            k0: (part % key_parts) * comptime!(w.state_blocks * w.chunk.block),
         }
     }
 }
@@ -76,14 +76,14 @@ pub(crate) fn store_state(tile: &Tile<f32>, out: &mut [f32], at: usize, k0: usiz
 #[cube]
 pub(crate) fn decay_rows(state: &mut Tile<f32>, row0: usize, decay: &Decay, #[comptime] b: Blueprint) {
     if comptime!(b.gate != GateKind::None) {
-        for i in range_stepped(unit(), comptime!(b.block * b.block), units()) {
-            let (k, v) = (i / b.block, i % b.block);
+        for i in range_stepped(unit(), comptime!(b.block * state.cols), units()) {
+            let (k, v) = (i / state.cols, i % state.cols);
             state.set(row0 + k, v, state.get(row0 + k, v) * decay.end(k, b));
         }
     }
 }
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_kernel<I: Float, E: Float>(
     k: &[I],
     v: &[I],
@@ -97,22 +97,23 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
     final_state: &mut [f32],
     sizes: &Sizes,
     #[comptime] has_initial: bool,
-    #[comptime] state_blocks: usize,
-    #[comptime] b: Blueprint,
+    #[comptime] w: WalkBlueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
+    let b = comptime!(w.chunk);
+    let (state_blocks, d) = comptime!((w.state_blocks, w.value_block));
     let cube = CUBE_POS;
-    let parts = sizes.key_blocks / state_blocks * sizes.value_blocks;
+    let parts = sizes.key_blocks / state_blocks * sizes.value_dim.div_ceil(d);
     if cube >= sizes.sequences * sizes.value_heads * parts {
         terminate!();
     }
-    let part = Part::of(cube, sizes, state_blocks, b);
+    let part = Part::of(cube, sizes, w);
     let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
     let c = comptime!(b.chunk);
     let mut decay = Decay::new(b);
-    let mut state = Tile::<f32>::new(comptime!(state_blocks * b.block), b.block, padding);
+    let mut state = Tile::<f32>::new(comptime!(state_blocks * b.block), d, padding);
     let mut keys = Tile::<E>::new(c, b.block, operand);
-    let mut u = Tile::<E>::new(c, b.block, operand);
+    let mut u = Tile::<E>::new(c, d, operand);
     let of_state = (part.sequence * sizes.value_heads + part.head) * (sizes.key_dim * sizes.value_dim);
     load_state::<f32>(initial_state, of_state, part.k0, part.v0, sizes, &mut state, has_initial);
 
@@ -124,8 +125,8 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
         decay.load(g, &place, sizes, b);
         let (key_at, value_at) = (place.keys(sizes), place.values(sizes));
         if comptime!(b.delta) {
-            let mut x = Tile::<f32>::new(c, b.block, padding);
-            let mut state_block = Tile::<E>::new(b.block, b.block, operand);
+            let mut x = Tile::<f32>::new(c, d, padding);
+            let mut state_block = Tile::<E>::new(b.block, d, operand);
             let mut inverse = Tile::<E>::new(c, c, operand);
             load::<I, f32>(v, value_at, place.rows, part.v0, sizes.value_dim, &mut x);
             for block in 0..state_blocks {
@@ -146,19 +147,13 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
                 );
                 copy::<f32, E>(&state, k0, &mut state_block);
                 sync_cube();
-                product::<E>(
-                    &keys,
-                    &state_block,
-                    &mut x,
-                    comptime!(Form::ab(c, b.block, b.block, Mode::Add)),
-                    b.engine,
-                );
+                product::<E>(&keys, &state_block, &mut x, comptime!(Form::ab(c, d, b.block, Mode::Add)), b.engine);
                 sync_cube();
             }
             copy::<f32, E>(&x, 0, &mut u);
             load::<E, E>(t, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c.runtime(), &mut inverse);
             sync_cube();
-            product::<E>(&inverse, &u, &mut x, comptime!(Form::ab(c, b.block, c, Mode::Set)), b.engine);
+            product::<E>(&inverse, &u, &mut x, comptime!(Form::ab(c, d, c, Mode::Set)), b.engine);
             sync_cube();
             store::<I, f32>(&x, x_out, value_at, place.rows, part.v0, sizes.value_dim);
             scale_rows::<E>(&x, beta, place.scalars(sizes), place.rows, &mut u);
@@ -173,14 +168,7 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
             decay_rows(&mut state, block * b.block, &decay, b);
             sync_cube();
             let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: block * b.block };
-            product_at::<E>(
-                &keys,
-                &u,
-                &mut state,
-                &corner,
-                comptime!(Form::atb(b.block, b.block, c, Mode::Add)),
-                b.engine,
-            );
+            product_at::<E>(&keys, &u, &mut state, &corner, comptime!(Form::atb(b.block, d, c, Mode::Add)), b.engine);
             sync_cube();
         }
     }

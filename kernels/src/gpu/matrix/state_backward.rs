@@ -9,12 +9,12 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Corner, Form, Mode, Tile, copy, product, product_at, unit, units};
-use super::blueprint::Blueprint;
+use super::blueprint::WalkBlueprint;
 use super::decay::{Decay, Role, load, load_keys, store};
 use super::place::{Sizes, Walk};
 use super::state::{Part, decay_rows, load_state, scale_rows, store_state};
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_backward_kernel<I: Float, E: Float>(
     q: &[I],
     k: &[I],
@@ -30,24 +30,25 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float>(
     d_initial: &mut [f32],
     sizes: &Sizes,
     #[comptime] has_final: bool,
-    #[comptime] state_blocks: usize,
-    #[comptime] b: Blueprint,
+    #[comptime] w: WalkBlueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
+    let b = comptime!(w.chunk);
+    let (state_blocks, d) = comptime!((w.state_blocks, w.value_block));
     let cube = CUBE_POS;
-    let parts = sizes.key_blocks / state_blocks * sizes.value_blocks;
+    let parts = sizes.key_blocks / state_blocks * sizes.value_dim.div_ceil(d);
     if cube >= sizes.sequences * sizes.value_heads * parts {
         terminate!();
     }
-    let part = Part::of(cube, sizes, state_blocks, b);
+    let part = Part::of(cube, sizes, w);
     let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
     let c = comptime!(b.chunk);
     let mut decay = Decay::new(b);
-    let mut dstate = Tile::<f32>::new(comptime!(state_blocks * b.block), b.block, padding);
+    let mut dstate = Tile::<f32>::new(comptime!(state_blocks * b.block), d, padding);
     let mut keys = Tile::<E>::new(c, b.block, operand);
-    let mut d_out = Tile::<E>::new(c, b.block, operand);
+    let mut d_out = Tile::<E>::new(c, d, operand);
     // `-z`, and before it what `T` is applied to.
-    let mut z = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), b.block, operand);
+    let mut z = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), d, operand);
     let of_state = (part.sequence * sizes.value_heads + part.head) * (sizes.key_dim * sizes.value_dim);
     load_state::<f32>(d_final, of_state, part.k0, part.v0, sizes, &mut dstate, has_final);
 
@@ -60,13 +61,13 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float>(
         let (key_at, value_at) = (place.keys(sizes), place.values(sizes));
         load::<I, E>(do_, value_at, place.rows, part.v0, sizes.value_dim, &mut d_out);
         if comptime!(b.delta) {
-            let mut du = Tile::<f32>::new(c, b.block, padding);
-            let mut dstate_block = Tile::<E>::new(b.block, b.block, operand);
+            let mut du = Tile::<f32>::new(c, d, padding);
+            let mut dstate_block = Tile::<E>::new(b.block, d, operand);
             let mut square = Tile::<E>::new(c, c, operand);
             let scores_at = (place.scores(sizes, b), c.runtime());
             load::<E, E>(a, scores_at, c.runtime(), 0, c.runtime(), &mut square);
             sync_cube();
-            product::<E>(&square, &d_out, &mut du, comptime!(Form::atb(c, b.block, c, Mode::Set)), b.engine);
+            product::<E>(&square, &d_out, &mut du, comptime!(Form::atb(c, d, c, Mode::Set)), b.engine);
             for block in 0..state_blocks {
                 let k0 = block * b.block;
                 decay.load_block(g, &place, sizes, k0, b);
@@ -74,23 +75,17 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float>(
                 load_keys::<I, E>(k, key_at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut keys, Role::ToEnd, b);
                 copy::<f32, E>(&dstate, k0, &mut dstate_block);
                 sync_cube();
-                product::<E>(
-                    &keys,
-                    &dstate_block,
-                    &mut du,
-                    comptime!(Form::ab(c, b.block, b.block, Mode::Add)),
-                    b.engine,
-                );
+                product::<E>(&keys, &dstate_block, &mut du, comptime!(Form::ab(c, d, b.block, Mode::Add)), b.engine);
                 sync_cube();
             }
             load::<E, E>(t, scores_at, c.runtime(), 0, c.runtime(), &mut square);
             scale_rows::<E>(&du, beta, place.scalars(sizes), place.rows, &mut z);
             sync_cube();
-            product::<E>(&square, &z, &mut du, comptime!(Form::atb(c, b.block, c, Mode::Set)), b.engine);
+            product::<E>(&square, &z, &mut du, comptime!(Form::atb(c, d, c, Mode::Set)), b.engine);
             sync_cube();
             store::<I, f32>(&du, dv, value_at, place.rows, part.v0, sizes.value_dim);
-            for i in range_stepped(unit(), comptime!(c * b.block), units()) {
-                z.set(i / b.block, i % b.block, -du.get(i / b.block, i % b.block));
+            for i in range_stepped(unit(), comptime!(c * d), units()) {
+                z.set(i / d, i % d, -du.get(i / d, i % d));
             }
         }
         for block in 0..state_blocks {
@@ -112,7 +107,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float>(
             decay_rows(&mut dstate, block * b.block, &decay, b);
             sync_cube();
             let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: block * b.block };
-            let form = comptime!(Form::atb(b.block, b.block, c, Mode::Add));
+            let form = comptime!(Form::atb(b.block, d, c, Mode::Add));
             product_at::<E>(&keys, &d_out, &mut dstate, &corner, form, b.engine);
             sync_cube();
             if comptime!(b.delta) {

@@ -2,6 +2,8 @@
 
 use cubecl::prelude::*;
 
+use super::engine::GROUP;
+
 /// What a launch reads, in vectors of `N` channels. Optional tensors are sequences of none.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct Inputs<I: Float, N: Size> {
@@ -61,6 +63,13 @@ impl Plan {
     /// The first of [`Inputs::tokens`] that is the map's own.
     pub fn first(&self) -> usize {
         if self.backward { 2 * self.planes } else { 0 }
+    }
+
+    /// 32-bit registers that hold a unit's tokens, those under way, and the maps that the first lane hands on, all alive
+    /// at the same time. Elements of `size` bytes, in vectors.
+    pub fn registers(&self, vector: usize, size: usize) -> usize {
+        let raw = (vector * size).div_ceil(4);
+        self.tokens * (self.kept * vector + self.inputs * raw) + 2 * GROUP * self.planes * vector
     }
 }
 

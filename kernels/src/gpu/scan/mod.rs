@@ -8,17 +8,21 @@ pub mod hgrn;
 mod map;
 pub mod rg_lru;
 
+use cubecl::ir::AddressType;
 use cubecl::prelude::*;
 
-use super::buffer::address_type;
+use super::device::{address_type, grid};
 use super::{Buffer, Client, Storage};
 use crate::channels::ScanProblem;
 use crate::error::Error;
 use crate::sequences::Sequences;
 use map::{ElementMap, InputsLaunch, OutputsLaunch, Plan};
 
-/// Units of a cube, where the device allows as many.
+/// Units of a cube, where the device allows as many: a processor has registers for so many of 128 each.
 const UNITS: usize = 512;
+/// Units that hold more than this in registers, which have addresses and intermediate results to hold besides, are half
+/// as many: they would spill.
+const REGISTERS: usize = 90;
 
 /// A scan to be launched: its tensors, in the order of [`map::Inputs`], and what its map needs.
 struct Scan<'a> {
@@ -51,13 +55,7 @@ impl Scan<'_> {
         sequences: &Sequences,
     ) -> Result<Scanned, Error> {
         let storage = self.inputs[0].storage;
-        if !client.properties().supports_type(storage.elem_type()) {
-            return Err(Error::Device { reason: format!("it has no {storage:?}") });
-        }
-        let address = address_type(&self.inputs);
-        if !client.properties().supports_address(address) {
-            return Err(Error::Device { reason: format!("{} elements need 64-bit indices", self.inputs[0].len) });
-        }
+        let address = address_type(client, storage, self.inputs.iter().map(|x| x.len))?;
         let (count, states) = (sequences.count(), sequences.count() * problem.channels);
         let buffers = |n: usize, storage, len| (0..n).map(|_| Buffer::output(client, storage, len)).collect::<Vec<_>>();
         let outputs = buffers(self.outputs, storage, sequences.tokens() * problem.channels);
@@ -66,8 +64,12 @@ impl Scan<'_> {
         // 16-bit elements in pairs, so that a warp reads 128 bytes at once.
         let vector = if storage.size() == 2 && problem.channels.is_multiple_of(2) { 2 } else { 1 };
         let longest = (0..count).map(|n| sequences.range(n).len()).max().unwrap_or(1);
-        let units = UNITS.min(1 << client.properties().hardware.max_units_per_cube.ilog2());
-        let plan = Plan { packed: problem.cu_seqlens.is_some(), units, ..self.plan };
+        let packed = problem.cu_seqlens.is_some();
+        let extra = if packed { 8 } else { 0 } + if address == AddressType::U64 { 16 } else { 0 };
+        let few = self.plan.registers(vector, storage.size()) + extra > REGISTERS;
+        let units =
+            if few { UNITS / 2 } else { UNITS }.min(1 << client.properties().hardware.max_units_per_cube.ilog2());
+        let plan = Plan { packed, units, ..self.plan };
         let (lanes, width) = shape(client, &plan, count, problem.channels / vector, longest);
         let cubes = grid(client, count * (problem.channels / vector).div_ceil(width))?;
         let bounds = problem.cu_seqlens.as_deref().map(|bounds| upload(client, bounds)).transpose()?;
@@ -122,17 +124,6 @@ fn upload(client: &Client, bounds: &[usize]) -> Result<BufferArg, Error> {
     Ok(unsafe { BufferArg::from_raw_parts(handle, bounds.len()) })
 }
 
-/// `cubes` cubes, over as many axes as it takes.
-fn grid(client: &Client, cubes: usize) -> Result<CubeCount, Error> {
-    let (x, y, _) = client.properties().hardware.max_cube_count;
-    let columns = cubes.min(x as usize);
-    let rows = cubes.div_ceil(columns);
-    if rows > y as usize {
-        return Err(Error::Device { reason: format!("{cubes} cubes are more than it can launch at once") });
-    }
-    Ok(CubeCount::Static(columns as u32, rows as u32, 1))
-}
-
 /// Sums over the sequences of `[sequences, channels]`.
 fn total(client: &Client, sums: &Buffer, sequences: usize, channels: usize, storage: Storage) -> Result<Buffer, Error> {
     let out = Buffer::output(client, storage, channels);
@@ -143,7 +134,7 @@ fn total(client: &Client, sums: &Buffer, sequences: usize, channels: usize, stor
             client,
             grid(client, channels.div_ceil(units))?,
             CubeDim::new_1d(units as u32),
-            address_type(&[sums]),
+            address_type(client, Storage::F32, [sums.len])?,
             sums.arg(),
             out.arg(),
             sequences,

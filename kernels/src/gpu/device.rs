@@ -1,0 +1,37 @@
+//! What a device can do.
+
+use cubecl::client::Client;
+use cubecl::ir::AddressType;
+use cubecl::prelude::CubeCount;
+
+use super::buffer::Storage;
+use crate::error::Error;
+
+/// The integers that a kernel indexes buffers of these lengths with: 64 bits only where 32 might not do, for they are
+/// slow.
+pub(crate) fn address_type(
+    client: &Client,
+    storage: Storage,
+    lengths: impl IntoIterator<Item = usize>,
+) -> Result<AddressType, Error> {
+    if !client.properties().supports_type(storage.elem_type()) {
+        return Err(Error::Device { reason: format!("it has no {storage:?}") });
+    }
+    let largest = lengths.into_iter().max().unwrap_or(0);
+    let address = if largest > u32::MAX as usize / 4 { AddressType::U64 } else { AddressType::U32 };
+    if !client.properties().supports_address(address) {
+        return Err(Error::Device { reason: format!("{largest} elements need 64-bit indices") });
+    }
+    Ok(address)
+}
+
+/// `cubes` cubes, over as many axes as it takes.
+pub(crate) fn grid(client: &Client, cubes: usize) -> Result<CubeCount, Error> {
+    let (x, y, _) = client.properties().hardware.max_cube_count;
+    let columns = cubes.min(x as usize);
+    let rows = cubes.div_ceil(columns);
+    if rows > y as usize {
+        return Err(Error::Device { reason: format!("{cubes} cubes are more than it can launch at once") });
+    }
+    Ok(CubeCount::Static(columns as u32, rows as u32, 1))
+}

@@ -1,0 +1,126 @@
+//! One token of each sequence: the recurrence as it is written, bound by the bytes of the state.
+//!
+//! ```text
+//! S = Diag(e^g) S      u = beta (v - S^T k)   (delta; u = v without it)      S += k u^T      o = scale S^T q
+//! ```
+//! One launch: a cube holds a head's state for 32 value features. A unit keeps the rows `group, group + groups, ...` of
+//! one column in registers between reading and writing it; sums over the rows meet in shared memory.
+
+use cubecl::prelude::*;
+
+use super::super::tile::unit;
+use super::blueprint::GateKind;
+
+/// Value features of a cube: a plane reads whole lines of memory.
+pub(crate) const COLUMNS: usize = 32;
+
+/// The compile-time key of the step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct StepBlueprint {
+    pub gate: GateKind,
+    pub delta: bool,
+    /// Units that share a column, and the rows that each of them holds.
+    pub groups: usize,
+    pub rows: usize,
+}
+
+impl StepBlueprint {
+    pub fn new(gate: GateKind, delta: bool, key_dim: usize, max_units: usize) -> Self {
+        let groups = key_dim.div_ceil(16).min(max_units.min(256) / COLUMNS).next_power_of_two();
+        Self { gate, delta, groups, rows: key_dim.div_ceil(groups) }
+    }
+}
+
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct StepSizes {
+    pub batch: usize,
+    pub heads: usize,
+    pub value_heads: usize,
+    pub key_dim: usize,
+    pub value_dim: usize,
+    /// From the scalar gate of a sequence to the next's: 0 if they share one.
+    pub gate_stride: usize,
+    pub scale: f32,
+}
+
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
+pub(crate) fn step_kernel<I: Float>(
+    q: &[I],
+    k: &[I],
+    v: &[I],
+    g: &[f32],
+    beta: &[f32],
+    state: &mut [f32],
+    o: &mut [I],
+    sizes: &StepSizes,
+    #[comptime] b: StepBlueprint,
+    #[define(I)] _storage: ElemType,
+) {
+    let parts = sizes.value_dim.div_ceil(COLUMNS);
+    let cube = CUBE_POS / parts;
+    if cube >= sizes.batch * sizes.value_heads {
+        terminate!();
+    }
+    let (sequence, head) = (cube / sizes.value_heads, cube % sizes.value_heads);
+    let (column, group) = (unit() % COLUMNS, unit() / COLUMNS);
+    let col = CUBE_POS % parts * COLUMNS + column;
+    let inside = col < sizes.value_dim;
+    let key_at = (sequence * sizes.heads + head / (sizes.value_heads / sizes.heads)) * sizes.key_dim;
+    let state_at = cube * sizes.key_dim * sizes.value_dim;
+
+    // Reads the decayed state, and with it what the key finds there.
+    let mut held = Array::<f32>::new(b.rows);
+    let (mut read, mut out) = (f32::new(0.0), f32::new(0.0));
+    #[unroll]
+    for i in 0..b.rows {
+        let row = group + i * b.groups;
+        held[i] = f32::new(0.0);
+        if inside && row < sizes.key_dim {
+            let mut decay = f32::new(1.0);
+            if comptime!(b.gate == GateKind::Head) {
+                decay = g[sequence * sizes.gate_stride + head].exp();
+            }
+            if comptime!(b.gate == GateKind::Key) {
+                decay = g[cube * sizes.key_dim + row].exp();
+            }
+            held[i] = state[state_at + row * sizes.value_dim + col] * decay;
+            if comptime!(b.delta) {
+                read += held[i] * f32::cast_from(k[key_at + row]);
+            }
+        }
+    }
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(b.groups * COLUMNS));
+    let mut u = f32::new(0.0);
+    if inside {
+        u = f32::cast_from(v[cube * sizes.value_dim + col]);
+    }
+    if comptime!(b.delta) {
+        u = beta[cube] * (u - over_groups(read, &mut sums, column, group, b));
+    }
+    #[unroll]
+    for i in 0..b.rows {
+        let row = group + i * b.groups;
+        if inside && row < sizes.key_dim {
+            let value = held[i] + f32::cast_from(k[key_at + row]) * u;
+            state[state_at + row * sizes.value_dim + col] = value;
+            out += value * f32::cast_from(q[key_at + row]);
+        }
+    }
+    let out = over_groups(out, &mut sums, column, group, b);
+    if inside && group == 0 {
+        o[cube * sizes.value_dim + col] = I::cast_from(out * sizes.scale);
+    }
+}
+
+/// Sums over the units of a column, in order. Synchronises.
+#[cube]
+fn over_groups(value: f32, sums: &mut Shared<[f32]>, column: usize, group: usize, #[comptime] b: StepBlueprint) -> f32 {
+    sync_cube();
+    sums[group * COLUMNS + column] = value;
+    sync_cube();
+    let mut sum = f32::new(0.0);
+    for other in 0..b.groups {
+        sum += sums[other * COLUMNS + column];
+    }
+    sum
+}
