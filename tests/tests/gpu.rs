@@ -26,11 +26,9 @@ fn cases() -> Vec<Case> {
 #[test]
 fn golden_cases_agree() {
     let Some(gpu) = gpu() else { return };
-    for engine in [Engine::native(), Engine::portable()] {
-        let engine = engine.on(gpu.clone());
-        let failures: Vec<_> = cases().iter().map(|case| check(&engine, case)).filter(|r| !r.passes(1e-4)).collect();
-        assert!(failures.is_empty(), "{failures:#?}");
-    }
+    let engine = Engine::native().on(gpu);
+    let failures: Vec<_> = cases().iter().map(|case| check(&engine, case)).filter(|r| !r.passes(1e-4)).collect();
+    assert!(failures.is_empty(), "{failures:#?}");
 }
 
 /// Kernels that quietly did not run would pass every other test; their bits give them away.
@@ -38,10 +36,10 @@ fn golden_cases_agree() {
 fn kernels_run_where_there_are_some() {
     let Some(gpu) = gpu() else { return };
     let [native, portable] = [Engine::native(), Engine::portable()].map(|engine| engine.on(gpu.clone()));
-    for case in cases() {
-        let portable_only = ["attention", "short_conv", "dplr"].contains(&case.op.as_str());
+    for op in ["gla", "gated_delta_rule", "hgrn", "complex_scan", "short_conv"] {
+        let case = cases().into_iter().find(|case| case.op == op).unwrap();
         let same = native.run(&case).unwrap() == portable.run(&case).unwrap();
-        assert_eq!(same, portable_only, "{}: same bits on both paths: {same}", case.name);
+        assert_eq!(same, op == "short_conv", "{}: same bits on both paths: {same}", case.name);
     }
 }
 
@@ -54,11 +52,15 @@ fn learns_as_on_the_cpu(mixers: [(&str, MixerConfig); 4]) {
     let text = (0..200).map(|i| format!("{i} times {i} is {}. ", i * i)).collect::<String>();
     let text = [Document { name: "squares".into(), bytes: text.into_bytes() }];
     let tokenizer = Tokenizer::bytes();
-    let options = TrainOptions { steps: STEPS, batch: 4, context: 80, lr: 1e-2, warmup: 2, ..TrainOptions::default() };
+    let options =
+        TrainOptions { steps: 1 + STEPS, batch: 4, context: 80, lr: 1e-2, warmup: 2, ..TrainOptions::default() };
     let corpus = Corpus::new(&text, &tokenizer, options.context, options.seed).unwrap();
     let run = tempfile::tempdir().unwrap();
+    // Random numbers are the device's own: both start from a checkpoint.
     let first = Trainer::new(&config, &corpus, Some(&tokenizer), options, &Device::flex()).unwrap();
-    first.with_output(run.path(), DataOrigin::default()).unwrap().save().unwrap();
+    let mut first = first.with_output(run.path(), DataOrigin::default()).unwrap();
+    first.step().unwrap();
+    first.save().unwrap();
     let losses = |device: &Device| -> Vec<f64> {
         let mut trainer = Trainer::resume(run.path(), &corpus, Some(&tokenizer), None, device).unwrap();
         (0..STEPS).map(|_| trainer.step().unwrap().loss).collect()

@@ -8,7 +8,7 @@ use burn::Tensor;
 use burn::tensor::{Bool, DType, Gradients, TensorData};
 use common::*;
 use thalweg_reference::{self as oracle, Shape, elementwise};
-use thalweg_scan::{self as scan, Path};
+use thalweg_scan as scan;
 
 const F32: DType = DType::F32;
 const TOLERANCE: f64 = 1e-5;
@@ -43,7 +43,7 @@ fn check_gradient<const D: usize>(what: &str, x: &Tensor<D>, gradients: &Gradien
 }
 
 fn linear_scan_and_hgrn_equal_the_oracle() {
-    for path in [Path::Auto, Path::Portable] {
+    for &path in paths() {
         for (case, shape) in shapes(3).into_iter().enumerate() {
             for log in [false, true] {
                 let mut random = Random::new(case as u64 + 10);
@@ -83,7 +83,7 @@ fn linear_scan_and_hgrn_equal_the_oracle() {
 }
 
 fn complex_scan_equals_the_oracle() {
-    for path in [Path::Auto, Path::Portable] {
+    for &path in paths() {
         for (case, shape) in shapes(3).into_iter().enumerate() {
             for constant in [false, true] {
                 let mut random = Random::new(case as u64 + 20);
@@ -133,7 +133,7 @@ fn complex_scan_equals_the_oracle() {
 }
 
 fn rg_lru_equals_the_oracle() {
-    for path in [Path::Auto, Path::Portable] {
+    for &path in paths() {
         for (case, shape) in shapes(3).into_iter().enumerate() {
             let mut random = Random::new(case as u64 + 30);
             let n = shape.sequences().len();
@@ -179,7 +179,7 @@ fn rg_lru_equals_the_oracle() {
 }
 
 fn short_conv_equals_the_oracle() {
-    for path in [Path::Auto, Path::Portable] {
+    for &path in paths() {
         for (case, shape) in shapes(5).into_iter().enumerate() {
             for (silu, width) in [(true, 4), (false, 2)] {
                 let mut random = Random::new(case as u64 + 40);
@@ -218,7 +218,7 @@ fn short_conv_equals_the_oracle() {
 }
 
 fn attention_equals_the_oracle() {
-    for path in [Path::Auto, Path::Portable] {
+    for &path in paths() {
         for (time, window, cu_seqlens) in
             [(1, None, None), (300, None, None), (300, Some(17), None), (60, Some(9), Some(vec![0, 1, 33, 60]))]
         {
@@ -259,7 +259,7 @@ fn attention_equals_the_oracle() {
 
 /// Queries that continue a cache see what the whole sequence would show them; one query at a time too.
 fn attention_continues_a_cache() {
-    for path in [Path::Auto, Path::Portable] {
+    for &path in paths() {
         let mut random = Random::new(60);
         let q = random.tensor([2, 40, 4, 8], -1.0, 1.0, F32);
         let k = random.tensor([2, 40, 2, 8], -1.0, 1.0, F32);

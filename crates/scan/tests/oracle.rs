@@ -108,7 +108,7 @@ fn both_paths_equal_the_oracle() {
                 let seed = (100 * i + j) as u64;
                 let case = MatrixCase::sample(problem.clone(), seed, Precision::F32, gates, keys, betas);
                 for op in [Op::Gla, Op::GatedDelta, Op::Kda, Op::Dplr] {
-                    for path in [Path::Auto, Path::Portable] {
+                    for &path in paths() {
                         check(&case, op, path, gates.extreme());
                     }
                 }

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 
 use burn::Tensor;
 use burn::tensor::{DType, Device, Gradients, TensorData};
+use thalweg_scan::Path;
 
 thread_local! {
     static DEVICE: RefCell<Device> = RefCell::new(Device::flex());
@@ -15,9 +16,20 @@ pub fn device() -> Device {
     DEVICE.with_borrow(|device| device.clone().autodiff())
 }
 
-/// Whether that device computes with an element type.
+/// Whether that is a GPU.
+pub fn is_gpu() -> bool {
+    device().inner() != Device::flex()
+}
+
+/// Whether it computes with an element type. WGSL counts f64 among its own and gets it wrong.
 pub fn computes(dtype: DType) -> bool {
-    device().supports_dtype(dtype)
+    device().supports_dtype(dtype) && !(dtype == DType::F64 && is_gpu())
+}
+
+/// The paths to compare: on a GPU the portable one is Burn's own operations, which run only where there is no kernel. A
+/// software driver compiles each of their matrix products for half a minute.
+pub fn paths() -> &'static [Path] {
+    if is_gpu() { &[Path::Auto] } else { &[Path::Auto, Path::Portable] }
 }
 
 /// Runs a test on the first GPU, if there is one.
