@@ -127,6 +127,18 @@ fn equals_the_oracle() {
     }
 }
 
+/// Gates that leave nothing of the state after one token, and nothing of an f32 after two.
+#[test]
+fn gates_beyond_the_grid() {
+    let Some(client) = client() else { return };
+    for (i, gates) in [Gates::Mean(20.0), Gates::Mean(1e4)].into_iter().enumerate() {
+        for (j, form) in [(1, 0), (2, 1), (3, 0), (3, 1)].into_iter().enumerate() {
+            let sizes = Sizes { time: 200, heads: 2, value_heads: 2, key_dim: 12, value_dim: 20, cu_seqlens: None };
+            check::<f32>(&client, &sizes, form, Precision::F32, gates, (i * 4 + j) as u64);
+        }
+    }
+}
+
 const FORMS: [Form; 8] = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)];
 
 /// Several blocks of features, sequences that end anywhere, value heads that share queries and keys.
