@@ -20,6 +20,9 @@ pub(crate) fn step(problem: Problem) -> (Tensor<3>, Tensor<4>) {
         x.expand([batch, own, heads / own, d]).reshape([batch, heads, 1, d])
     };
     let (q, k, v) = (row(problem.q), row(problem.k), row(problem.v));
+    // [B, HV, 1, K] -> [B, HV, K, 1], by no transposition: its gradient is one of a sum, and Burn's fusion (0.22.1) reads
+    // `(sum.transpose() + product) * scale` with the strides of another tensor.
+    let column = |x: Tensor<4>| x.reshape([batch, heads, key_dim, 1]);
     let decayed = match problem.decay {
         Decay::None => state.clone(),
         Decay::Constant(g) => state.clone() * g.exp().reshape([1, heads, 1, 1]),
@@ -27,14 +30,14 @@ pub(crate) fn step(problem: Problem) -> (Tensor<3>, Tensor<4>) {
         Decay::Key(g) => state.clone() * g.exp().reshape([batch, heads, key_dim, 1]),
     };
     let state = match problem.write {
-        Write::Additive => decayed + k.transpose() * v,
+        Write::Additive => decayed + column(k) * v,
         Write::Delta { beta } => {
             let u = (v - k.clone().matmul(decayed.clone())) * beta.reshape([batch, heads, 1, 1]);
-            decayed + k.transpose() * u
+            decayed + column(k) * u
         }
         Write::LowRank { a, b } => {
             let u = row(a).matmul(state);
-            decayed + row(b).transpose() * u + k.transpose() * v
+            decayed + column(row(b)) * u + column(k) * v
         }
     };
     let o = q.mul_scalar(problem.scale).matmul(state.clone()).reshape([batch, heads, value_dim]);
