@@ -7,6 +7,7 @@ mod bench;
 mod conform;
 mod dashboard;
 mod generate;
+mod memory;
 mod plot;
 mod train;
 
@@ -33,6 +34,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    memory::keep();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => {
