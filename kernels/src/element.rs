@@ -1,6 +1,10 @@
 //! The element types that tensors may have in memory; arithmetic is always f32.
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
+
+/// Values that one task rounds.
+const BLOCK: usize = 1 << 14;
 
 /// A storage type of the kernels: `f32`, `bf16` or `f16`.
 pub trait Element: Copy + Send + Sync + Default + 'static {
@@ -10,6 +14,13 @@ pub trait Element: Copy + Send + Sync + Default + 'static {
     fn to_f32_slice(src: &[Self], dst: &mut [f32]);
     /// Rounds a slice to nearest even. Both slices have the same length.
     fn from_f32_slice(src: &[f32], dst: &mut [Self]);
+    /// Rounds a vector to nearest even; one of f32 is handed back as it is.
+    fn from_f32_vec(values: Vec<f32>) -> Vec<Self> {
+        let mut rounded = vec![Self::default(); values.len()];
+        let blocks = rounded.par_chunks_mut(BLOCK).zip(values.par_chunks(BLOCK));
+        blocks.for_each(|(to, from)| Self::from_f32_slice(from, to));
+        rounded
+    }
     /// Widens one value.
     fn to_f32(self) -> f32;
     /// Rounds one value to nearest even.
@@ -23,6 +34,9 @@ impl Element for f32 {
     }
     fn from_f32_slice(src: &[f32], dst: &mut [Self]) {
         dst.copy_from_slice(src);
+    }
+    fn from_f32_vec(values: Vec<f32>) -> Vec<Self> {
+        values
     }
     fn to_f32(self) -> f32 {
         self

@@ -4,8 +4,10 @@
 //! would read and write the same memory four times over, and a scalar `exp` per element costs as much as a small
 //! matrix product.
 
-use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
+use crate::native::plan::each;
+use crate::native::rows::{Output, zeroed};
 use crate::native::simd::{sigmoid, vectorize};
 use crate::{Element, Error};
 
@@ -32,7 +34,7 @@ pub struct GluGradients<E> {
 /// Elements that are widened to f32 at a time.
 const BLOCK: usize = 256;
 
-/// Elements per task; below two of them waking a thread costs more than it saves.
+/// Elements per task.
 const TASK: usize = 32 * BLOCK;
 
 /// An element-wise function with its derivative.
@@ -91,15 +93,48 @@ impl Function for GeluTanh {
     }
 }
 
+/// What a task of the backward pass writes.
+type Parts<'a, E> = (&'a mut [MaybeUninit<E>], Option<&'a mut [MaybeUninit<E>]>);
+
+/// `x = f(x)`
+pub(crate) fn apply(activation: Activation, x: &mut [f32]) {
+    fn map<F: Function>(x: &mut [f32]) {
+        vectorize(
+            #[inline(always)]
+            || x.iter_mut().for_each(|x| *x = F::value(*x)),
+        );
+    }
+    match activation {
+        Activation::Sigmoid => map::<Sigmoid>(x),
+        Activation::Silu => map::<Silu>(x),
+        Activation::GeluTanh => map::<GeluTanh>(x),
+    }
+}
+
+/// `x, slope = f(x), f'(x)`
+pub(crate) fn apply_with_slope(activation: Activation, x: &mut [f32], slope: &mut [f32]) {
+    fn map<F: Function>(x: &mut [f32], slope: &mut [f32]) {
+        vectorize(
+            #[inline(always)]
+            || x.iter_mut().zip(slope).for_each(|(x, slope)| (*x, *slope) = F::slope(*x)),
+        );
+    }
+    match activation {
+        Activation::Sigmoid => map::<Sigmoid>(x, slope),
+        Activation::Silu => map::<Silu>(x, slope),
+        Activation::GeluTanh => map::<GeluTanh>(x, slope),
+    }
+}
+
 /// `f(x) z`, or `f(x)` if `z` is absent.
 ///
 /// # Errors
 /// If `z` is not as long as `x`.
 pub fn forward<E: Element>(activation: Activation, x: &[E], z: Option<&[E]>) -> Result<Vec<E>, Error> {
     Error::check_len("z", z.map_or(x.len(), <[E]>::len), &[x.len()])?;
-    let mut y = vec![E::default(); x.len()];
-    let tasks = y.par_chunks_mut(TASK).enumerate().with_max_len(1);
-    let task = |(n, y): (usize, &mut [E])| {
+    let mut y = Output::new(x.len(), Vec::new());
+    let task = |(n, y): (usize, &mut [MaybeUninit<E>])| {
+        let y = zeroed(y);
         let range = n * TASK..n * TASK + y.len();
         let (x, z) = (&x[range.clone()], z.map(|z| &z[range]));
         match activation {
@@ -108,12 +143,10 @@ pub fn forward<E: Element>(activation: Activation, x: &[E], z: Option<&[E]>) -> 
             Activation::GeluTanh => values::<GeluTanh, E>(x, z, y),
         }
     };
-    if x.len() < 2 * TASK {
-        y.chunks_mut(TASK).enumerate().for_each(task);
-    } else {
-        tasks.for_each(task);
-    }
-    Ok(y)
+    let parts: Vec<_> = y.parts(TASK).enumerate().collect();
+    each(parts, x.len(), task);
+    // Safety: the tasks have written all of it.
+    Ok(unsafe { y.finish() })
 }
 
 /// Gradients of [`forward`] for the cotangent `dy` of its result.
@@ -128,13 +161,12 @@ pub fn backward<E: Element>(
 ) -> Result<GluGradients<E>, Error> {
     Error::check_len("z", z.map_or(x.len(), <[E]>::len), &[x.len()])?;
     Error::check_len("dy", dy.len(), &[x.len()])?;
-    let mut dx = vec![E::default(); x.len()];
-    let mut dz = z.map(|z| vec![E::default(); z.len()]);
-    let outputs: Vec<(&mut [E], Option<&mut [E]>)> = match &mut dz {
-        Some(dz) => dx.chunks_mut(TASK).zip(dz.chunks_mut(TASK).map(Some)).collect(),
-        None => dx.chunks_mut(TASK).map(|dx| (dx, None)).collect(),
-    };
-    let task = |(n, (dx, dz)): (usize, (&mut [E], Option<&mut [E]>))| {
+    let mut dx = Output::new(x.len(), Vec::new());
+    let mut dz = z.map(|z| Output::new(z.len(), Vec::new()));
+    let mut others = dz.as_mut().map(|dz| dz.parts(TASK));
+    let parts = dx.parts(TASK).map(|dx| (dx, others.as_mut().and_then(Iterator::next))).enumerate().collect();
+    let task = |(n, (dx, dz)): (usize, Parts<'_, E>)| {
+        let (dx, dz) = (zeroed(dx), dz.map(zeroed));
         let range = n * TASK..n * TASK + dx.len();
         let inputs = (&x[range.clone()], z.map(|z| &z[range.clone()]), &dy[range]);
         match activation {
@@ -143,12 +175,9 @@ pub fn backward<E: Element>(
             Activation::GeluTanh => slopes::<GeluTanh, E>(inputs, dx, dz),
         }
     };
-    if x.len() < 2 * TASK {
-        outputs.into_iter().enumerate().for_each(task);
-    } else {
-        outputs.into_par_iter().enumerate().with_max_len(1).for_each(task);
-    }
-    Ok(GluGradients { dx, dz })
+    each(parts, x.len(), task);
+    // Safety: the tasks have written all of both.
+    Ok(unsafe { GluGradients { dx: dx.finish(), dz: dz.map(|dz| dz.finish()) } })
 }
 
 fn values<F: Function, E: Element>(x: &[E], z: Option<&[E]>, y: &mut [E]) {

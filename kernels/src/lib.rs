@@ -11,8 +11,10 @@ mod error;
 pub mod glu;
 #[cfg(feature = "gpu")]
 pub mod gpu;
+pub mod linear;
 pub mod matrix;
 mod native;
+pub mod norm;
 pub mod rg_lru;
 mod sequences;
 pub mod short_conv;

@@ -7,6 +7,9 @@
 use super::tile::{LINE, Tile};
 use pulp::{Arch, Simd, WithSimd};
 
+/// Columns of the widest register block: panels of a right operand that are packed have this many.
+pub(crate) const PANEL: usize = 2 * LINE;
+
 /// What a product does with the previous content of its output.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Mode {

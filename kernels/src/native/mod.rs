@@ -5,6 +5,7 @@ pub(crate) mod elementwise_scan;
 pub(crate) mod gemm;
 pub(crate) mod matrix;
 pub(crate) mod plan;
+pub(crate) mod product;
 pub(crate) mod rg_lru;
 pub(crate) mod rows;
 pub(crate) mod short_conv;

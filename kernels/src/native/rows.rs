@@ -34,6 +34,11 @@ impl<E: Element> Output<E> {
         Rows { ptr: self.buffer.as_mut_ptr().cast(), len, stream: len * size_of::<E>() >= STREAM_BYTES }
     }
 
+    /// Parts of `len` elements each, for tasks that begin with [`zeroed`].
+    pub fn parts(&mut self, len: usize) -> std::slice::ChunksMut<'_, MaybeUninit<E>> {
+        self.buffer.chunks_mut(len)
+    }
+
     /// # Safety
     /// Every element has been written.
     pub unsafe fn finish(self) -> Vec<E> {
@@ -41,6 +46,14 @@ impl<E: Element> Output<E> {
         // Safety: the parts of a live vector, all of whose elements are initialised.
         unsafe { Vec::from_raw_parts(v.as_mut_ptr().cast(), v.len(), v.capacity()) }
     }
+}
+
+/// A part of an [`Output`] as a slice of zeros. The task that fills it clears it first, in its own cache; clearing all at
+/// once is a pass over memory on one thread.
+pub(crate) fn zeroed<E: Element>(part: &mut [MaybeUninit<E>]) -> &mut [E] {
+    part.fill(MaybeUninit::new(E::default()));
+    // Safety: initialised just now.
+    unsafe { &mut *(std::ptr::from_mut(part) as *mut [E]) }
 }
 
 /// Asks for huge pages: faulting in 64 MiB takes 30 ms in pages of 4 KiB, longer than a scan over it.

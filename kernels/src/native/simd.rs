@@ -94,6 +94,24 @@ pub(crate) fn sin_cos(x: f32) -> (f32, f32) {
     (sign(sin, quadrant), sign(cos, quadrant.wrapping_add(1)))
 }
 
+/// Sums of [`dot`] that run side by side.
+const LANES: usize = 16;
+
+/// `<a, b>`, summed in a fixed order; to be called inside of [`vectorize`].
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    lanes.iter().sum::<f32>() + rest
+}
+
 /// `dst[j, i] = src[i, j]` for an `[rows, cols]` block, in 8x8 squares.
 pub(crate) fn transpose(src: &[f32], src_stride: usize, dst: &mut [f32], dst_stride: usize, rows: usize, cols: usize) {
     if rows == 0 || cols == 0 {

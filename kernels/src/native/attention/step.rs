@@ -1,6 +1,7 @@
 //! One query per sequence against a cache: bound by reading the cache, so plain dot products on its rows.
 
 use super::at;
+use crate::native::simd::dot;
 use crate::{
     attention::StepProblem,
     element::Element,
@@ -16,7 +17,6 @@ const TOKENS: usize = 64;
 const RUN: usize = 1024;
 /// Below this many elements of the cache the threads are not woken.
 const SERIAL: usize = 32 << 10;
-const LANES: usize = 16;
 
 /// A running softmax over part of a cache, for each query head of a group: maximum, sum, weighted values.
 type Partial = Vec<(f32, f32, Vec<f32>)>;
@@ -93,18 +93,4 @@ fn attend<E: Element>(
         );
     }
     out
-}
-
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a, a_rest) = a.as_chunks::<LANES>();
-    let (b, b_rest) = b.as_chunks::<LANES>();
-    let mut lanes = [0.0; LANES];
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..LANES {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    lanes.iter().sum::<f32>() + rest
 }

@@ -1,0 +1,209 @@
+//! Linear layers, dense and block-diagonal: `y = x W + b`, and their gradients.
+//!
+//! They take most of the time of a model's training step on a CPU, and a gated recurrence such as the RG-LRU has some
+//! inside of it.
+
+use rayon::prelude::*;
+
+use crate::native::product::{Operand, product};
+use crate::native::simd::vectorize;
+use crate::{Element, Error};
+
+/// Sizes of a linear layer: features are cut into `blocks`, each with a weight of its own; a dense layer has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearProblem {
+    /// Rows of `x`: batch times time.
+    pub rows: usize,
+    /// Diagonal blocks of the weight.
+    pub blocks: usize,
+    /// Input features of a block.
+    pub inputs: usize,
+    /// Output features of a block.
+    pub outputs: usize,
+}
+
+impl LinearProblem {
+    /// A dense layer.
+    pub fn new(rows: usize, inputs: usize, outputs: usize) -> Self {
+        Self { rows, blocks: 1, inputs, outputs }
+    }
+
+    /// Sets the number of diagonal blocks; `inputs` and `outputs` are those of one block.
+    #[must_use]
+    pub fn with_blocks(self, blocks: usize) -> Self {
+        Self { blocks, ..self }
+    }
+
+    fn check<E>(&self, x: &[E], weight: &[E]) -> Result<(), Error> {
+        let Self { rows, blocks, inputs, outputs } = *self;
+        for (argument, size) in [("rows", rows), ("blocks", blocks), ("inputs", inputs), ("outputs", outputs)] {
+            Error::check_positive(argument, size)?;
+        }
+        Error::check_len("x", x.len(), &[rows, blocks, inputs])?;
+        Error::check_len("weight", weight.len(), &[blocks, inputs, outputs])
+    }
+}
+
+/// Gradients of [`forward`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinearGradients<E> {
+    /// Of `x`, `[rows, blocks, inputs]`.
+    pub dx: Vec<E>,
+    /// Of the weight, `[blocks, inputs, outputs]`.
+    pub d_weight: Vec<E>,
+    /// Of the bias, `[blocks, outputs]`, if it was asked for.
+    pub d_bias: Option<Vec<E>>,
+}
+
+/// `y[t, h] = x[t, h] W[h] + b[h]`: `x` is `[rows, blocks, inputs]`, `weight` `[blocks, inputs, outputs]`, `bias`
+/// `[blocks, outputs]`, the result `[rows, blocks, outputs]`. Sums are f32.
+///
+/// # Errors
+/// If a size is 0 or a slice is not as long as the problem says.
+pub fn forward<E: Element>(
+    problem: &LinearProblem,
+    x: &[E],
+    weight: &[E],
+    bias: Option<&[E]>,
+) -> Result<Vec<E>, Error> {
+    problem.check(x, weight)?;
+    let LinearProblem { rows, blocks, inputs, outputs } = *problem;
+    if let Some(bias) = bias {
+        Error::check_len("bias", bias.len(), &[blocks, outputs])?;
+    }
+    let a = Operand { data: x, stride: blocks * inputs, block: inputs, transposed: false };
+    let b = Operand { data: weight, stride: outputs, block: inputs * outputs, transposed: false };
+    Ok(product([blocks, rows, outputs, inputs], a, b, bias))
+}
+
+/// Gradients of [`forward`] for the cotangent `dy: [rows, blocks, outputs]` of its result.
+///
+/// # Errors
+/// If a size is 0 or a slice is not as long as the problem says.
+pub fn backward<E: Element>(
+    problem: &LinearProblem,
+    x: &[E],
+    weight: &[E],
+    dy: &[E],
+    with_bias: bool,
+) -> Result<LinearGradients<E>, Error> {
+    problem.check(x, weight)?;
+    let LinearProblem { rows, blocks, inputs, outputs } = *problem;
+    Error::check_len("dy", dy.len(), &[rows, blocks, outputs])?;
+    let x = Operand { data: x, stride: blocks * inputs, block: inputs, transposed: true };
+    let w = Operand { data: weight, stride: outputs, block: inputs * outputs, transposed: true };
+    let d = Operand { data: dy, stride: blocks * outputs, block: outputs, transposed: false };
+    let dx = product([blocks, rows, inputs, outputs], d, w, None);
+    let of_block = |h| product([1, inputs, outputs, rows], x.only(h), d.only(h), None);
+    let d_weight = match blocks {
+        1 => of_block(0),
+        _ => (0..blocks).into_par_iter().map(of_block).collect::<Vec<_>>().concat(),
+    };
+    let d_bias = with_bias.then(|| column_sums(dy, blocks * outputs));
+    Ok(LinearGradients { dx, d_weight, d_bias })
+}
+
+/// Sums over the rows of `[rows, width]`: runs of rows first, so that long sums lose no digits.
+fn column_sums<E: Element>(x: &[E], width: usize) -> Vec<E> {
+    const RUN: usize = 128;
+    let sum = |x: &[E]| {
+        let (mut sums, mut row) = (vec![0.0; width], vec![0.0; width]);
+        for x in x.chunks_exact(width) {
+            E::to_f32_slice(x, &mut row);
+            vectorize(
+                #[inline(always)]
+                || sums.iter_mut().zip(&row).for_each(|(s, x)| *s += x),
+            );
+        }
+        sums
+    };
+    let runs: Vec<Vec<f32>> = x.par_chunks(RUN * width).with_min_len(4).map(sum).collect();
+    let add = |mut total: Vec<f32>, run: Vec<f32>| {
+        total.iter_mut().zip(run).for_each(|(t, x)| *t += x);
+        total
+    };
+    E::from_f32_vec(runs.into_iter().fold(vec![0.0; width], add))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Noise, assert_close, wide};
+    use half::bf16;
+    use proptest::prelude::*;
+
+    /// `y`, `dx`, `dW`, `db` by definition.
+    fn definition(p: &LinearProblem, x: &[f64], w: &[f64], b: &[f64], dy: &[f64]) -> [Vec<f64>; 4] {
+        let LinearProblem { rows, blocks, inputs, outputs } = *p;
+        let (mut y, mut dx) = (vec![0.0; dy.len()], vec![0.0; x.len()]);
+        let (mut dw, mut db) = (vec![0.0; w.len()], vec![0.0; b.len()]);
+        for t in 0..rows {
+            for h in 0..blocks {
+                for o in 0..outputs {
+                    let (at, to) = ((t * blocks + h) * inputs, (t * blocks + h) * outputs + o);
+                    y[to] += b[h * outputs + o];
+                    db[h * outputs + o] += dy[to];
+                    for i in 0..inputs {
+                        let weight = (h * inputs + i) * outputs + o;
+                        y[to] += x[at + i] * w[weight];
+                        dx[at + i] += dy[to] * w[weight];
+                        dw[weight] += dy[to] * x[at + i];
+                    }
+                }
+            }
+        }
+        [y, dx, dw, db]
+    }
+
+    fn check<E: Element>(p: &LinearProblem, tolerance: f64) {
+        let LinearProblem { rows, blocks, inputs, outputs } = *p;
+        let lengths = [rows * blocks * inputs, blocks * inputs * outputs, blocks * outputs, rows * blocks * outputs];
+        let mut noise = Noise::new(rows as u64);
+        let [x, w, b, dy] = lengths.map(|n| noise.uniform::<E>(n, -1.0, 1.0));
+        let [y, dx, d_weight, d_bias] = definition(p, &wide(&x), &wide(&w), &wide(&b), &wide(&dy));
+        let grads = backward(p, &x, &w, &dy, true).unwrap();
+        assert_close("y", &forward(p, &x, &w, Some(&b)).unwrap(), &y, tolerance);
+        assert_close("dx", &grads.dx, &dx, tolerance);
+        assert_close("d_weight", &grads.d_weight, &d_weight, tolerance);
+        assert_close("d_bias", &grads.d_bias.unwrap(), &d_bias, tolerance);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn equals_the_definition(rows in 1usize..200, blocks in 1usize..4, inputs in 1usize..80, outputs in 1usize..80) {
+            let p = LinearProblem { rows, blocks, inputs, outputs };
+            check::<f32>(&p, 1e-6);
+            check::<bf16>(&p, 5e-3);
+        }
+    }
+
+    /// Inner sizes of more than one chunk, in all three products.
+    #[test]
+    fn long_sums() {
+        check::<f32>(&LinearProblem::new(1500, 40, 33), 3e-6);
+        check::<f32>(&LinearProblem::new(70, 1100, 1030), 3e-6);
+    }
+
+    #[test]
+    fn does_not_depend_on_threads() {
+        let p = LinearProblem::new(700, 96, 160).with_blocks(2);
+        let mut noise = Noise::new(1);
+        let [x, w, dy] = [700 * 192, 2 * 96 * 160, 700 * 320].map(|n| noise.uniform::<f32>(n, -1.0, 1.0));
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| (forward(&p, &x, &w, None).unwrap(), backward(&p, &x, &w, &dy, true).unwrap()))
+        };
+        assert_eq!(run(1), run(3));
+    }
+
+    #[test]
+    fn refuses_lengths() {
+        let p = LinearProblem::new(2, 3, 4);
+        let error = forward(&p, &[0.0f32; 5], &[0.0; 12], None).unwrap_err();
+        assert_eq!(error.to_string(), "`x` has shape [5], expected [2, 1, 3]");
+        assert!(forward(&p, &[0.0f32; 6], &[0.0; 12], Some(&[0.0; 3])).is_err());
+        assert!(backward(&p, &[0.0f32; 6], &[0.0; 12], &[0.0; 7], false).is_err());
+        assert!(forward(&LinearProblem::new(0, 3, 4), &[0.0f32; 0], &[0.0; 12], None).is_err());
+    }
+}

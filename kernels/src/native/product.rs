@@ -1,0 +1,147 @@
+//! Products of matrices that do not fit a cache: linear layers and their gradients, on all threads.
+//!
+//! The inner size is cut into chunks. Of each, `B` is packed once into panels as wide as a register block, for all
+//! threads; these take rows of `C` and pack their rows of `A`. No sum is split between threads, so the bits do not depend
+//! on their number.
+
+use super::gemm::{Lhs, Mode, Out, PANEL, Rhs, gemm};
+use super::rows::Output;
+use super::simd::transpose;
+use super::tile::{LINE, Tile};
+use crate::Element;
+use rayon::prelude::*;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// Inner elements of a chunk at most: a panel of `B` and a task's rows of `A` stay in a second-level cache.
+const DEPTH: usize = 1024;
+/// Rows of `C` that a task takes at most.
+const ROWS: usize = 64;
+/// Multiply-adds below which waking a thread costs more than it saves.
+const SERIAL: usize = 1 << 18;
+
+/// One matrix per block: row `i` of block `b` begins at `b * block + i * stride`. The operand is that matrix, or its
+/// transpose.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand<'a, E> {
+    pub data: &'a [E],
+    pub stride: usize,
+    pub block: usize,
+    pub transposed: bool,
+}
+
+impl<'a, E: Element> Operand<'a, E> {
+    /// One block alone.
+    pub fn only(self, block: usize) -> Self {
+        Self { data: &self.data[block * self.block..], ..self }
+    }
+
+    /// Elements `columns` of a row in memory.
+    fn row(&self, block: usize, row: usize, columns: Range<usize>) -> &'a [E] {
+        let at = block * self.block + row * self.stride;
+        &self.data[at + columns.start..at + columns.end]
+    }
+
+    /// `[rows, inner]` of the operand as a left operand, by way of `tile`.
+    fn lhs<'t>(&self, tile: &'t mut Tile, block: usize, rows: Range<usize>, inner: Range<usize>) -> Lhs<'t> {
+        let (lines, columns) = if self.transposed { (inner, rows) } else { (rows, inner) };
+        for (i, line) in lines.enumerate() {
+            let row = self.row(block, line, columns.clone());
+            E::to_f32_slice(row, &mut tile.row_mut(i)[..row.len()]);
+        }
+        if self.transposed { Lhs::transposed(tile, 0, 0) } else { Lhs::of(tile, 0, 0) }
+    }
+
+    /// `[inner, columns]` of the operand into a panel; absent columns are 0.
+    fn pack(&self, panel: &mut [f32], block: usize, inner: Range<usize>, columns: Range<usize>) {
+        let width = columns.len();
+        if !self.transposed {
+            for (p, line) in inner.zip(panel.chunks_exact_mut(PANEL)) {
+                E::to_f32_slice(self.row(block, p, columns.clone()), &mut line[..width]);
+                line[width..].fill(0.0);
+            }
+            return;
+        }
+        let mut tile = Tile::new(width, inner.len());
+        for (j, column) in columns.enumerate() {
+            E::to_f32_slice(self.row(block, column, inner.clone()), tile.row_mut(j));
+        }
+        if width < PANEL {
+            panel.fill(0.0);
+        }
+        transpose(tile.data(), tile.stride(), panel, PANEL, width, inner.len());
+    }
+}
+
+/// `C = A B + bias` in each block: `A` is `[m, k]`, `B` is `[k, n]`, and `C` is stored `[m, blocks, n]`; `bias` is
+/// `[blocks, n]`. Sums are f32.
+pub(crate) fn product<E: Element>(
+    [blocks, m, n, k]: [usize; 4],
+    a: Operand<E>,
+    b: Operand<E>,
+    bias: Option<&[E]>,
+) -> Vec<E> {
+    // The register blocks write whole cache lines.
+    let padded = n.next_multiple_of(LINE);
+    let (width, panels) = (blocks * padded, padded.div_ceil(PANEL));
+    let mut first = vec![0.0; width];
+    for (first, bias) in first.chunks_exact_mut(padded).zip(bias.into_iter().flat_map(|b| b.chunks_exact(n))) {
+        E::to_f32_slice(bias, &mut first[..n]);
+    }
+    let serial = blocks * m * n * k < SERIAL;
+    let threads = if serial { 1 } else { rayon::current_num_threads() };
+    let rows = m.div_ceil(4 * threads).next_multiple_of(8).min(ROWS);
+    let depth = k.div_ceil(k.div_ceil(DEPTH));
+    let scratch = || if a.transposed { Tile::new(depth, rows) } else { Tile::new(rows, depth) };
+
+    let mut packed = vec![0.0; blocks * panels * depth * PANEL];
+    let mut c = Output::new(m * width, Vec::new());
+    for from in (0..k).step_by(depth) {
+        let inner = from..k.min(from + depth);
+        let panel = inner.len() * PANEL;
+        let pack = |(p, to): (usize, &mut [f32])| {
+            let (block, column) = (p / panels, p % panels * PANEL);
+            b.pack(to, block, inner.clone(), column..n.min(column + PANEL));
+        };
+        let packed = &mut packed[..blocks * panels * panel];
+        if serial {
+            packed.chunks_exact_mut(panel).enumerate().for_each(pack);
+        } else {
+            packed.par_chunks_exact_mut(panel).enumerate().for_each(pack);
+        }
+
+        let packed = &*packed;
+        let task = |tile: &mut Tile, (i, c): (usize, &mut [MaybeUninit<f32>])| {
+            if from == 0 {
+                c.iter_mut().zip(first.iter().cycle()).for_each(|(c, x)| _ = c.write(*x));
+            }
+            // Safety: initialised in the first chunk.
+            let c = unsafe { &mut *(std::ptr::from_mut(c) as *mut [f32]) };
+            let taken = i * rows..i * rows + c.len() / width;
+            for (block, packed) in packed.chunks_exact(panels * panel).enumerate() {
+                let lhs = a.lhs(tile, block, taken.clone(), inner.clone());
+                for (data, column) in packed.chunks_exact(panel).zip((0..padded).step_by(PANEL)) {
+                    let out = Out { data: &mut c[block * padded + column..], stride: width };
+                    let size = [taken.len(), PANEL.min(padded - column), inner.len()];
+                    gemm(Mode::Add, size, lhs, Rhs { data, stride: PANEL }, out);
+                }
+            }
+        };
+        let parts = c.parts(rows * width).enumerate();
+        if serial {
+            let mut tile = scratch();
+            parts.for_each(|part| task(&mut tile, part));
+        } else {
+            parts.collect::<Vec<_>>().into_par_iter().with_max_len(1).for_each_init(scratch, task);
+        }
+    }
+    // Safety: every element was initialised in the first chunk, and there is one, since `k` is not 0.
+    let c = unsafe { c.finish() };
+    if padded == n {
+        return E::from_f32_vec(c);
+    }
+    let mut narrow = vec![E::default(); m * blocks * n];
+    let rows = narrow.par_chunks_exact_mut(n).zip(c.par_chunks_exact(padded)).with_min_len(1024);
+    rows.for_each(|(to, from)| E::from_f32_slice(&from[..n], to));
+    narrow
+}
