@@ -364,13 +364,8 @@ impl Op for Block {
     }
 
     fn apply(&self, x: &[Any], path: scan::Path) -> Result<Any, scan::Error> {
-        let ScanProblem { batch, time, channels, .. } = self.problem;
-        let by_block = x[0].r3().reshape([batch * time, self.blocks, self.width()]).swap_dims(0, 1);
-        let gate = |weight: Tensor<3>, bias: Tensor<2>| {
-            let logits = by_block.clone().matmul(weight) + bias.unsqueeze_dim(1);
-            logits.swap_dims(0, 1).reshape([batch, time, channels])
-        };
-        let (recurrent, input) = (gate(x[1].r3(), x[2].r2()), gate(x[3].r3(), x[4].r2()));
+        let gate = |weight, bias| scan::block_linear(x[0].r3(), weight, Some(bias), path);
+        let (recurrent, input) = (gate(x[1].r3(), x[2].r2())?, gate(x[3].r3(), x[4].r2())?);
         let options = scan::ScanOptions::new().with_path(path);
         Ok(scan::rg_lru(x[0].r3(), recurrent, input, x[5].r1(), None, options)?.o.into())
     }

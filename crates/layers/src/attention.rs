@@ -14,6 +14,7 @@ use crate::init::linear;
 use crate::kv_cache::{AttentionState, aligned};
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{RmsNorm, RmsNormConfig};
+use crate::projection::Projection;
 use crate::rotary::{Positions, Rotary};
 use crate::{ConfigError, Error};
 
@@ -170,14 +171,14 @@ struct Projected {
 impl Attention {
     fn project(&self, x: Tensor<3>, positions: &Positions) -> Projected {
         let device = x.device();
-        let mut q = split(self.q_proj.forward(x.clone()), self.heads);
+        let mut q = split(self.q_proj.project(x.clone()), self.heads);
         let gate = self.output_gate.then(|| {
             let gate = q.clone().narrow(3, self.head_dim, self.head_dim);
             q = q.clone().narrow(3, 0, self.head_dim);
             gate
         });
-        let mut k = split(self.k_proj.forward(x.clone()), self.kv_heads);
-        let v = split(self.v_proj.forward(x), self.kv_heads);
+        let mut k = split(self.k_proj.project(x.clone()), self.kv_heads);
+        let v = split(self.v_proj.project(x), self.kv_heads);
         if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
             q = q_norm.forward(q);
             k = k_norm.forward(k);
@@ -195,7 +196,7 @@ impl Attention {
             Some(gate) => gated(GluActivation::Sigmoid, gate, o),
             None => o,
         };
-        self.o_proj.forward(merge(o))
+        self.o_proj.project(merge(o))
     }
 
     /// The queries of all sequences at once over the cache and their own tokens.

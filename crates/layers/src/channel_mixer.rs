@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::activation::{Activation, ActivationConfig};
 use crate::error::positive;
 use crate::init::linear;
+use crate::projection::Projection;
 use crate::{ConfigError, Site};
 
 /// The form of a channel mixer. The gated forms differ only in the activation of the gate (Shazeer 2020,
@@ -138,9 +139,9 @@ impl ChannelMixer {
     /// Mixes the last axis of `x`, `[.., hidden]`; the output has the shape of `x`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let inner = match &self.gate_proj {
-            Some(gate) => self.activation.gate(gate.forward(x.clone()), self.up_proj.forward(x)),
-            None => self.activation.forward(self.up_proj.forward(x)),
+            Some(gate) => self.activation.gate(gate.project(x.clone()), self.up_proj.project(x)),
+            None => self.activation.forward(self.up_proj.project(x)),
         };
-        self.down_proj.forward(inner)
+        self.down_proj.project(inner)
     }
 }

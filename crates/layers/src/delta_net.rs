@@ -12,6 +12,7 @@ use crate::heads::{full_precision, merge, split, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{GatedRmsNorm, OutputGate};
+use crate::projection::Projection;
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
 use crate::{ConfigError, Error};
@@ -140,18 +141,18 @@ impl DeltaNet {
         context: &Context,
     ) -> Result<([Tensor<4>; 3], Tensor<3>, Option<QkvConvState>), Error> {
         context.check_input(x, self.hidden_size)?;
-        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.forward(x.clone()));
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let (qkv, conv) = convolve(self.conv.as_ref(), qkv, conv, true, context)?;
-        let beta = sigmoid(full_precision(self.b_proj.forward(x.clone()))) * self.beta_scale;
+        let beta = sigmoid(full_precision(self.b_proj.project(x.clone()))) * self.beta_scale;
         Ok((qkv.map(|x| split(x, self.heads)), beta, conv))
     }
 
     fn output(&self, o: Tensor<4>, x: Tensor<3>) -> Tensor<3> {
         let o = match &self.g_proj {
-            Some(gate) => self.norm.forward(o, split(gate.forward(x), self.heads)),
+            Some(gate) => self.norm.forward(o, split(gate.project(x), self.heads)),
             None => self.norm.normalize(o),
         };
-        self.o_proj.forward(merge(o))
+        self.o_proj.project(merge(o))
     }
 }
 

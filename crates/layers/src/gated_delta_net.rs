@@ -13,6 +13,7 @@ use crate::heads::{full_precision, merge, split, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{GatedRmsNorm, OutputGate};
+use crate::projection::Projection;
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
 use crate::{ConfigError, Error};
@@ -156,14 +157,14 @@ struct Projected {
 impl GatedDeltaNet {
     fn project(&self, x: &Tensor<3>, conv: Option<QkvConvState>, context: &Context) -> Result<Projected, Error> {
         context.check_input(x, self.hidden_size)?;
-        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.forward(x.clone()));
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let ([q, k, v], conv) = convolve(self.conv.as_ref(), qkv, conv, true, context)?;
-        let beta = sigmoid(full_precision(self.b_proj.forward(x.clone()))) * self.beta_scale;
+        let beta = sigmoid(full_precision(self.b_proj.project(x.clone()))) * self.beta_scale;
         Ok(Projected {
             q: split(q, self.heads),
             k: split(k, self.heads),
             v: split(v, self.value_heads),
-            g: self.decay.per_head(self.a_proj.forward(x.clone())),
+            g: self.decay.per_head(self.a_proj.project(x.clone())),
             beta,
             conv,
         })
@@ -171,10 +172,10 @@ impl GatedDeltaNet {
 
     fn output(&self, o: Tensor<4>, x: Tensor<3>) -> Tensor<3> {
         let o = match &self.g_proj {
-            Some(gate) => self.norm.forward(o, split(gate.forward(x), self.value_heads)),
+            Some(gate) => self.norm.forward(o, split(gate.project(x), self.value_heads)),
             None => self.norm.normalize(o),
         };
-        self.o_proj.forward(merge(o))
+        self.o_proj.project(merge(o))
     }
 }
 

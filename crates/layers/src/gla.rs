@@ -12,6 +12,7 @@ use crate::heads::{full_precision, merge, repeat, split, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{GatedRmsNorm, OutputGate};
+use crate::projection::Projection;
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
 use crate::{ConfigError, Error};
@@ -163,9 +164,9 @@ struct Projected {
 impl Gla {
     fn project(&self, x: &Tensor<3>, conv: Option<QkvConvState>, context: &Context) -> Result<Projected, Error> {
         context.check_input(x, self.hidden_size)?;
-        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.forward(x.clone()));
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let ([q, k, v], conv) = convolve(self.conv.as_ref(), qkv, conv, false, context)?;
-        let gate = self.gk_proj.1.forward(self.gk_proj.0.forward(x.clone()));
+        let gate = self.gk_proj.1.project(self.gk_proj.0.project(x.clone()));
         let g = log_sigmoid(full_precision(gate)) / self.gate_normalizer;
         let groups = self.heads / self.kv_heads;
         let shared = |x| repeat(split(x, self.kv_heads), groups);
@@ -173,8 +174,8 @@ impl Gla {
     }
 
     fn output(&self, o: Tensor<4>, x: Tensor<3>) -> Tensor<3> {
-        let gate = split(self.g_proj.forward(x), self.heads);
-        self.o_proj.forward(merge(self.norm.forward(o, gate)))
+        let gate = split(self.g_proj.project(x), self.heads);
+        self.o_proj.project(merge(self.norm.forward(o, gate)))
     }
 }
 

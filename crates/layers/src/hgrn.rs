@@ -13,6 +13,7 @@ use crate::heads::{full_precision, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{GatedRmsNorm, OutputGate};
+use crate::projection::Projection;
 use crate::state::state_parts;
 use crate::{ConfigError, Error};
 
@@ -137,16 +138,16 @@ impl Hgrn {
     /// The input of the recurrence and the log of its gate, `[B, T, channels]`.
     fn project(&self, x: &Tensor<3>, context: &Context) -> Result<[Tensor<3>; 2], Error> {
         context.check_input(x, self.hidden_size)?;
-        let logits = self.f_proj.forward(x.clone());
+        let logits = self.f_proj.project(x.clone());
         let (g, rest) = forget_gate(logits, context.lower_bound.as_ref())?;
-        let input = self.i_proj.forward(x.clone());
+        let input = self.i_proj.project(x.clone());
         let dtype = input.dtype();
         let input = gated(GluActivation::Silu, full_precision(input), rest).cast(dtype);
         Ok([input, g])
     }
 
     fn output(&self, h: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
-        self.o_proj.forward(self.norm.forward(h, self.g_proj.forward(x)))
+        self.o_proj.project(self.norm.forward(h, self.g_proj.project(x)))
     }
 }
 

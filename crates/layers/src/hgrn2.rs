@@ -13,6 +13,7 @@ use crate::hgrn::forget_gate;
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{RmsNorm, RmsNormConfig};
+use crate::projection::Projection;
 use crate::state::state_parts;
 use crate::{ConfigError, Error};
 
@@ -113,16 +114,16 @@ impl Hgrn2 {
     /// Queries, keys, values and log gates.
     fn project(&self, x: &Tensor<3>, context: &Context) -> Result<[Tensor<4>; 4], Error> {
         context.check_input(x, self.hidden_size)?;
-        let q = silu(self.q_proj.forward(x.clone()));
-        let v = self.i_proj.forward(x.clone());
-        let logits = self.f_proj.forward(x.clone());
+        let q = silu(self.q_proj.project(x.clone()));
+        let v = self.i_proj.project(x.clone());
+        let logits = self.f_proj.project(x.clone());
         let (g, rest) = forget_gate(logits, context.lower_bound.as_ref())?;
         let k = rest.cast(q.dtype());
         Ok([q, k, v, g].map(|x| split(x, self.heads)))
     }
 
     fn output(&self, o: Tensor<4>) -> Tensor<3> {
-        self.o_proj.forward(self.norm.forward(merge(o)))
+        self.o_proj.project(self.norm.forward(merge(o)))
     }
 }
 

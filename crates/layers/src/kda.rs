@@ -13,6 +13,7 @@ use crate::heads::{full_precision, merge, split, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{GatedRmsNorm, OutputGate};
+use crate::projection::Projection;
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
 use crate::{ConfigError, Error};
@@ -154,10 +155,10 @@ struct Projected {
 impl Kda {
     fn project(&self, x: &Tensor<3>, conv: Option<QkvConvState>, context: &Context) -> Result<Projected, Error> {
         context.check_input(x, self.hidden_size)?;
-        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.forward(x.clone()));
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let ([q, k, v], conv) = convolve(self.conv.as_ref(), qkv, conv, true, context)?;
-        let gate = self.f_proj.1.forward(self.f_proj.0.forward(x.clone()));
-        let beta = sigmoid(full_precision(self.b_proj.forward(x.clone()))) * self.beta_scale;
+        let gate = self.f_proj.1.project(self.f_proj.0.project(x.clone()));
+        let beta = sigmoid(full_precision(self.b_proj.project(x.clone()))) * self.beta_scale;
         Ok(Projected {
             q: split(q, self.heads),
             k: split(k, self.heads),
@@ -169,9 +170,9 @@ impl Kda {
     }
 
     fn output(&self, o: Tensor<4>, x: Tensor<3>) -> Tensor<3> {
-        let gate = self.g_proj.1.forward(self.g_proj.0.forward(x));
+        let gate = self.g_proj.1.project(self.g_proj.0.project(x));
         let o = self.norm.forward(o, split(gate, self.value_heads));
-        self.o_proj.forward(merge(o))
+        self.o_proj.project(merge(o))
     }
 }
 

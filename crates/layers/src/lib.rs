@@ -22,6 +22,7 @@ pub mod kv_cache;
 pub mod lightning;
 pub mod mixer;
 pub mod norm;
+mod projection;
 pub mod retnet;
 pub mod rg_lru;
 pub mod rotary;

@@ -12,6 +12,7 @@ use crate::heads::{merge, split, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{RmsNorm, RmsNormConfig};
+use crate::projection::Projection;
 use crate::state::state_parts;
 use crate::{ConfigError, Error};
 
@@ -117,14 +118,14 @@ impl Lightning {
 
     fn project(&self, x: &Tensor<3>, context: &Context) -> Result<[Tensor<4>; 3], Error> {
         context.check_input(x, self.hidden_size)?;
-        let qkv = split(silu(self.qkv_proj.forward(x.clone())), self.heads);
+        let qkv = split(silu(self.qkv_proj.project(x.clone())), self.heads);
         Ok([0, 1, 2].map(|i| qkv.clone().narrow(3, i * self.head_dim, self.head_dim)))
     }
 
     fn output(&self, o: Tensor<4>, x: Tensor<3>) -> Tensor<3> {
         let o = self.norm.forward(merge(o));
-        let gate = self.output_gate.forward(x);
-        self.out_proj.forward(gated(GluActivation::Sigmoid, gate, o))
+        let gate = self.output_gate.project(x);
+        self.out_proj.project(gated(GluActivation::Sigmoid, gate, o))
     }
 }
 

@@ -1,15 +1,13 @@
-//! Root-mean-square norms and the l2 norm, over the last axis.
+//! Root-mean-square norms over the last axis.
 
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
-use thalweg_scan::GluActivation;
+use thalweg_scan::{GluActivation, Path, rms_norm};
 
 use crate::ConfigError;
 use crate::error::{positive, positive_number};
-use crate::gated::gated;
-use crate::heads::full_precision;
 
 /// Options of [`RmsNorm`].
 #[derive(Debug, Clone, PartialEq)]
@@ -70,11 +68,10 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// Normalises the last axis of `x`, which must have as many features as the weight. The statistic is f32 whatever
     /// the type of `x`.
+    #[track_caller]
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let inverse = inverse_rms(x.clone(), self.eps);
-        let weight = self.weight.val();
-        let scale = if self.unit_offset { weight + 1.0 } else { weight };
-        x * inverse * scale.unsqueeze()
+        let offset = if self.unit_offset { 1.0 } else { 0.0 };
+        run(x, &self.weight, offset, None, self.eps)
     }
 }
 
@@ -116,27 +113,29 @@ impl GatedRmsNorm {
     }
 
     /// `x` and the gate's input `z` have the same shape.
+    #[track_caller]
     pub fn forward<const D: usize>(&self, x: Tensor<D>, z: Tensor<D>) -> Tensor<D> {
-        gated(self.gate.function(), z, self.normalize(x))
+        run(x, &self.weight, 0.0, Some((self.gate.function(), z)), self.eps)
     }
 
     /// The norm without the gate, for layers whose gate is an option.
+    #[track_caller]
     pub fn normalize<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let inverse = inverse_rms(x.clone(), self.eps);
-        x * inverse * self.weight.val().unsqueeze()
+        run(x, &self.weight, 0.0, None, self.eps)
     }
 }
 
-/// `1 / sqrt(mean(x^2) + eps)` over the last axis, summed in f32 and returned in the type of `x`.
-fn inverse_rms<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
-    let dtype = x.dtype();
-    let mean = full_precision(x).square().mean_dim(D - 1);
-    (mean + eps).sqrt().recip().cast(dtype)
-}
-
-/// `x / sqrt(sum(x^2) + eps)` over the last axis. The delta rule's q and k use `eps` 1e-6.
-pub fn l2_norm<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
-    let dtype = x.dtype();
-    let sum = full_precision(x.clone()).square().sum_dim(D - 1);
-    x * (sum + eps).sqrt().recip().cast(dtype)
+/// Shapes that do not fit panic, as Burn's own layers do.
+#[track_caller]
+fn run<const D: usize>(
+    x: Tensor<D>,
+    weight: &Param<Tensor<1>>,
+    offset: f64,
+    gate: Option<(GluActivation, Tensor<D>)>,
+    eps: f64,
+) -> Tensor<D> {
+    match rms_norm(x, Some(weight.val()), offset, gate, eps, Path::Auto) {
+        Ok(y) => y,
+        Err(error) => panic!("{error}"),
+    }
 }

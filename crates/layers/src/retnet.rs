@@ -11,6 +11,7 @@ use crate::heads::{merge, split, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{GatedRmsNorm, OutputGate};
+use crate::projection::Projection;
 use crate::rotary::{Positions, Rotary, Rotation};
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
@@ -138,15 +139,15 @@ impl Retnet {
         rotation: &Rotation,
         context: &Context,
     ) -> Result<([Tensor<4>; 3], Option<QkvConvState>), Error> {
-        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.forward(x.clone()));
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let (qkv, conv) = convolve(self.conv.as_ref(), qkv, conv, false, context)?;
         let [q, k, v] = qkv.map(|x| split(x, self.heads));
         Ok(([rotation.apply(q), rotation.apply(k), v], conv))
     }
 
     fn output(&self, o: Tensor<4>, x: Tensor<3>) -> Tensor<3> {
-        let gate = split(self.g_proj.forward(x), self.heads);
-        self.o_proj.forward(merge(self.norm.forward(o, gate)))
+        let gate = split(self.g_proj.project(x), self.heads);
+        self.o_proj.project(merge(self.norm.forward(o, gate)))
     }
 }
 

@@ -5,13 +5,14 @@ use burn::module::{Module, Param};
 use burn::nn::{Initializer, Linear};
 use burn::tensor::{Bool, Device, Distribution, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
-use thalweg_scan::{ConvActivation, GluActivation, rg_lru, rg_lru_step};
+use thalweg_scan::{ConvActivation, GluActivation, Path, block_linear, rg_lru, rg_lru_step};
 
 use crate::error::{divide, positive, positive_number};
 use crate::gated::gated;
 use crate::heads::token;
 use crate::init::{linear, param};
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
+use crate::projection::Projection;
 use crate::rotary::Positions;
 use crate::short_conv::{ShortConv, validate_width};
 use crate::state::state_parts;
@@ -123,18 +124,14 @@ impl RgLru {
     }
 
     /// Logits of the recurrent and of the input gate, `[B, T, W]`.
-    fn gates(&self, x: Tensor<3>) -> [Tensor<3>; 2] {
-        let [batch, time, width] = x.dims();
-        let [heads, block] = self.input_gate_bias.shape().dims();
-        let x = x.reshape([batch * time, heads, block]).swap_dims(0, 1);
+    fn gates(&self, x: Tensor<3>) -> Result<[Tensor<3>; 2], Error> {
         let gate = |weight: &Param<Tensor<3>>, bias: &Param<Tensor<2>>| {
-            let logits = x.clone().matmul(weight.val()) + bias.val().unsqueeze_dim(1);
-            logits.swap_dims(0, 1).reshape([batch, time, width])
+            block_linear(x.clone(), weight.val(), Some(bias.val()), Path::Auto)
         };
-        [
-            gate(&self.recurrent_gate_weight, &self.recurrent_gate_bias),
-            gate(&self.input_gate_weight, &self.input_gate_bias),
-        ]
+        Ok([
+            gate(&self.recurrent_gate_weight, &self.recurrent_gate_bias)?,
+            gate(&self.input_gate_weight, &self.input_gate_bias)?,
+        ])
     }
 }
 
@@ -168,8 +165,8 @@ state_parts!(RgLruState as "rg_lru" { h, conv, positions });
 
 impl RgLruBlock {
     fn output(&self, h: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
-        let gate = self.linear_y.forward(x);
-        self.linear_out.forward(gated(GluActivation::GeluTanh, gate, h))
+        let gate = self.linear_y.project(x);
+        self.linear_out.project(gated(GluActivation::GeluTanh, gate, h))
     }
 }
 
@@ -197,9 +194,9 @@ impl SequenceMixer for RgLruBlock {
             None => (None, None, None),
         };
         let positions = Positions::of_forward(&x, seen, context)?;
-        let input = self.linear_x.forward(x.clone());
+        let input = self.linear_x.project(x.clone());
         let (input, conv) = self.conv_1d.forward(input, conv, context)?;
-        let [recurrent, gate] = self.rg_lru.gates(input.clone());
+        let [recurrent, gate] = self.rg_lru.gates(input.clone())?;
         let rows = if context.cu_seqlens.is_some() { 1 } else { x.dims()[0] };
         let reset = positions.first_tokens().map(|first| {
             let shape = [rows, first.len() / rows];
@@ -216,9 +213,9 @@ impl SequenceMixer for RgLruBlock {
         let context = context.of_step();
         context.check_input(&x, self.hidden_size)?;
         let positions = Positions::of_forward(&x, Some(state.positions), &context)?;
-        let input = self.linear_x.forward(x.clone());
+        let input = self.linear_x.project(x.clone());
         let (input, conv) = self.conv_1d.forward(input, Some(state.conv), &context)?;
-        let [recurrent, gate] = self.rg_lru.gates(input.clone());
+        let [recurrent, gate] = self.rg_lru.gates(input.clone())?;
         let reset = positions.first_tokens().map(|first| {
             let shape = [first.len()];
             Tensor::<1, Bool>::from_data(TensorData::new(first, shape), &x.device())

@@ -5,6 +5,7 @@ use burn::tensor::{DType, FloatDType};
 
 use thalweg_kernels::matrix::{DEFAULT_CHUNK, MatrixProblem};
 
+use crate::families::l2_norm;
 use crate::native::{self, GateKind, Operation, WriteKind, Written};
 use crate::{Error, MatrixOptions, StepOptions, check, portable};
 
@@ -132,10 +133,11 @@ impl Problem {
     ) -> Result<Self, Error> {
         validate(&q, &k, &v, &decay, &write, &options)?;
         let state = state_type(q.dtype());
+        let normalized = |x| if options.qk_l2norm { l2_norm(x, L2_EPSILON, options.path) } else { Ok(x) };
         Ok(Self {
             scale: options.scale.unwrap_or((q.dims()[3] as f64).powf(-0.5)),
-            q: l2_norm_if(options.qk_l2norm, q),
-            k: l2_norm_if(options.qk_l2norm, k),
+            q: normalized(q)?,
+            k: normalized(k)?,
             v,
             decay: match decay {
                 Decay::None => Decay::None,
@@ -193,16 +195,6 @@ pub(crate) fn state_type(dtype: DType) -> FloatDType {
         DType::F64 => FloatDType::F64,
         _ => FloatDType::F32,
     }
-}
-
-fn l2_norm_if(on: bool, x: Tensor<4>) -> Tensor<4> {
-    if !on {
-        return x;
-    }
-    let dtype = x.dtype();
-    let x = x.cast(state_type(dtype));
-    let norm = (x.clone() * x.clone()).sum_dim(3).add_scalar(L2_EPSILON).sqrt();
-    (x / norm).cast(dtype)
 }
 
 fn validate(

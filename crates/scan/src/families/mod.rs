@@ -9,8 +9,10 @@ mod gla;
 mod glu;
 mod hgrn2;
 mod kda;
+mod linear;
 mod linear_attention;
 pub(crate) mod linear_scan;
+mod norm;
 mod rg_lru;
 mod short_conv;
 mod simple_gla;
@@ -24,11 +26,13 @@ pub use gla::{gla, gla_step};
 pub use glu::glu;
 pub use hgrn2::{hgrn2, hgrn2_step};
 pub use kda::{kda, kda_step};
+pub use linear::{block_linear, linear};
 pub use linear_attention::{
     NormalizedOutput, linear_attention, linear_attention_step, normalized_linear_attention,
     normalized_linear_attention_step,
 };
 pub use linear_scan::{ScanOutput, hgrn, hgrn_step, linear_scan, linear_scan_step};
+pub use norm::{l2_norm, rms_norm};
 pub use rg_lru::{rg_lru, rg_lru_step};
 pub use short_conv::{ConvActivation, ShortConvOutput, short_conv, short_conv_step};
 pub use simple_gla::{retention, retention_step, simple_gla, simple_gla_step};

@@ -5,7 +5,9 @@ use burn::tensor::Shape;
 use thalweg_kernels::ScanProblem;
 use thalweg_kernels::attention::AttentionProblem;
 use thalweg_kernels::glu::Activation;
+use thalweg_kernels::linear::LinearProblem;
 use thalweg_kernels::matrix::MatrixProblem;
+use thalweg_kernels::norm::NormProblem;
 use thalweg_kernels::short_conv::ConvProblem;
 
 /// Tensors that an operation takes at most.
@@ -29,6 +31,10 @@ pub(crate) enum Operation {
     Attention { problem: AttentionProblem },
     /// `x, z -> f(x) z, nothing`
     Glu { activation: Activation },
+    /// `x, weight, bias -> y, nothing`
+    Linear { problem: LinearProblem },
+    /// `x, weight, z -> y, nothing`
+    Norm { problem: NormProblem, gate: Activation },
 }
 
 /// What the gate of a matrix-state operation depends on.

@@ -4,7 +4,9 @@
 mod attention;
 mod complex_scan;
 mod glu;
+mod linear;
 mod matrix;
+mod norm;
 mod rg_lru;
 mod scan;
 mod short_conv;
@@ -59,6 +61,8 @@ impl Kernels for Flex {
             Operation::ShortConv { problem } => for_element!(dtype, short_conv::forward(problem, operands)),
             Operation::Attention { problem } => for_element!(dtype, attention::forward(problem, operands, keep)),
             Operation::Glu { activation } => for_element!(dtype, glu::forward(*activation, operands)),
+            Operation::Linear { problem } => for_element!(dtype, linear::forward(problem, operands)),
+            Operation::Norm { problem, gate } => for_element!(dtype, norm::forward(problem, *gate, operands)),
         }
     }
 
@@ -91,6 +95,8 @@ impl Kernels for Flex {
             }
             Operation::Attention { problem } => for_element!(dtype, attention::backward(problem, operands, saved, d_o)),
             Operation::Glu { activation } => for_element!(dtype, glu::backward(*activation, operands, d_o)),
+            Operation::Linear { problem } => for_element!(dtype, linear::backward(problem, operands, d_o)),
+            Operation::Norm { problem, gate } => for_element!(dtype, norm::backward(problem, *gate, operands, d_o)),
         }
     }
 }
@@ -122,13 +128,28 @@ fn required<E: Number>(operands: &Operands, slot: usize) -> &[E] {
 }
 
 /// The elements of an operand that may be absent.
-fn optional(operands: &Operands, slot: usize) -> Option<&[f32]> {
+fn optional<E: Number>(operands: &Operands, slot: usize) -> Option<&[E]> {
     operands[slot].as_ref().map(slice)
 }
 
 /// A tensor over the memory of a vector.
 fn tensor<E: Number>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape.into()), E::dtype())
+}
+
+/// The result of an operation without a state: in the shape of its first operand but for the last axis.
+fn stateless<E: Number>(y: Vec<E>, operands: &Operands, features: Option<usize>) -> Forward<Flex> {
+    let mut shape = operands[0].as_ref().map_or_else(|| Shape::from([y.len()]), |x| x.layout().shape().clone());
+    if let (Some(last), Some(features)) = (shape.rank().checked_sub(1), features) {
+        shape[last] = features;
+    }
+    // The operation's second result is a placeholder.
+    Forward { o: tensor(y, shape), final_state: FlexTensor::zeros([1].into(), DType::F32), saved: Vec::new() }
+}
+
+/// The cotangent of the first output; zeros if only the state is used.
+fn cotangent<E: Number>(d_o: Option<FlexTensor>, len: usize) -> FlexTensor {
+    d_o.unwrap_or_else(|| tensor(vec![E::default(); len], [len]))
 }
 
 /// A gradient in the shape of its operand.

@@ -24,7 +24,7 @@ fn inputs<'a, E: Number>(operands: &'a Operands, reset: Option<&'a [bool]>) -> R
 
 /// The resets as the kernel wants them: one byte per token, few beside the channels.
 fn resets(operands: &Operands) -> Option<Vec<bool>> {
-    optional(operands, 4).map(|reset| reset.iter().map(|&x| x != 0.0).collect())
+    optional::<f32>(operands, 4).map(|reset| reset.iter().map(|&x| x != 0.0).collect())
 }
 
 fn shape(problem: &ScanProblem) -> [usize; 3] {

@@ -1,0 +1,97 @@
+//! Linear layers, norms and gated units: the kernels against the same formula in tensor operations, in f64.
+
+#[macro_use]
+mod common;
+
+use burn::Tensor;
+use burn::tensor::DType;
+use common::*;
+use thalweg_scan::{self as scan, GluActivation, Path};
+
+on_each_device!(linear_layers, norms, gated_units);
+
+/// Values of `f` and its gradients with respect to `leaves`, natively in `dtype` and portably in f64 on the same values.
+macro_rules! compare {
+    ($what:expr, [$($leaf:ident),+], $dtype:expr, $tolerance:expr, |$path:ident| $f:expr) => {{
+        // A GPU may not know f64; both sides run in f32 there.
+        let exact = if computes(DType::F64) { DType::F64 } else { DType::F32 };
+        let run = |$path: Path, dtype: DType| {
+            $(let $leaf = leaf(values(&$leaf), $leaf.dims(), dtype);)+
+            let y = $f.expect("valid arguments");
+            let cotangent = Random::new(3).tensor(y.dims(), -1.0, 1.0, y.dtype()).detach();
+            let gradients = (y.clone() * cotangent).sum().backward();
+            vec![values(&y), $(gradient(&$leaf, &gradients)),+]
+        };
+        for (n, (found, expected)) in run(Path::Auto, $dtype).iter().zip(run(Path::Portable, exact)).enumerate() {
+            let name = ["y", $(stringify!($leaf)),+][n];
+            assert_close(&format!("{} {name}", $what), found, &expected, $tolerance);
+        }
+    }};
+}
+
+/// The storage types of a kernel, with what they round off.
+fn types() -> impl Iterator<Item = (DType, f64)> {
+    [(DType::F32, 2e-6), (DType::BF16, 2e-2)].into_iter().filter(|(dtype, _)| computes(*dtype))
+}
+
+fn linear_layers() {
+    for (dtype, tolerance) in types() {
+        // Few rows are Burn's, many are the kernel's.
+        for time in [1, 50] {
+            let mut random = Random::new(time as u64);
+            let x: Tensor<3> = random.tensor([2, time, 24], -1.0, 1.0, dtype);
+            let w: Tensor<2> = random.tensor([24, 7], -0.3, 0.3, dtype);
+            let b: Tensor<1> = random.tensor([7], -1.0, 1.0, dtype);
+            compare!("linear", [x, w, b], dtype, tolerance, |path| scan::linear(
+                x.clone(),
+                w.clone(),
+                Some(b.clone()),
+                path
+            ));
+            let w: Tensor<3> = random.tensor([3, 8, 5], -0.3, 0.3, dtype);
+            let b: Tensor<2> = random.tensor([3, 5], -1.0, 1.0, dtype);
+            compare!("blocks", [x, w, b], dtype, tolerance, |path| {
+                scan::block_linear(x.clone(), w.clone(), Some(b.clone()), path)
+            });
+        }
+    }
+    let x: Tensor<3> = Random::new(1).tensor([2, 20, 24], -1.0, 1.0, DType::F32);
+    let w = |shape: [usize; 2]| Random::new(2).tensor::<2>(shape, -1.0, 1.0, DType::F32);
+    let error = scan::linear(x.clone(), w([23, 7]), None, Path::Auto).unwrap_err();
+    assert_eq!(error.to_string(), "`weight` has shape [23, 7], expected [inputs=24, outputs=7]");
+    let error = scan::block_linear(x, w([24, 7]).reshape([3, 7, 8]), None, Path::Auto).unwrap_err();
+    assert_eq!(error.to_string(), "`x` has shape [2, 20, 24], expected [batch=2, time=20, blocks * inputs=21]");
+}
+
+fn norms() {
+    for (dtype, tolerance) in types() {
+        let mut random = Random::new(5);
+        let x: Tensor<3> = random.tensor([3, 41, 33], -2.0, 2.0, dtype);
+        let z: Tensor<3> = random.tensor([3, 41, 33], -3.0, 3.0, dtype);
+        let w: Tensor<1> = random.tensor([33], -1.0, 1.0, dtype);
+        compare!("l2", [x], dtype, tolerance, |path| scan::l2_norm(x.clone(), 1e-6, path));
+        for offset in [0.0, 1.0] {
+            compare!("rms", [x, w], dtype, tolerance, |path| {
+                scan::rms_norm(x.clone(), Some(w.clone()), offset, None, 1e-5, path)
+            });
+        }
+        compare!("gated", [x, w, z], dtype, tolerance, |path| {
+            scan::rms_norm(x.clone(), Some(w.clone()), 0.0, Some((GluActivation::Silu, z.clone())), 1e-5, path)
+        });
+    }
+    // A row of zeros is a row of zeros, with a finite gradient.
+    let zeros: Tensor<2> = leaf(vec![0.0; 4], [1, 4], DType::F32);
+    let y = scan::l2_norm(zeros.clone(), 1e-6, Path::Auto).unwrap();
+    assert_eq!(values(&y), [0.0; 4]);
+    assert_close("slope", &gradient(&zeros, &y.sum().backward()), &[1000.0; 4], 1e-5);
+}
+
+fn gated_units() {
+    for (dtype, tolerance) in types() {
+        let mut random = Random::new(6);
+        let [x, z]: [Tensor<2>; 2] = [0; 2].map(|_| random.tensor([300, 70], -6.0, 6.0, dtype));
+        for f in [GluActivation::Sigmoid, GluActivation::Silu, GluActivation::GeluTanh] {
+            compare!(format!("{f:?}"), [x, z], dtype, tolerance, |path| scan::glu(f, x.clone(), Some(z.clone()), path));
+        }
+    }
+}
