@@ -21,6 +21,10 @@ pub trait Element: Copy + Send + Sync + Default + 'static {
         blocks.for_each(|(to, from)| Self::from_f32_slice(from, to));
         rounded
     }
+    /// The slice itself, where there is nothing to widen.
+    fn as_f32_slice(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
     /// Widens one value.
     fn to_f32(self) -> f32;
     /// Rounds one value to nearest even.
@@ -37,6 +41,9 @@ impl Element for f32 {
     }
     fn from_f32_vec(values: Vec<f32>) -> Vec<Self> {
         values
+    }
+    fn as_f32_slice(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
     }
     fn to_f32(self) -> f32 {
         self

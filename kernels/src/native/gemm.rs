@@ -32,6 +32,11 @@ impl<'a> Lhs<'a> {
         Self { data: &tile.data()[row * tile.stride() + col..], row: tile.stride(), col: 1 }
     }
 
+    /// A matrix whose rows begin every `stride` elements.
+    pub fn rows(data: &'a [f32], stride: usize) -> Self {
+        Self { data, row: stride, col: 1 }
+    }
+
     /// The transpose of the block of `tile` that starts at `(row, col)`.
     pub fn transposed(tile: &'a Tile, row: usize, col: usize) -> Self {
         Self { data: &tile.data()[row * tile.stride() + col..], row: 1, col: tile.stride() }

@@ -5,7 +5,7 @@
 //! on their number.
 
 use super::gemm::{Lhs, Mode, Out, PANEL, Rhs, gemm};
-use super::rows::Output;
+use super::rows::{Output, zeroed};
 use super::simd::transpose;
 use super::tile::{LINE, Tile};
 use crate::Element;
@@ -42,8 +42,14 @@ impl<'a, E: Element> Operand<'a, E> {
         &self.data[at + columns.start..at + columns.end]
     }
 
-    /// `[rows, inner]` of the operand as a left operand, by way of `tile`.
-    fn lhs<'t>(&self, tile: &'t mut Tile, block: usize, rows: Range<usize>, inner: Range<usize>) -> Lhs<'t> {
+    /// `[rows, inner]` of the operand as a left operand: rows of f32 as they are, others by way of `tile`.
+    fn lhs<'t>(&self, tile: &'t mut Tile, block: usize, rows: Range<usize>, inner: Range<usize>) -> Lhs<'t>
+    where
+        'a: 't,
+    {
+        if let (false, Some(data)) = (self.transposed, E::as_f32_slice(self.data)) {
+            return Lhs::rows(&data[block * self.block + rows.start * self.stride + inner.start..], self.stride);
+        }
         let (lines, columns) = if self.transposed { (inner, rows) } else { (rows, inner) };
         for (i, line) in lines.enumerate() {
             let row = self.row(block, line, columns.clone());
@@ -52,22 +58,18 @@ impl<'a, E: Element> Operand<'a, E> {
         if self.transposed { Lhs::transposed(tile, 0, 0) } else { Lhs::of(tile, 0, 0) }
     }
 
-    /// `[inner, columns]` of the operand into a panel; absent columns are 0.
+    /// `[inner, columns]` of the operand into a panel of zeros.
     fn pack(&self, panel: &mut [f32], block: usize, inner: Range<usize>, columns: Range<usize>) {
         let width = columns.len();
         if !self.transposed {
             for (p, line) in inner.zip(panel.chunks_exact_mut(PANEL)) {
                 E::to_f32_slice(self.row(block, p, columns.clone()), &mut line[..width]);
-                line[width..].fill(0.0);
             }
             return;
         }
         let mut tile = Tile::new(width, inner.len());
         for (j, column) in columns.enumerate() {
             E::to_f32_slice(self.row(block, column, inner.clone()), tile.row_mut(j));
-        }
-        if width < PANEL {
-            panel.fill(0.0);
         }
         transpose(tile.data(), tile.stride(), panel, PANEL, width, inner.len());
     }
@@ -94,26 +96,27 @@ pub(crate) fn product<E: Element>(
     let depth = k.div_ceil(k.div_ceil(DEPTH));
     let scratch = || if a.transposed { Tile::new(depth, rows) } else { Tile::new(rows, depth) };
 
-    let mut packed = vec![0.0; blocks * panels * depth * PANEL];
+    let mut packed = Vec::new();
     let mut c = Output::new(m * width, Vec::new());
     for from in (0..k).step_by(depth) {
         let inner = from..k.min(from + depth);
         let panel = inner.len() * PANEL;
-        let pack = |(p, to): (usize, &mut [f32])| {
+        let pack = |(p, to)| {
             let (block, column) = (p / panels, p % panels * PANEL);
-            b.pack(to, block, inner.clone(), column..n.min(column + PANEL));
+            b.pack(zeroed(to), block, inner.clone(), column..n.min(column + PANEL));
         };
-        let packed = &mut packed[..blocks * panels * panel];
+        let mut output = Output::new(blocks * panels * panel, std::mem::take(&mut packed));
+        let parts: Vec<_> = output.parts(panel).enumerate().collect();
         if serial {
-            packed.chunks_exact_mut(panel).enumerate().for_each(pack);
+            parts.into_iter().for_each(pack);
         } else {
-            packed.par_chunks_exact_mut(panel).enumerate().for_each(pack);
+            parts.into_par_iter().for_each(pack);
         }
-
-        let packed = &*packed;
+        // Safety: every panel has been packed.
+        packed = unsafe { output.finish() };
         let task = |tile: &mut Tile, (i, c): (usize, &mut [MaybeUninit<f32>])| {
             if from == 0 {
-                c.iter_mut().zip(first.iter().cycle()).for_each(|(c, x)| _ = c.write(*x));
+                c.chunks_exact_mut(width).for_each(|row| _ = row.write_copy_of_slice(&first));
             }
             // Safety: initialised in the first chunk.
             let c = unsafe { &mut *(std::ptr::from_mut(c) as *mut [f32]) };
