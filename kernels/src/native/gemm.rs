@@ -32,9 +32,14 @@ impl<'a> Lhs<'a> {
         Self { data: &tile.data()[row * tile.stride() + col..], row: tile.stride(), col: 1 }
     }
 
-    /// A matrix whose rows begin every `stride` elements.
-    pub fn rows(data: &'a [f32], stride: usize) -> Self {
-        Self { data, row: stride, col: 1 }
+    /// A matrix whose rows begin every `stride` elements, or its transpose.
+    pub fn strided(data: &'a [f32], stride: usize, transposed: bool) -> Self {
+        if transposed { Self { data, row: 1, col: stride } } else { Self { data, row: stride, col: 1 } }
+    }
+
+    /// The same from column `col` on.
+    pub fn from(self, col: usize) -> Self {
+        Self { data: &self.data[col * self.col..], ..self }
     }
 
     /// The transpose of the block of `tile` that starts at `(row, col)`.

@@ -42,13 +42,16 @@ impl<'a, E: Element> Operand<'a, E> {
         &self.data[at + columns.start..at + columns.end]
     }
 
-    /// `[rows, inner]` of the operand as a left operand: rows of f32 as they are, others by way of `tile`.
+    /// `[rows, inner]` of the operand as a left operand: f32 as it lies where that is fast, others by way of `tile`.
     fn lhs<'t>(&self, tile: &'t mut Tile, block: usize, rows: Range<usize>, inner: Range<usize>) -> Lhs<'t>
     where
         'a: 't,
     {
-        if let (false, Some(data)) = (self.transposed, E::as_f32_slice(self.data)) {
-            return Lhs::rows(&data[block * self.block + rows.start * self.stride + inner.start..], self.stride);
+        // Rows of a transpose are read across, which a stride that visits few sets of a cache makes slow.
+        if let Some(data) = E::as_f32_slice(self.data).filter(|_| !self.transposed || self.stride % 512 != 0) {
+            let (line, column) = if self.transposed { (inner.start, rows.start) } else { (rows.start, inner.start) };
+            let data = &data[block * self.block + line * self.stride + column..];
+            return Lhs::strided(data, self.stride, self.transposed);
         }
         let (lines, columns) = if self.transposed { (inner, rows) } else { (rows, inner) };
         for (i, line) in lines.enumerate() {
@@ -58,12 +61,19 @@ impl<'a, E: Element> Operand<'a, E> {
         if self.transposed { Lhs::transposed(tile, 0, 0) } else { Lhs::of(tile, 0, 0) }
     }
 
-    /// `[inner, columns]` of the operand into a panel of zeros.
+    /// `[inner, columns]` of the operand as it lies, if a product can take it so.
+    fn panel(&self, block: usize, inner: Range<usize>, columns: Range<usize>) -> Option<Rhs<'a>> {
+        let data = E::as_f32_slice(self.data).filter(|_| !self.transposed && columns.len().is_multiple_of(LINE))?;
+        Some(Rhs { data: &data[block * self.block + inner.start * self.stride + columns.start..], stride: self.stride })
+    }
+
+    /// `[inner, columns]` of the operand into a panel, filled up with columns of 0.
     fn pack(&self, panel: &mut [f32], block: usize, inner: Range<usize>, columns: Range<usize>) {
         let width = columns.len();
         if !self.transposed {
             for (p, line) in inner.zip(panel.chunks_exact_mut(PANEL)) {
                 E::to_f32_slice(self.row(block, p, columns.clone()), &mut line[..width]);
+                line[width..].fill(0.0);
             }
             return;
         }
@@ -71,18 +81,69 @@ impl<'a, E: Element> Operand<'a, E> {
         for (j, column) in columns.enumerate() {
             E::to_f32_slice(self.row(block, column, inner.clone()), tile.row_mut(j));
         }
+        if width < PANEL {
+            panel.fill(0.0);
+        }
         transpose(tile.data(), tile.stride(), panel, PANEL, width, inner.len());
     }
 }
 
 /// `C = A B + bias` in each block: `A` is `[m, k]`, `B` is `[k, n]`, and `C` is stored `[m, blocks, n]`; `bias` is
 /// `[blocks, n]`. Sums are f32.
-pub(crate) fn product<E: Element>(
-    [blocks, m, n, k]: [usize; 4],
-    a: Operand<E>,
-    b: Operand<E>,
-    bias: Option<&[E]>,
-) -> Vec<E> {
+pub(crate) fn product<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
+    let [_, m, _, _] = size;
+    if m <= ROWS { by_columns(size, a, b, bias) } else { by_rows(size, a, b, bias) }
+}
+
+/// Few rows, as when tokens are decoded: bound by reading `B`, of which each task takes a panel.
+fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
+    let panels = n.div_ceil(PANEL);
+    let mut tiles: Vec<_> = (0..blocks).map(|_| if a.transposed { Tile::new(k, m) } else { Tile::new(m, k) }).collect();
+    let lhs: Vec<_> = tiles.iter_mut().enumerate().map(|(block, tile)| a.lhs(tile, block, 0..m, 0..k)).collect();
+    let task = |packed: &mut Vec<f32>, p: usize| {
+        let (block, column) = (p / panels, p % panels * PANEL);
+        let columns = column..n.min(column + PANEL);
+        let mut c = vec![0.0; m * PANEL];
+        if let Some(bias) = bias {
+            let bias = &bias[block * n + columns.start..block * n + columns.end];
+            c.chunks_exact_mut(PANEL).for_each(|c| E::to_f32_slice(bias, &mut c[..bias.len()]));
+        }
+        for from in (0..k).step_by(DEPTH) {
+            let inner = from..k.min(from + DEPTH);
+            // A single block of rows reads a panel once, so packing it would not pay.
+            let rhs = match b.panel(block, inner.clone(), columns.clone()) {
+                Some(rhs) if m <= 8 => rhs,
+                _ => {
+                    packed.resize(inner.len() * PANEL, 0.0);
+                    b.pack(packed, block, inner.clone(), columns.clone());
+                    Rhs { data: packed, stride: PANEL }
+                }
+            };
+            let out = Out { data: &mut c, stride: PANEL };
+            let width = columns.len().next_multiple_of(LINE);
+            gemm(Mode::Add, [m, width, inner.len()], lhs[block].from(inner.start), rhs, out);
+        }
+        c
+    };
+    // Reading an element of B takes as long as multiplying it by some of A.
+    let tasks: Vec<_> = if blocks * m.max(8) * n * k < SERIAL {
+        let mut packed = Vec::new();
+        (0..blocks * panels).map(|p| task(&mut packed, p)).collect()
+    } else {
+        (0..blocks * panels).into_par_iter().map_init(Vec::new, task).collect()
+    };
+    let mut c = vec![E::default(); m * blocks * n];
+    for (i, row) in c.chunks_exact_mut(n).enumerate() {
+        let (i, block) = (i / blocks, i % blocks);
+        for (to, from) in row.chunks_mut(PANEL).zip(&tasks[block * panels..]) {
+            E::from_f32_slice(&from[i * PANEL..i * PANEL + to.len()], to);
+        }
+    }
+    c
+}
+
+/// Many rows, of which each task takes some.
+fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     // The register blocks write whole cache lines.
     let padded = n.next_multiple_of(LINE);
     let (width, panels) = (blocks * padded, padded.div_ceil(PANEL));

@@ -6,13 +6,13 @@ use thalweg_kernels::linear::LinearProblem;
 use crate::native::{self, Operand, Operation, Written};
 use crate::{Error, Path, check};
 
-/// Rows from which packing the weight pays; fewer are bound by reading it.
-const ROWS: usize = 16;
+/// Fewer rows are bound by reading the weight, which Burn's product of a vector and a matrix does in order.
+const ROWS: usize = 4;
 
 /// `y = x W + b` over the last axis.
 ///
 /// `x` is `[.., inputs]`, `weight` `[inputs, outputs]`, `bias` `[outputs]`; the result is `[.., outputs]`. On the CPU one
-/// product on all threads with no copies around it; elsewhere, and for a few rows, it is Burn's.
+/// product on all threads with no copies around it; elsewhere, and for a row or two, it is Burn's.
 ///
 /// # Errors
 /// If the shapes or the element types do not fit.
