@@ -7,8 +7,8 @@
 use std::mem::MaybeUninit;
 
 use crate::native::plan::each;
-use crate::native::rows::{Output, zeroed};
-use crate::native::simd::{sigmoid, vectorize};
+use crate::native::rows::{Aligned, Output, zeroed};
+use crate::native::simd::{round, sigmoid, vectorize, widen};
 use crate::{Element, Error};
 
 /// The `f` of a gated unit.
@@ -181,14 +181,14 @@ pub fn backward<E: Element>(
 }
 
 fn values<F: Function, E: Element>(x: &[E], z: Option<&[E]>, y: &mut [E]) {
-    let (mut xs, mut zs) = ([0.0; BLOCK], [0.0; BLOCK]);
+    let (mut xs, mut zs) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
     for (n, y) in y.chunks_mut(BLOCK).enumerate() {
         let range = n * BLOCK..n * BLOCK + y.len();
         let xs = &mut xs[..y.len()];
-        E::to_f32_slice(&x[range.clone()], xs);
+        widen(&x[range.clone()], xs);
         let zs = z.map(|z| {
             let zs = &mut zs[..y.len()];
-            E::to_f32_slice(&z[range], zs);
+            widen(&z[range], zs);
             &*zs
         });
         vectorize(
@@ -198,19 +198,19 @@ fn values<F: Function, E: Element>(x: &[E], z: Option<&[E]>, y: &mut [E]) {
                 None => xs.iter_mut().for_each(|x| *x = F::value(*x)),
             },
         );
-        E::from_f32_slice(xs, y);
+        round(xs, y);
     }
 }
 
 fn slopes<F: Function, E: Element>((x, z, dy): (&[E], Option<&[E]>, &[E]), dx: &mut [E], mut dz: Option<&mut [E]>) {
-    let (mut xs, mut zs, mut ds) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+    let (mut xs, mut zs, mut ds) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
     for (n, dx) in dx.chunks_mut(BLOCK).enumerate() {
         let range = n * BLOCK..n * BLOCK + dx.len();
         let (xs, zs, ds) = (&mut xs[..dx.len()], &mut zs[..dx.len()], &mut ds[..dx.len()]);
-        E::to_f32_slice(&x[range.clone()], xs);
-        E::to_f32_slice(&dy[range.clone()], ds);
+        widen(&x[range.clone()], xs);
+        widen(&dy[range.clone()], ds);
         match z {
-            Some(z) => E::to_f32_slice(&z[range.clone()], zs),
+            Some(z) => widen(&z[range.clone()], zs),
             None => zs.fill(1.0),
         }
         vectorize(
@@ -222,9 +222,9 @@ fn slopes<F: Function, E: Element>((x, z, dy): (&[E], Option<&[E]>, &[E]), dx: &
                 }
             },
         );
-        E::from_f32_slice(xs, dx);
+        round(xs, dx);
         if let Some(dz) = &mut dz {
-            E::from_f32_slice(zs, &mut dz[range]);
+            round(zs, &mut dz[range]);
         }
     }
 }

@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use crate::native::product::{Operand, product};
-use crate::native::simd::vectorize;
+use crate::native::simd::{vectorize, widen};
 use crate::{Element, Error};
 
 /// Sizes of a linear layer: features are cut into `blocks`, each with a weight of its own; a dense layer has one.
@@ -109,7 +109,7 @@ fn column_sums<E: Element>(x: &[E], width: usize) -> Vec<E> {
     let sum = |x: &[E]| {
         let (mut sums, mut row) = (vec![0.0; width], vec![0.0; width]);
         for x in x.chunks_exact(width) {
-            E::to_f32_slice(x, &mut row);
+            widen(x, &mut row);
             vectorize(
                 #[inline(always)]
                 || sums.iter_mut().zip(&row).for_each(|(s, x)| *s += x),

@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use crate::glu::{self, Activation};
 use crate::native::plan::each;
 use crate::native::rows::{Output, zeroed};
-use crate::native::simd::{dot, vectorize};
+use crate::native::simd::{dot, round, vectorize, widen};
 use crate::{Element, Error};
 
 /// Sizes and constants of a norm.
@@ -99,7 +99,7 @@ impl Row {
         let n = problem.features;
         let mut weight = vec![1.0; n];
         if let Some(w) = inputs.weight {
-            E::to_f32_slice(w, &mut weight);
+            widen(w, &mut weight);
             weight.iter_mut().for_each(|w| *w += problem.offset);
         }
         Self { x: vec![0.0; n], z: vec![1.0; n], dy: vec![0.0; n], weight }
@@ -107,7 +107,7 @@ impl Row {
 
     /// Loads `x` and returns `r`.
     fn load<E: Element>(&mut self, problem: &NormProblem, x: &[E]) -> f32 {
-        E::to_f32_slice(x, &mut self.x);
+        widen(x, &mut self.x);
         (self.dot(|row| &row.x) / problem.divisor + problem.eps).sqrt().recip()
     }
 
@@ -137,14 +137,14 @@ pub fn forward<E: Element>(problem: &NormProblem, inputs: &NormInputs<E>) -> Res
             let r = row.load(problem, &inputs.x[at.clone()]);
             let Row { x, z, weight, .. } = &mut row;
             if let Some((f, values)) = inputs.gate {
-                E::to_f32_slice(&values[at], z);
+                widen(&values[at], z);
                 glu::apply(f, z);
             }
             vectorize(
                 #[inline(always)]
                 || x.iter_mut().zip(&*weight).zip(&*z).for_each(|((x, w), f)| *x *= r * w * f),
             );
-            E::from_f32_slice(x, y);
+            round(x, y);
         }
     });
     // Safety: the tasks have written all of it.
@@ -176,14 +176,14 @@ pub fn backward<E: Element>(
             let at = task * run + i * n..task * run + (i + 1) * n;
             let r = row.load(problem, &inputs.x[at.clone()]);
             let Row { x, z, dy: d, weight } = &mut row;
-            E::to_f32_slice(&dy[at.clone()], d);
+            widen(&dy[at.clone()], d);
             vectorize(
                 #[inline(always)]
                 || x.iter_mut().for_each(|x| *x *= r),
             );
             // From here on x is the normalised row.
             if let (Some((f, values)), Some(dz)) = (inputs.gate, &mut dz) {
-                E::to_f32_slice(&values[at], z);
+                widen(&values[at], z);
                 glu::apply_with_slope(f, z, &mut slope);
                 vectorize(
                     #[inline(always)]
@@ -195,7 +195,7 @@ pub fn backward<E: Element>(
                         }
                     },
                 );
-                E::from_f32_slice(&slope, &mut dz[i * n..(i + 1) * n]);
+                round(&slope, &mut dz[i * n..(i + 1) * n]);
             }
             vectorize(
                 #[inline(always)]
@@ -213,7 +213,7 @@ pub fn backward<E: Element>(
                 #[inline(always)]
                 || x.iter_mut().zip(d.iter()).for_each(|(x, d)| *x = r * (d - *x * along)),
             );
-            E::from_f32_slice(x, dx);
+            round(x, dx);
         }
         d_weight
     });

@@ -5,7 +5,6 @@ use super::{Any, Input, Op, total, widen};
 use crate::noise::{fill, signed, wide};
 use crate::workload::{Named, Workload};
 use crate::{Case, Error, Pass};
-use burn::Tensor;
 use burn::tensor::Device;
 use thalweg_kernels::complex_scan::{self, Complex, ComplexGradients, ComplexInputs, ComplexOutputs};
 use thalweg_kernels::cost::{self, Cost};

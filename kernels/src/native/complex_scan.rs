@@ -2,7 +2,7 @@
 
 use super::{
     plan::{Task, each, plan},
-    rows::{AHEAD, BLOCK, Block, Output, Rows, block, fence, prefetch},
+    rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
     simd::{exp, sin_cos, vectorize},
     tile::Shared,
 };
@@ -115,7 +115,8 @@ fn forward_task<E: Element>(
     let theta = Parameter::new(inputs.theta, sequences.tokens(), channels);
     let constant = log_a.constant && theta.constant;
     let mut lambdas = vec![Complex { re: [0.0; BLOCK], im: [0.0; BLOCK] }; state.re.len()];
-    let (mut ab, mut tb, mut rb, mut ib) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+    let (mut ab, mut tb, mut rb, mut ib) =
+        (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
     let all_valid = vectorize(
         #[inline(always)]
         || {
@@ -226,7 +227,7 @@ fn backward_task<E: Element>(
     let zeros = || vec![[0.0; BLOCK]; blocks];
     let (mut totals, mut partials) = ([zeros(), zeros()], [zeros(), zeros()]);
     let mut lambdas = vec![Complex { re: [0.0; BLOCK], im: [0.0; BLOCK] }; blocks];
-    let mut buffers = [[0.0; BLOCK]; 6];
+    let mut buffers = Aligned([[0.0; BLOCK]; 6]);
     vectorize(
         #[inline(always)]
         || {
@@ -234,7 +235,7 @@ fn backward_task<E: Element>(
                 for (j, at, len) in task.blocks(t, channels).rev() {
                     prefetch(do_.re, at.wrapping_sub(AHEAD));
                     prefetch(do_.im, at.wrapping_sub(AHEAD));
-                    let [ab, tb, dr, di, hr, hi] = &mut buffers;
+                    let [ab, tb, dr, di, hr, hi] = &mut buffers.0;
                     let l = &mut lambdas[j];
                     if !constant || t + 1 == task.tokens.end {
                         let c = at - t * channels;
@@ -247,8 +248,8 @@ fn backward_task<E: Element>(
                         (block(o.re, at - channels, len, hr), block(o.im, at - channels, len, hi))
                     };
                     let (mut cr, mut ci) = (carry.re[j], carry.im[j]);
-                    let (mut ur, mut ui) = ([0.0; BLOCK], [0.0; BLOCK]);
-                    let (mut da, mut dth) = ([0.0; BLOCK], [0.0; BLOCK]);
+                    let (mut ur, mut ui) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
+                    let (mut da, mut dth) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
                     for i in 0..BLOCK {
                         let (u, w, re, im) = (d.0[i] + cr[i], d.1[i] + ci[i], l.re[i], l.im[i]);
                         let (x, y) = (h.0[i], h.1[i]);
@@ -270,7 +271,7 @@ fn backward_task<E: Element>(
                         match &parameters.rows[k] {
                             // Safety: as above.
                             Some(rows) => unsafe { rows.put(at, gradient, len) },
-                            None => partials[k][j].iter_mut().zip(gradient).for_each(|(s, x)| *s += x),
+                            None => partials[k][j].iter_mut().zip(gradient.iter()).for_each(|(s, x)| *s += x),
                         }
                     }
                 }

@@ -2,7 +2,7 @@
 
 use super::{
     plan::{Summary, Task, each, plan, with_states},
-    rows::{AHEAD, BLOCK, Block, Output, Rows, block, fence, prefetch},
+    rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
     simd::{exp, vectorize},
     tile::Shared,
 };
@@ -82,7 +82,7 @@ fn forward_task<E: Element, const LOG: bool>(
     out: &Rows<E>,
     state: &mut [Block],
 ) -> bool {
-    let (mut gb, mut xb) = ([0.0; BLOCK], [0.0; BLOCK]);
+    let (mut gb, mut xb) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
     let bad = vectorize(
         #[inline(always)]
         || {
@@ -120,7 +120,7 @@ fn summarise<E: Element, const LOG: bool>(
     x: &[E],
     backward: bool,
 ) -> Summary {
-    let (mut gb, mut xb) = ([0.0; BLOCK], [0.0; BLOCK]);
+    let (mut gb, mut xb) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
     let blocks = task.channels.len().div_ceil(BLOCK);
     let (mut product, mut sum) = (vec![[1.0f32; BLOCK]; blocks], vec![[0.0f32; BLOCK]; blocks]);
     vectorize(
@@ -190,7 +190,7 @@ fn backward_task<E: Element, const LOG: bool>(
     (dgate, dx): &(Rows<E>, Rows<E>),
     carry: &mut [Block],
 ) {
-    let (mut gb, mut hb, mut db) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+    let (mut gb, mut hb, mut db) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
     vectorize(
         #[inline(always)]
         || {
@@ -204,7 +204,7 @@ fn backward_task<E: Element, const LOG: bool>(
                         Some(before) if t == task.tokens.start => &before[j],
                         _ => block(o, at - channels, len, &mut hb),
                     };
-                    let (mut c, mut u, mut dg) = (carry[j], [0.0; BLOCK], [0.0; BLOCK]);
+                    let (mut c, mut u, mut dg) = (carry[j], Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
                     for i in 0..BLOCK {
                         let a = if LOG { exp(g[i]) } else { g[i] };
                         u[i] = d[i] + c[i];

@@ -6,7 +6,7 @@
 
 use super::gemm::{Lhs, Mode, Out, PANEL, Rhs, gemm};
 use super::rows::{Output, zeroed};
-use super::simd::transpose;
+use super::simd::{round, transpose, widen};
 use super::tile::{LINE, Tile};
 use crate::Element;
 use rayon::prelude::*;
@@ -56,7 +56,7 @@ impl<'a, E: Element> Operand<'a, E> {
         let (lines, columns) = if self.transposed { (inner, rows) } else { (rows, inner) };
         for (i, line) in lines.enumerate() {
             let row = self.row(block, line, columns.clone());
-            E::to_f32_slice(row, &mut tile.row_mut(i)[..row.len()]);
+            widen(row, &mut tile.row_mut(i)[..row.len()]);
         }
         if self.transposed { Lhs::transposed(tile, 0, 0) } else { Lhs::of(tile, 0, 0) }
     }
@@ -72,14 +72,14 @@ impl<'a, E: Element> Operand<'a, E> {
         let width = columns.len();
         if !self.transposed {
             for (p, line) in inner.zip(panel.chunks_exact_mut(PANEL)) {
-                E::to_f32_slice(self.row(block, p, columns.clone()), &mut line[..width]);
+                widen(self.row(block, p, columns.clone()), &mut line[..width]);
                 line[width..].fill(0.0);
             }
             return;
         }
         let mut tile = Tile::new(width, inner.len());
         for (j, column) in columns.enumerate() {
-            E::to_f32_slice(self.row(block, column, inner.clone()), tile.row_mut(j));
+            widen(self.row(block, column, inner.clone()), tile.row_mut(j));
         }
         if width < PANEL {
             panel.fill(0.0);
@@ -106,7 +106,7 @@ fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Opera
         let mut c = vec![0.0; m * PANEL];
         if let Some(bias) = bias {
             let bias = &bias[block * n + columns.start..block * n + columns.end];
-            c.chunks_exact_mut(PANEL).for_each(|c| E::to_f32_slice(bias, &mut c[..bias.len()]));
+            c.chunks_exact_mut(PANEL).for_each(|c| widen(bias, &mut c[..bias.len()]));
         }
         for from in (0..k).step_by(DEPTH) {
             let inner = from..k.min(from + DEPTH);
@@ -136,7 +136,7 @@ fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Opera
     for (i, row) in c.chunks_exact_mut(n).enumerate() {
         let (i, block) = (i / blocks, i % blocks);
         for (to, from) in row.chunks_mut(PANEL).zip(&tasks[block * panels..]) {
-            E::from_f32_slice(&from[i * PANEL..i * PANEL + to.len()], to);
+            round(&from[i * PANEL..i * PANEL + to.len()], to);
         }
     }
     c
@@ -149,7 +149,7 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
     let (width, panels) = (blocks * padded, padded.div_ceil(PANEL));
     let mut first = vec![0.0; width];
     for (first, bias) in first.chunks_exact_mut(padded).zip(bias.into_iter().flat_map(|b| b.chunks_exact(n))) {
-        E::to_f32_slice(bias, &mut first[..n]);
+        widen(bias, &mut first[..n]);
     }
     let serial = blocks * m * n * k < SERIAL;
     let threads = if serial { 1 } else { rayon::current_num_threads() };
@@ -206,6 +206,6 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
     }
     let mut narrow = vec![E::default(); m * blocks * n];
     let rows = narrow.par_chunks_exact_mut(n).zip(c.par_chunks_exact(padded)).with_min_len(1024);
-    rows.for_each(|(to, from)| E::from_f32_slice(&from[..n], to));
+    rows.for_each(|(to, from)| round(&from[..n], to));
     narrow
 }

@@ -2,7 +2,7 @@
 
 use super::{
     plan::{Task, each, plan},
-    rows::{AHEAD, BLOCK, Block, Output, Rows, block, fence, prefetch, to_blocks},
+    rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch, to_blocks},
     simd::{exp, expm1, sigmoid, vectorize},
     tile::Shared,
 };
@@ -55,7 +55,7 @@ fn forward_task<E: Element>(
     state: &mut [Block],
 ) -> bool {
     let log_decay = log_decay(task, inputs.a_param);
-    let (mut xb, mut rb, mut ib) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+    let (mut xb, mut rb, mut ib) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
     let bad = vectorize(
         #[inline(always)]
         || {
@@ -152,7 +152,7 @@ fn backward_task<E: Element>(
     let log_decay = log_decay(task, inputs.a_param);
     let before = task.load_state(inputs.initial_state, channels);
     let (mut totals, mut partials) = (vec![[0.0; BLOCK]; carry.len()], vec![[0.0; BLOCK]; carry.len()]);
-    let mut buffers = [[0.0; BLOCK]; 5];
+    let mut buffers = Aligned([[0.0; BLOCK]; 5]);
     vectorize(
         #[inline(always)]
         || {
@@ -162,13 +162,14 @@ fn backward_task<E: Element>(
                     for tensor in [inputs.x, inputs.recurrent_gate, inputs.input_gate, do_] {
                         prefetch(tensor, at.wrapping_sub(AHEAD));
                     }
-                    let [xb, rb, ib, db, hb] = &mut buffers;
+                    let [xb, rb, ib, db, hb] = &mut buffers.0;
                     let (x, d) = (block(inputs.x, at, len, xb), block(do_, at, len, db));
                     let r_logits = block(inputs.recurrent_gate, at, len, rb);
                     let i_logits = block(inputs.input_gate, at, len, ib);
                     let h = if t == task.tokens.start { &before[j] } else { block(o, at - channels, len, hb) };
                     let (mut c, sums, log_decay) = (carry[j], &mut partials[j], &log_decay[j]);
-                    let (mut dx, mut dr, mut di) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+                    let (mut dx, mut dr, mut di) =
+                        (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
                     for i in 0..BLOCK {
                         let (r, gate) = (sigmoid(r_logits[i]), sigmoid(i_logits[i]));
                         let log_a = log_decay[i] * r;

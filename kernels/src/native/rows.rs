@@ -5,7 +5,9 @@
 //! fault for each 4 KiB of fresh memory; hence non-temporal stores and huge pages.
 
 use crate::element::Element;
-use std::{any::TypeId, mem::MaybeUninit};
+use std::any::TypeId;
+use std::mem::MaybeUninit;
+use std::ops::{Deref, DerefMut};
 
 /// Outputs from this size on bypass the caches; smaller ones stay there for whoever reads them next.
 const STREAM_BYTES: usize = 4 << 20;
@@ -69,6 +71,26 @@ fn advise_huge_pages(at: usize, bytes: usize) {
     let _ = (at, bytes);
 }
 
+/// A buffer on the stack that begins at a cache line. What is stored by the vector and loaded by the half of it must not
+/// lie across two lines: the load then waits for the store to leave the core.
+#[repr(align(64))]
+pub(crate) struct Aligned<T>(pub T);
+
+impl<T> Deref for Aligned<T> {
+    type Target = T;
+    #[inline(always)]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
 /// The writing end of an [`Output`], shared by tasks that own disjoint pieces.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<E> {
@@ -94,7 +116,7 @@ impl<E: Element> Rows<E> {
     #[inline(always)]
     pub unsafe fn put(&self, at: usize, block: &Block, len: usize) {
         assert!(len <= BLOCK && at + len <= self.len, "store outside of the output buffer");
-        let mut rounded = [E::default(); BLOCK];
+        let mut rounded = Aligned([E::default(); BLOCK]);
         let src: *const E = if is_f32::<E>() {
             block.as_ptr().cast()
         } else {

@@ -3,7 +3,7 @@
 
 use super::{
     plan::{Task, each},
-    rows::{AHEAD, BLOCK, Block, Output, Rows, block, fence, prefetch},
+    rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
     simd::{sigmoid, vectorize},
     tile::Shared,
 };
@@ -90,7 +90,7 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
     fn forward_task(&self, task: &Task, y: &Rows<E>) {
         let (channels, x) = (self.problem.shape.channels, self.inputs.x);
         let silu = self.problem.activation == Activation::Silu;
-        let (taps, mut rings, mut xb) = (self.taps(task), self.rings(task), [0.0; BLOCK]);
+        let (taps, mut rings, mut xb) = (self.taps(task), self.rings(task), Aligned([0.0; BLOCK]));
         vectorize(
             #[inline(always)]
             || {
@@ -130,7 +130,7 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
         let (taps, mut rings) = (self.taps(task), self.rings(task));
         let mut dz_rings = vec![[[0.0; BLOCK]; RING]; rings.len()];
         let mut sums = vec![vec![[0.0; BLOCK]; W + 1]; rings.len()];
-        let (mut xb, mut db) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let (mut xb, mut db) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
         // A token reaches the W - 1 outputs after it: the gradient of row t is complete, and leaves, at row t + W - 1.
         for t in task.tokens.start..task.tokens.end + W - 1 {
             let (own, inside) = (t < task.tokens.end, t < sequence.end);

@@ -3,6 +3,7 @@
 //! Each body is an ordinary loop; [`vectorize`] runs it inside a function compiled for AVX-512, AVX2, NEON or the
 //! baseline, and the compiler turns it into vector code.
 
+use crate::Element;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Runs `body` compiled for the best instruction set of this machine. The closure must be `#[inline(always)]`.
@@ -17,6 +18,25 @@ pub(crate) fn vectorize<R>(body: impl FnOnce() -> R) -> R {
         }
     }
     Arch::new().dispatch(Body(body))
+}
+
+/// [`Element::to_f32_slice`] in vector code, for callers that are not inside of [`vectorize`].
+pub(crate) fn widen<E: Element>(src: &[E], dst: &mut [f32]) {
+    match E::as_f32_slice(src) {
+        Some(src) => dst.copy_from_slice(src),
+        None => vectorize(
+            #[inline(always)]
+            || E::to_f32_slice(src, dst),
+        ),
+    }
+}
+
+/// [`Element::from_f32_slice`] in vector code, for callers that are not inside of [`vectorize`].
+pub(crate) fn round<E: Element>(src: &[f32], dst: &mut [E]) {
+    vectorize(
+        #[inline(always)]
+        || E::from_f32_slice(src, dst),
+    );
 }
 
 /// `e^x`, 2 ulp, for `x <= 88`; arguments below -87.3 give 0 (gates of -1e4 and -inf are ordinary inputs). NaN stays NaN.

@@ -4,7 +4,8 @@
 //! Row strides are padded to an odd number of cache lines: with a power-of-two stride the rows of a block would share
 //! a few cache sets, and a panel of a matrix product would evict itself.
 
-use super::rows::{BLOCK, Rows as Sink};
+use super::rows::{Aligned, BLOCK, Rows as Sink};
+use super::simd::{round, vectorize, widen};
 use crate::element::Element;
 
 /// One cache line, so that a vector of buffers is aligned for 512-bit loads.
@@ -108,7 +109,7 @@ impl Tile {
         for i in 0..rows {
             let from = at.offset + i * at.stride;
             let cols = self.cols;
-            E::to_f32_slice(&src[from..from + cols], self.row_mut(i));
+            widen(&src[from..from + cols], self.row_mut(i));
         }
     }
 
@@ -117,27 +118,32 @@ impl Tile {
         for i in 0..rows {
             // Safety: tasks own disjoint blocks of the tensor, so no two of them write the same elements.
             let out = unsafe { dst.slice_mut(at.offset + i * at.stride, self.cols) };
-            E::from_f32_slice(self.row(i), out);
+            round(self.row(i), out);
         }
     }
 
     /// Writes `rows` rows into a large output.
     pub fn put<E: Element>(&self, dst: &Sink<E>, at: Rows, rows: usize) {
-        for i in 0..rows {
-            for from in (0..self.cols).step_by(BLOCK) {
-                let (len, start) = (BLOCK.min(self.cols - from), i * self.stride + from);
-                let mut rest = [0.0; BLOCK];
-                let block = match self.data()[start..].first_chunk() {
-                    Some(block) => block,
-                    None => {
-                        rest[..len].copy_from_slice(&self.data()[start..start + len]);
-                        &rest
+        vectorize(
+            #[inline(always)]
+            || {
+                for i in 0..rows {
+                    for from in (0..self.cols).step_by(BLOCK) {
+                        let (len, start) = (BLOCK.min(self.cols - from), i * self.stride + from);
+                        let mut rest = Aligned([0.0; BLOCK]);
+                        let block = match self.data()[start..].first_chunk() {
+                            Some(block) => block,
+                            None => {
+                                rest[..len].copy_from_slice(&self.data()[start..start + len]);
+                                &rest
+                            }
+                        };
+                        // Safety: tasks own disjoint blocks of the tensor, so no two of them write the same elements.
+                        unsafe { dst.put(at.offset + i * at.stride + from, block, len) };
                     }
-                };
-                // Safety: tasks own disjoint blocks of the tensor, so no two of them write the same elements.
-                unsafe { dst.put(at.offset + i * at.stride + from, block, len) };
-            }
-        }
+                }
+            },
+        );
     }
 
     /// `self[j, i] = from[i, j]` for the leading `rows` rows of `from`.
