@@ -95,7 +95,7 @@ pub struct Kernel {
 }
 
 /// Bytes that the assembler may move through the stack of its own accord.
-const TRADED: u32 = 256;
+const TRADED: u32 = 72;
 
 impl Kernel {
     /// It compiles, and spills nothing at the limit that the size of its block sets: there it would be too large. With

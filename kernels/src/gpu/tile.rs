@@ -95,7 +95,7 @@ pub(crate) fn unit() -> usize {
 #[cube]
 pub(crate) fn fresh(x: u32) -> u32 {
     let device = comptime::device_properties().comptime();
-    if comptime!(on_cuda(&device)) {
+    if comptime!(takes_ptx(&device)) {
         let y: u32;
         gpu_asm!("mov.u32 {}, {};", out(_) y, in(_) x, options(nomem));
         y
@@ -104,8 +104,8 @@ pub(crate) fn fresh(x: u32) -> u32 {
     }
 }
 
-fn on_cuda(device: &DeviceProperties) -> bool {
-    device.identity.fingerprint.starts_with("ptx")
+fn takes_ptx(device: &DeviceProperties) -> bool {
+    cfg!(feature = "inline-ptx") && device.identity.fingerprint.starts_with("ptx")
 }
 
 /// The units of a cube.
