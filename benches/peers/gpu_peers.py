@@ -1,22 +1,21 @@
 #!/usr/bin/env python3
 """flash-linear-attention and Mamba-2 on a CUDA device, at the shapes of fla's own benchmark and at long sequences.
 
-usage: gpu_peers.py [--only SUBSTRING] [--seconds 1] [--json FILE] [--join OURS.json]
+usage: gpu_peers.py [--only SUBSTRING] [--seconds 1] [--json FILE] [--ours target/release/thalweg] [--ours-json FILE]
 
-Ours, on the same device in the same session, with the same names, passes and shapes:
-
-  cargo build --release -p thalweg --features thalweg-bench/cuda
-  target/release/thalweg bench ops --path gpu --dtype bf16 --filter gla --shape 1,8192,96,128,128 --json OURS.json
-
-`--join` prints one markdown table of both, by operation, pass, shape and element type. Times are medians of what CUDA events
-say of runs after a warm-up that compiles and tunes; memory is the most that torch's allocator had at once, inputs included.
-Gradients are those of all inputs. Inputs are bf16, gates and beta f32.
+With `--ours`, a `thalweg` built with `--features cuda`, each benchmark of ours with the same name, passes and shape runs first,
+on the same device in the same session, and one markdown table of both is printed, by operation, pass, shape and element type.
+Theirs are medians of what CUDA events say of runs after a warm-up that compiles and tunes; memory is the most that torch's
+allocator had at once, inputs included. Gradients are those of all inputs. Inputs are bf16, gates and beta f32.
 """
 
 import argparse
 import json
+import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 # fla's benchmarks/ops/registry.py, then one long sequence: batch, time, heads, features of keys and of values.
@@ -105,8 +104,8 @@ def operations():
     return found + [("simple_gla", "mamba-ssm mamba_chunk_scan_combined", ["q", "k", "v", "head"], mamba, None)]
 
 
-def scan(batch, length, channels):
-    """HGRN's recurrence, a scan whose gate is a logarithm."""
+def hgrn(batch, length, channels):
+    """A scan whose gate is a logarithm."""
     import torch
     from fla.ops.hgrn import fused_recurrent_hgrn
 
@@ -174,8 +173,8 @@ def cases():
                     return passes(chunked, [inputs[name] for name in takes])[what]
                 yield name, peer, what, [batch, length, heads, dim, dim], make
         for what in (FORWARD, TRAIN):
-            make = lambda sizes=(batch, length, heads * dim), what=what: passes(*scan(*sizes))[what]
-            yield "scan", "fla fused_recurrent_hgrn", what, [batch, length, heads * dim], make
+            make = lambda sizes=(batch, length, heads * dim), what=what: passes(*hgrn(*sizes))[what]
+            yield "hgrn", "fla fused_recurrent_hgrn", what, [batch, length, heads * dim], make
     for batch, heads, dim in STEPS:
         for name, peer, takes, _, recurrent in found:
             if recurrent is None:
@@ -223,6 +222,27 @@ def report(options):
     return {"machine": machine, "rows": rows}
 
 
+def ours(binary, only):
+    """The rows of our benchmark at the same shapes; each shape in a process of its own."""
+    rows, seen = [], set()
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "ours.json"
+        for name, peer, what, shape, _ in cases():
+            # A filter that contains "forward" also takes "forward+backward".
+            part = f"ops/{name}/{STEP if what == STEP else FORWARD}"
+            if only not in f"{name}/{what} {shape} {peer}" or (part, *shape) in seen:
+                continue
+            seen.add((part, *shape))
+            sizes = ",".join(map(str, shape))
+            command = [binary, "bench", "ops", "--path", "gpu", "--dtype", "bf16", "--filter", part, "--shape", sizes]
+            path.unlink(missing_ok=True)
+            # What is wrong or fails is said on the terminal, and is no row.
+            subprocess.run([*command, "--json", str(path)], stdout=sys.stderr, check=False)
+            if path.exists():
+                rows += json.loads(path.read_text())["rows"]
+    return {"rows": rows}
+
+
 def joined(theirs, ours):
     """A markdown table of both."""
     same = lambda row: (row["name"], row["pass"], tuple(row["shape"]), row["dtype"])
@@ -249,19 +269,21 @@ def main():
     parser.add_argument("--only", default="", help="only what contains this in `name/pass shape peer`")
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples for each row")
     parser.add_argument("--json", help="writes the report to this file instead of standard output")
-    parser.add_argument("--join", help="a report of `thalweg bench --json`: prints one table of both")
+    parser.add_argument("--ours", metavar="THALWEG", help="runs our benchmarks too and prints one table of both")
+    parser.add_argument("--ours-json", metavar="FILE", help="writes our rows to this file")
     options = parser.parse_args()
     need_device()
+    mine = ours(options.ours, options.only) if options.ours else None
+    if options.ours_json and mine:
+        pathlib.Path(options.ours_json).write_text(json.dumps(mine, indent=2) + "\n")
     theirs = report(options)
     text = json.dumps(theirs, indent=2)
     if options.json:
-        with open(options.json, "w") as file:
-            file.write(text + "\n")
-    elif not options.join:
+        pathlib.Path(options.json).write_text(text + "\n")
+    elif not mine:
         print(text)
-    if options.join:
-        with open(options.join) as file:
-            print(joined(theirs, json.load(file)))
+    if mine:
+        print(joined(theirs, mine))
 
 
 if __name__ == "__main__":

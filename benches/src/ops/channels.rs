@@ -8,6 +8,8 @@ use burn::tensor::Device;
 use half::bf16;
 use thalweg_kernels::cost::{self, Cost};
 use thalweg_kernels::elementwise_scan::{self, ScanGate, ScanGradients, ScanInputs, ScanOutputs};
+#[cfg(feature = "gpu")]
+use thalweg_kernels::gpu;
 use thalweg_kernels::short_conv::{self, Activation, ConvGradients, ConvInputs, ConvOutputs, ConvProblem};
 use thalweg_kernels::{Element, ScanProblem};
 use thalweg_reference::{Shape, elementwise, short_conv as conv_oracle};
@@ -15,7 +17,7 @@ use thalweg_scan as scan;
 
 pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
     match case.name.as_str() {
-        "scan" => on_path::<Scan>(case, device),
+        "scan" | "hgrn" => on_path::<Scan>(case, device),
         _ => on_path::<Conv>(case, device),
     }
 }
@@ -45,7 +47,7 @@ pub(super) trait Channels: Op + Sized {
     ) -> Result<Self::Results<E>, thalweg_kernels::Error>;
     fn main<E: Element>(results: &Self::Results<E>) -> &[E];
     /// Final state and gradients.
-    fn rest<E: Element>(pass: Pass, results: &Self::Results<E>) -> Vec<Named>;
+    fn rest<E: Element>(&self, pass: Pass, results: &Self::Results<E>) -> Vec<Named>;
 }
 
 struct Native<C: Channels, E: Element> {
@@ -84,7 +86,7 @@ impl<C: Channels, E: Element> Workload for Native<C, E> {
         let o = Named { name: "o", values: widen(C::main(&self.results)) };
         let rest = match self.case.pass {
             Pass::Step => vec![Named { name: "state", values: wide(&self.state) }],
-            pass => C::rest(pass, &self.results),
+            pass => self.op.rest(pass, &self.results),
         };
         std::iter::once(o).chain(rest).collect()
     }
@@ -121,12 +123,19 @@ pub(super) fn shape(problem: &ScanProblem) -> Shape {
     Shape { batch, time, channels, cu_seqlens: None }
 }
 
-/// `h = a h + x`.
-struct Scan {
+/// `h = a h + x`; for HGRN the gate is a logarithm.
+pub(super) struct Scan {
     problem: ScanProblem,
+    log: bool,
     a: Vec<f32>,
     x: Vec<f32>,
     state: Vec<f32>,
+}
+
+impl Scan {
+    fn gate_gradient(&self) -> &'static str {
+        if self.log { "dg" } else { "da" }
+    }
 }
 
 impl Op for Scan {
@@ -137,7 +146,7 @@ impl Op for Scan {
             values: values.clone(),
             stored: true,
         };
-        vec![input("da", &self.a), input("dx", &self.x)]
+        vec![input(self.gate_gradient(), &self.a), input("dx", &self.x)]
     }
 
     fn state(&self) -> Option<Input> {
@@ -147,13 +156,14 @@ impl Op for Scan {
 
     fn expected(&self, pass: Pass, d_o: &[f32]) -> Vec<(&'static str, Vec<f64>)> {
         let (a, x, state) = (wide(&self.a), wide(&self.x), wide(&self.state));
-        let (shape, gate) = (shape(&self.problem), elementwise::Gate::Linear(&a));
+        let gate = if self.log { elementwise::Gate::Log(&a) } else { elementwise::Gate::Linear(&a) };
+        let shape = shape(&self.problem);
         let state = (pass == Pass::Step).then_some(&state[..]);
         let out = elementwise::scan_forward(&shape, gate, &x, state);
         let mut expected = vec![("o", out.h), ("state", out.final_state)];
         if pass == Pass::Train {
             let d = elementwise::scan_backward(&shape, gate, &x, None, &wide(d_o), None);
-            expected.extend([("da", d.gate), ("dx", d.b)]);
+            expected.extend([(self.gate_gradient(), d.gate), ("dx", d.b)]);
         }
         expected
     }
@@ -163,7 +173,7 @@ impl Op for Scan {
     }
 
     fn cost(&self, pass: Pass, element: usize) -> Cost {
-        total(pass, |pass| cost::scan(&self.problem, false, element, pass))
+        total(pass, |pass| cost::scan(&self.problem, self.log, element, pass))
     }
 
     fn tokens(&self) -> usize {
@@ -171,12 +181,20 @@ impl Op for Scan {
     }
 
     fn apply(&self, x: &[Any], path: scan::Path) -> Result<Any, scan::Error> {
-        Ok(scan::linear_scan(x[0].r3(), x[1].r3(), scan::ScanOptions::new().with_path(path))?.o.into())
+        let options = scan::ScanOptions::new().with_path(path);
+        let out = match self.log {
+            true => scan::hgrn(x[1].r3(), x[0].r3(), options)?,
+            false => scan::linear_scan(x[0].r3(), x[1].r3(), options)?,
+        };
+        Ok(out.o.into())
     }
 
     fn apply_step(&self, x: &[Any], state: Any, _: scan::Path) -> Result<(Any, Any), scan::Error> {
         let [a, x] = [0, 1].map(|i| x[i].r3().squeeze_dim::<2>(1));
-        let (o, state) = scan::linear_scan_step(a, x, state.r2())?;
+        let (o, state) = match self.log {
+            true => scan::hgrn_step(x, a, state.r2())?,
+            false => scan::linear_scan_step(a, x, state.r2())?,
+        };
         Ok((o.into(), state.into()))
     }
 }
@@ -187,8 +205,11 @@ impl Channels for Scan {
     fn new(case: &Case) -> Self {
         let problem = problem(case);
         let inner = [problem.batch, problem.time, problem.channels];
+        let log = case.name == "hgrn";
+        let gate = |u: f32| if log { (0.5 + 0.5 * u).ln() } else { 0.5 + 0.5 * u };
         Self {
-            a: case.dtype.round(fill(1, inner, |u| 0.5 + 0.5 * u)),
+            log,
+            a: case.dtype.round(fill(1, inner, gate)),
             x: case.dtype.round(signed(2, inner)),
             state: signed(3, [problem.batch, 1, problem.channels]),
             problem,
@@ -203,7 +224,7 @@ impl Channels for Scan {
         state: &mut [f32],
         (out, gradients): Self::Results<E>,
     ) -> Result<Self::Results<E>, thalweg_kernels::Error> {
-        let gate = ScanGate::Linear(&stored[0][..]);
+        let gate = if self.log { ScanGate::Log(&stored[0][..]) } else { ScanGate::Linear(&stored[0][..]) };
         let inputs = ScanInputs { gate, x: &stored[1], initial_state: None };
         match pass {
             Pass::Forward => Ok((elementwise_scan::forward_into(&self.problem, &inputs, out)?, gradients)),
@@ -224,12 +245,36 @@ impl Channels for Scan {
         &results.0.o
     }
 
-    fn rest<E: Element>(pass: Pass, (out, d): &Self::Results<E>) -> Vec<Named> {
+    fn rest<E: Element>(&self, pass: Pass, (out, d): &Self::Results<E>) -> Vec<Named> {
         let mut rest = vec![Named { name: "state", values: wide(&out.final_state) }];
         if pass == Pass::Train {
-            rest.extend([("da", &d.dgate), ("dx", &d.dx)].map(|(name, x)| Named { name, values: widen(x) }));
+            rest.extend(
+                [(self.gate_gradient(), &d.dgate), ("dx", &d.dx)].map(|(name, x)| Named { name, values: widen(x) }),
+            );
         }
         rest
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl super::gpu::GpuOp for Scan {
+    fn launch(
+        &self,
+        client: &gpu::Client,
+        x: &[gpu::Buffer],
+        d_o: &[gpu::Buffer],
+        state: Option<&gpu::Buffer>,
+    ) -> Result<super::gpu::Found, thalweg_kernels::Error> {
+        use gpu::elementwise_scan::{ScanGate, ScanInputs, backward, forward};
+        let gate = if self.log { ScanGate::Log(&x[0]) } else { ScanGate::Linear(&x[0]) };
+        let inputs = ScanInputs { gate, x: &x[1], initial_state: state };
+        let out = forward(client, &self.problem, &inputs)?;
+        let mut found = vec![("o", out.o), ("state", out.final_state)];
+        if let Some(d_o) = d_o.first() {
+            let d = backward(client, &self.problem, &inputs, &found[0].1, d_o, None)?;
+            found.extend([(self.gate_gradient(), d.dgate), ("dx", d.dx)]);
+        }
+        Ok(found)
     }
 }
 
@@ -348,7 +393,7 @@ impl Channels for Conv {
         &results.0.y
     }
 
-    fn rest<E: Element>(pass: Pass, (out, d): &Self::Results<E>) -> Vec<Named> {
+    fn rest<E: Element>(&self, pass: Pass, (out, d): &Self::Results<E>) -> Vec<Named> {
         let mut rest = vec![Named { name: "state", values: wide(&out.state) }];
         if pass == Pass::Train {
             rest.push(Named { name: "dx", values: widen(&d.dx) });

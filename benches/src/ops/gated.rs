@@ -8,6 +8,8 @@ use crate::{Case, Error, Pass};
 use burn::tensor::Device;
 use thalweg_kernels::complex_scan::{self, Complex, ComplexGradients, ComplexInputs, ComplexOutputs};
 use thalweg_kernels::cost::{self, Cost};
+#[cfg(feature = "gpu")]
+use thalweg_kernels::gpu;
 use thalweg_kernels::rg_lru::{self, RgLruGradients, RgLruInputs, RgLruOutputs};
 use thalweg_kernels::{Element, ScanProblem};
 use thalweg_reference::elementwise::{self, Lambda, Planes};
@@ -28,7 +30,7 @@ fn stored(gradient: &'static str, shape: Vec<usize>, values: &[f32]) -> Input {
 
 /// `h = exp(log_a + i theta) h + b` with one lambda per token. The main output is the real plane, and only it has a
 /// cotangent.
-struct ComplexScan {
+pub(super) struct ComplexScan {
     problem: ScanProblem,
     log_a: Vec<f32>,
     theta: Vec<f32>,
@@ -125,7 +127,7 @@ impl Channels for ComplexScan {
         &results.0.o.re
     }
 
-    fn rest<E: Element>(pass: Pass, (out, d, _): &ComplexResults<E>) -> Vec<Named> {
+    fn rest<E: Element>(&self, pass: Pass, (out, d, _): &ComplexResults<E>) -> Vec<Named> {
         let mut rest = vec![("o_im", &out.o.im)];
         if pass == Pass::Train {
             rest.extend([("dlog_a", &d.dlog_a), ("dtheta", &d.dtheta), ("db_re", &d.db.re), ("db_im", &d.db.im)]);
@@ -134,8 +136,35 @@ impl Channels for ComplexScan {
     }
 }
 
+#[cfg(feature = "gpu")]
+impl super::gpu::GpuOp for ComplexScan {
+    fn launch(
+        &self,
+        client: &gpu::Client,
+        x: &[gpu::Buffer],
+        d_o: &[gpu::Buffer],
+        _: Option<&gpu::Buffer>,
+    ) -> Result<super::gpu::Found, thalweg_kernels::Error> {
+        use gpu::complex_scan::{ComplexInputs, backward, forward};
+        let b = Complex { re: &x[2], im: &x[3] };
+        let inputs = ComplexInputs { log_a: &x[0], theta: &x[1], b, initial_state: None };
+        let out = forward(client, &self.problem, &inputs)?;
+        let mut found = vec![("o", out.o.re), ("o_im", out.o.im)];
+        if let [re, im] = d_o {
+            let o = Complex { re: &found[0].1, im: &found[1].1 };
+            let d = backward(client, &self.problem, &inputs, o, Complex { re, im }, None)?;
+            found.extend([("dlog_a", d.dlog_a), ("dtheta", d.dtheta), ("db_re", d.db.re), ("db_im", d.db.im)]);
+        }
+        Ok(found)
+    }
+
+    fn cotangents(&self, d_o: &[f32]) -> Vec<Vec<f32>> {
+        vec![d_o.to_vec(), vec![0.0; d_o.len()]]
+    }
+}
+
 /// RG-LRU from the logits of its gates.
-struct RgLru {
+pub(super) struct RgLru {
     problem: ScanProblem,
     x: Vec<f32>,
     recurrent: Vec<f32>,
@@ -253,7 +282,7 @@ impl Channels for RgLru {
         &results.0.o
     }
 
-    fn rest<E: Element>(pass: Pass, (out, d): &Self::Results<E>) -> Vec<Named> {
+    fn rest<E: Element>(&self, pass: Pass, (out, d): &Self::Results<E>) -> Vec<Named> {
         let mut rest = vec![Named { name: "state", values: wide(&out.final_state) }];
         if pass == Pass::Train {
             let wide_of = [("dx", &d.dx), ("drecurrent", &d.d_recurrent_gate), ("dinput", &d.d_input_gate)];
@@ -261,6 +290,29 @@ impl Channels for RgLru {
             rest.push(Named { name: "dparam", values: wide(&d.d_a_param) });
         }
         rest
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl super::gpu::GpuOp for RgLru {
+    fn launch(
+        &self,
+        client: &gpu::Client,
+        x: &[gpu::Buffer],
+        d_o: &[gpu::Buffer],
+        initial_state: Option<&gpu::Buffer>,
+    ) -> Result<super::gpu::Found, thalweg_kernels::Error> {
+        use gpu::rg_lru::{RgLruInputs, backward, forward};
+        let [x, recurrent_gate, input_gate, a_param] = x else { unreachable!("four tensors go in") };
+        let inputs = RgLruInputs { x, recurrent_gate, input_gate, a_param, reset: None, initial_state };
+        let out = forward(client, &self.problem, &inputs)?;
+        let mut found = vec![("o", out.o), ("state", out.final_state)];
+        if let Some(d_o) = d_o.first() {
+            let d = backward(client, &self.problem, &inputs, &found[0].1, d_o, None)?;
+            found.extend([("dx", d.dx), ("drecurrent", d.d_recurrent_gate), ("dinput", d.d_input_gate)]);
+            found.push(("dparam", d.d_a_param));
+        }
+        Ok(found)
     }
 }
 

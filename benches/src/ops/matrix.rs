@@ -1,8 +1,5 @@
 //! The matrix-state recurrences.
 
-#[cfg(feature = "gpu")]
-mod gpu;
-
 use super::{Any, Input, Op, cotangent, narrow, total, widen, with_tolerance};
 use crate::noise::{fill, signed, wide};
 use crate::workload::{Expected, Named, Workload};
@@ -11,6 +8,8 @@ use burn::tensor::Device;
 use half::bf16;
 use thalweg_kernels::Element;
 use thalweg_kernels::cost::{self, Cost, GateKind, WriteKind};
+#[cfg(feature = "gpu")]
+use thalweg_kernels::gpu;
 use thalweg_kernels::matrix::{
     self, Gate, KeepStates, MatrixGradients, MatrixInputs, MatrixOutputs, MatrixProblem, Write,
 };
@@ -30,7 +29,7 @@ const OPS: [(&str, GateKind, WriteKind); 8] = [
 ];
 
 /// The tensors of any of them; what an operation does not take is empty. `q`, `k`, `v`, `a`, `b` are rounded.
-struct Data {
+pub(super) struct Data {
     problem: MatrixProblem,
     gate: GateKind,
     write: WriteKind,
@@ -44,17 +43,20 @@ struct Data {
     state: Vec<f32>,
 }
 
-pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
+/// The operation of this name.
+pub(super) fn data(case: &Case) -> Result<Data, Error> {
     let op = OPS.iter().find(|op| op.0 == case.name);
     let Some(&(_, gate, write)) = op else {
         return Err(Error::argument("name", format!("`{}` is no operation", case.name)));
     };
-    let data = Data::new(case, gate, write);
+    Ok(Data::new(case, gate, write))
+}
+
+pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
+    let data = data(case)?;
     match (case.path, case.dtype) {
         (Path::Native, Dtype::F32) => Ok(Box::new(Native::<f32>::new(data, case))),
         (Path::Native, Dtype::Bf16) => Ok(Box::new(Native::<bf16>::new(data, case))),
-        #[cfg(feature = "gpu")]
-        (Path::Gpu, _) => Ok(Box::new(gpu::Gpu::new(data, case)?)),
         _ => super::on_burn(data, case, device),
     }
 }
@@ -210,6 +212,43 @@ impl Op for Data {
             (WriteKind::LowRank, _) => scan::dplr_step(q, k, v, token4(3), token4(4), token4(5), state, options),
         }?;
         Ok((o.into(), state.into()))
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl super::gpu::GpuOp for Data {
+    fn launch(
+        &self,
+        client: &gpu::Client,
+        x: &[gpu::Buffer],
+        d_o: &[gpu::Buffer],
+        state: Option<&gpu::Buffer>,
+    ) -> Result<super::gpu::Found, thalweg_kernels::Error> {
+        use gpu::matrix::{Gate, Inputs, Write, backward, forward, step};
+        let [q, k, v, rest @ ..] = x else { unreachable!("three tensors at least go in") };
+        let mut rest = rest.iter();
+        let mut next = || rest.next().expect("gates and steps go in after them");
+        let gate = match self.gate {
+            GateKind::None => Gate::None,
+            GateKind::Constant => Gate::Constant(next()),
+            GateKind::Head => Gate::Head(next()),
+            GateKind::Key => Gate::Key(next()),
+        };
+        let write = if self.write == WriteKind::Delta { Write::Delta { beta: next() } } else { Write::Additive };
+        let inputs = Inputs { q, k, v, gate, write, initial_state: None };
+        if let Some(state) = state {
+            let o = step(client, &self.problem, &inputs, state)?;
+            return Ok(vec![("o", o), ("state", state.clone())]);
+        }
+        let out = forward(client, &self.problem, &inputs)?;
+        let mut found = vec![("o", out.o), ("state", out.final_state)];
+        if let Some(d_o) = d_o.first() {
+            let d = backward(client, &self.problem, &inputs, Some(d_o), None)?;
+            found.extend([("dq", d.dq), ("dk", d.dk), ("dv", d.dv)]);
+            found.extend(d.dg.map(|x| ("dg", x)));
+            found.extend(d.dbeta.map(|x| ("dbeta", x)));
+        }
+        Ok(found)
     }
 }
 

@@ -4,6 +4,8 @@ mod attention;
 mod burn;
 mod channels;
 mod gated;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod matrix;
 
 use ::burn::tensor::Device;
@@ -26,9 +28,9 @@ const WITH_GPU: &[Path] = ALL;
 
 type Shapes = &'static [&'static [usize]];
 
-const fn channels(name: &'static str, shapes: Shapes, steps: Shapes) -> Entry {
+const fn channels(name: &'static str, paths: &'static [Path], shapes: Shapes, steps: Shapes) -> Entry {
     let axes = &["batch", "time", "channels"];
-    Entry { part: Part::Ops, name, axes, shapes, steps, chunked: false, paths: ALL, dtypes: BOTH }
+    Entry { part: Part::Ops, name, axes, shapes, steps, chunked: false, paths, dtypes: BOTH }
 }
 
 const fn matrix(name: &'static str, paths: &'static [Path]) -> Entry {
@@ -40,9 +42,10 @@ const fn matrix(name: &'static str, paths: &'static [Path]) -> Entry {
 
 /// Every operation; the shapes are those at which other implementations are known.
 pub(crate) const ENTRIES: &[Entry] = &[
-    channels("scan", &[&[4, 4096, 1024]], &[&[8, 1, 2560]]),
-    channels("complex_scan", &[&[1, 2048, 2560]], &[]),
-    channels("rg_lru", &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
+    channels("scan", WITH_GPU, &[&[4, 4096, 1024]], &[&[8, 1, 2560]]),
+    channels("hgrn", WITH_GPU, &[&[4, 4096, 1024]], &[&[8, 1, 2560]]),
+    channels("complex_scan", WITH_GPU, &[&[1, 2048, 2560]], &[]),
+    channels("rg_lru", WITH_GPU, &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
     Entry {
         part: Part::Ops,
         name: "rg_lru_block",
@@ -53,7 +56,7 @@ pub(crate) const ENTRIES: &[Entry] = &[
         paths: &[Path::Burn, Path::Portable],
         dtypes: &[Dtype::F32],
     },
-    channels("short_conv", &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
+    channels("short_conv", ALL, &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
     matrix("linear_attention", WITH_GPU),
     matrix("retention", WITH_GPU),
     matrix("simple_gla", WITH_GPU),
@@ -124,8 +127,12 @@ pub(crate) fn widen<E: Element>(values: &[E]) -> Vec<f64> {
 
 /// Makes a benchmark ready to run.
 pub(crate) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
+    #[cfg(feature = "gpu")]
+    if case.path == Path::Gpu {
+        return gpu::build(case);
+    }
     match case.name.as_str() {
-        "scan" | "short_conv" => channels::build(case, device),
+        "scan" | "hgrn" | "short_conv" => channels::build(case, device),
         "complex_scan" | "rg_lru" | "rg_lru_block" => gated::build(case, device),
         "attention" => attention::build(case, device),
         _ => matrix::build(case, device),

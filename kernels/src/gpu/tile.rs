@@ -84,10 +84,28 @@ impl<E: Float> Tile<E> {
     }
 }
 
-/// The index of this unit in its cube.
+/// The index of this unit in its cube, [`fresh`].
 #[cube]
 pub(crate) fn unit() -> usize {
-    UNIT_POS as usize
+    fresh(UNIT_POS) as usize
+}
+
+/// The same number, which the compiler on CUDA takes for a new one at every call: what loops make of it would else be
+/// computed once, before the walk over chunks and blocks, and kept until registers run out.
+#[cube]
+pub(crate) fn fresh(x: u32) -> u32 {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) {
+        let y: u32;
+        gpu_asm!("mov.u32 {}, {};", out(_) y, in(_) x, options(nomem));
+        y
+    } else {
+        x
+    }
+}
+
+fn takes_ptx(device: &DeviceProperties) -> bool {
+    cfg!(feature = "inline-ptx") && device.identity.fingerprint.starts_with("ptx")
 }
 
 /// The units of a cube.

@@ -154,6 +154,9 @@ fn pairs<I: Float>(
     }
     if share < shares {
         for d in range_stepped(share, b.block, shares) {
+            // Again for each feature, so that the addresses of all rows are not kept.
+            let j = unit() % b.chunk;
+            let first = (j / BLOCK) * BLOCK;
             let key = read::<I>(k, at, place.rows, j, k0 + d, sizes.key_dim);
             let mut sum = f32::new(0.0);
             #[unroll]

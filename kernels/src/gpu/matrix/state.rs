@@ -9,7 +9,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Corner, Form, Mode, Tile, copy, product, product_at, unit, units};
+use super::super::tile::{Corner, Form, Mode, Tile, copy, fresh, product, product_at, unit, units};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role, load, load_keys, read, store};
 use super::place::{Sizes, Walk};
@@ -36,6 +36,11 @@ impl Part {
             v0: (part / key_parts) * w.value_block,
             k0: (part % key_parts) * comptime!(w.state_blocks * w.chunk.block),
         }
+    }
+
+    /// Where the head's state is in `[sequences, value_heads, key_dim, value_dim]`.
+    pub fn state(&self, sizes: &Sizes) -> usize {
+        (self.sequence * sizes.value_heads + self.head) * (sizes.key_dim * sizes.value_dim)
     }
 }
 
@@ -114,8 +119,7 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
     let mut state = Tile::<f32>::new(comptime!(state_blocks * b.block), d, padding);
     let mut keys = Tile::<E>::new(c, b.block, operand);
     let mut u = Tile::<E>::new(c, d, operand);
-    let of_state = (part.sequence * sizes.value_heads + part.head) * (sizes.key_dim * sizes.value_dim);
-    load_state::<f32>(initial_state, of_state, part.k0, part.v0, sizes, &mut state, has_initial);
+    load_state::<f32>(initial_state, part.state(sizes), part.k0, part.v0, sizes, &mut state, has_initial);
 
     let walk = Walk::of(sizes, table, part.sequence, b);
     for n in 0..walk.chunks {
@@ -173,7 +177,8 @@ pub(crate) fn state_kernel<I: Float, E: Float>(
         }
     }
     sync_cube();
-    store_state(&state, final_state, of_state, part.k0, part.v0, sizes);
+    let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
+    store_state(&state, final_state, part.state(sizes), part.k0, part.v0, sizes);
 }
 
 /// `to_i = beta_i from_i`; rows beyond the sequence become zero.

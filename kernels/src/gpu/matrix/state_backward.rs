@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Corner, Form, Mode, Tile, copy, product, product_at, unit, units};
+use super::super::tile::{Corner, Form, Mode, Tile, copy, fresh, product, product_at, unit, units};
 use super::blueprint::WalkBlueprint;
 use super::decay::{Decay, Role, load, load_keys, store};
 use super::place::{Sizes, Walk};
@@ -49,8 +49,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float>(
     let mut d_out = Tile::<E>::new(c, d, operand);
     // `-z`, and before it what `T` is applied to.
     let mut z = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), d, operand);
-    let of_state = (part.sequence * sizes.value_heads + part.head) * (sizes.key_dim * sizes.value_dim);
-    load_state::<f32>(d_final, of_state, part.k0, part.v0, sizes, &mut dstate, has_final);
+    load_state::<f32>(d_final, part.state(sizes), part.k0, part.v0, sizes, &mut dstate, has_final);
 
     let walk = Walk::of(sizes, table, part.sequence, b);
     for n in 0..walk.chunks {
@@ -119,5 +118,6 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float>(
         }
     }
     sync_cube();
-    store_state(&dstate, d_initial, of_state, part.k0, part.v0, sizes);
+    let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
+    store_state(&dstate, d_initial, part.state(sizes), part.k0, part.v0, sizes);
 }

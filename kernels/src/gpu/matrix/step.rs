@@ -97,6 +97,8 @@ pub(crate) fn step_kernel<I: Float>(
     if comptime!(b.delta) {
         u = beta[cube] * (u - over_groups(read, &mut sums, column, group, b));
     }
+    // The addresses again: kept, they would take as many registers as the state.
+    let group = unit() / COLUMNS;
     #[unroll]
     for i in 0..b.rows {
         let row = group + i * b.groups;

@@ -21,7 +21,8 @@ use map::{ElementMap, InputsLaunch, OutputsLaunch, Plan};
 /// Units of a cube, where the device allows as many: a processor has registers for so many of 128 each.
 const UNITS: usize = 512;
 /// Units that hold more than this in registers, which have addresses and intermediate results to hold besides, are half
-/// as many: they would spill.
+/// as many: they would spill. So are single channels of HGRN, the map with one constant: at its 80 registers
+/// three cubes of half the units fit a processor, but only one of all.
 const REGISTERS: usize = 90;
 
 /// A scan to be launched: its tensors, in the order of [`map::Inputs`], and what its map needs.
@@ -66,7 +67,8 @@ impl Scan<'_> {
         let longest = (0..count).map(|n| sequences.range(n).len()).max().unwrap_or(1);
         let packed = problem.cu_seqlens.is_some();
         let extra = if packed { 8 } else { 0 } + if address == AddressType::U64 { 16 } else { 0 };
-        let few = self.plan.registers(vector, storage.size()) + extra > REGISTERS;
+        let large = self.plan.registers(vector, storage.size()) + extra > REGISTERS;
+        let few = large || (vector == 1 && self.plan.constants == 1);
         let units =
             if few { UNITS / 2 } else { UNITS }.min(1 << client.properties().hardware.max_units_per_cube.ilog2());
         let plan = Plan { packed, units, ..self.plan };
