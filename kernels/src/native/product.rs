@@ -48,7 +48,8 @@ impl<'a, E: Element> Operand<'a, E> {
         'a: 't,
     {
         // Rows of a transpose are read across, which a stride that visits few sets of a cache makes slow.
-        if let Some(data) = E::as_f32_slice(self.data).filter(|_| !self.transposed || !self.stride.is_multiple_of(512)) {
+        if let Some(data) = E::as_f32_slice(self.data).filter(|_| !self.transposed || !self.stride.is_multiple_of(512))
+        {
             let (line, column) = if self.transposed { (inner.start, rows.start) } else { (rows.start, inner.start) };
             let data = &data[block * self.block + line * self.stride + column..];
             return Lhs::strided(data, self.stride, self.transposed);
