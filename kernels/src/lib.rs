@@ -1,5 +1,6 @@
 //! Linear-recurrence kernels on plain slices: no framework, no Burn.
 
+pub mod adamw;
 pub mod attention;
 pub mod ceiling;
 mod channels;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, ParamId};
-use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData};
 
 use crate::data::{FNV_START, fnv1a};
@@ -126,22 +126,6 @@ pub(crate) fn with_values<M: Module>(module: M, values: BTreeMap<String, TensorD
     module.map(&mut Load(Path::default(), values))
 }
 
-/// Parameters that weight decay would pull towards a value that means nothing: norms and biases (one axis), and the
-/// gates' own parameters.
-fn is_decayed(named: &Named) -> bool {
-    const GATES: [&str; 3] = ["A_log", "a_param", "lower_bounds"];
-    let is_gate = named.name.split('.').any(|part| GATES.contains(&part) || part.ends_with("bias"));
-    named.shape.len() >= 2 && !is_gate
-}
-
-/// AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with `weight_decay` on the matrices only.
-pub(crate) fn adamw<M: Module>(module: &M, betas: (f32, f32), weight_decay: f32) -> ModuleOptimizer {
-    let config = AdamWConfig::new().with_beta_1(betas.0).with_beta_2(betas.1).with_epsilon(1e-8);
-    let decayed: Vec<ParamId> = names(module).iter().filter(|named| is_decayed(named)).map(|named| named.id).collect();
-    let plain = ModuleOptimizer::from(config.clone().with_weight_decay(0.0).build());
-    plain.with_group(ParamGroup::from_ids(decayed), config.with_weight_decay(weight_decay).build(), None)
-}
-
 /// The l2 norm of all gradients taken together.
 fn global_norm<M: Module>(module: &M, grads: &GradientsParams) -> f64 {
     struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
@@ -201,7 +185,6 @@ mod tests {
         assert_eq!(first.iter().map(|named| named.name.as_str()).collect::<Vec<_>>(), ["weight", "bias"]);
         assert_eq!(first[0].shape, [3, 2]);
         assert!(first.iter().zip(&second).all(|(a, b)| a.id == b.id));
-        assert!(is_decayed(&first[0]) && !is_decayed(&first[1]));
     }
 
     #[test]

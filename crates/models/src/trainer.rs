@@ -12,7 +12,7 @@ use crate::checkpoint::{self, Reader, Snapshot};
 use crate::data::{Batch, BatchSource, TaskOptions, ids_tensor};
 use crate::error::{Error, Result};
 use crate::loss::{Loss, cross_entropy};
-use crate::params;
+use crate::{optimizer, params};
 use crate::schedule::Cosine;
 use crate::{Model, ModelConfig, Tokenizer};
 
@@ -237,7 +237,7 @@ impl<'a> Trainer<'a> {
         }
         let device = device.clone().autodiff();
         let model = Model::new(&config, options.seed, &device)?;
-        let optimizer = params::adamw(&model, options.betas, options.weight_decay);
+        let optimizer = optimizer::adamw(&model, options.betas, options.weight_decay);
         let (out, origin) = (None, DataOrigin::default());
         Ok(Self { model, optimizer, source, tokenizer, options, origin, out, step: 0, device })
     }
@@ -285,7 +285,7 @@ impl<'a> Trainer<'a> {
         options.validate()?;
         let device = device.clone().autodiff();
         let model = reader.model(&device)?;
-        let fresh = params::adamw(&model, options.betas, options.weight_decay);
+        let fresh = optimizer::adamw(&model, options.betas, options.weight_decay);
         let optimizer = reader.optimizer(fresh, params::names(&model).len())?;
         let (out, origin, step) = (Some(run.to_owned()), state.data, state.step);
         Ok(Self { model, optimizer, source, tokenizer, options, origin, out, step, device })

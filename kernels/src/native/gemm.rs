@@ -10,6 +10,9 @@ use pulp::{Arch, Simd, WithSimd};
 /// Columns of the widest register block: panels of a right operand that are packed have this many.
 pub(crate) const PANEL: usize = 2 * LINE;
 
+/// Inner steps of a register block at most, see [`Product::column`].
+const DEPTH: usize = 128;
+
 /// What a product does with the previous content of its output.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Mode {
@@ -126,33 +129,66 @@ impl WithSimd for Product<'_> {
 impl Product<'_> {
     #[inline(always)]
     unsafe fn column<S: Simd, const NR: usize>(&self, simd: S, j: usize) {
-        let mut i = 0;
-        unsafe {
-            if S::REGISTER_COUNT >= 32 {
-                while i + 8 <= self.m {
-                    self.block::<S, 8, NR>(simd, i, j);
-                    i += 8;
-                }
-            }
-            while i + 4 <= self.m {
-                self.block::<S, 4, NR>(simd, i, j);
-                i += 4;
-            }
-            while i < self.m {
-                self.block::<S, 1, NR>(simd, i, j);
-                i += 1;
+        // Where registers hold few rows, so many steps that the columns of B stay in a first-level cache for all rows.
+        let depth = if S::REGISTER_COUNT >= 32 { self.k } else { DEPTH };
+        let mut from = 0;
+        loop {
+            let steps = depth.min(self.k - from);
+            unsafe { self.rows::<S, NR>(simd, j, from, steps) };
+            from += steps;
+            if from == self.k {
+                return;
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn block<S: Simd, const MR: usize, const NR: usize>(&self, simd: S, i: usize, j: usize) {
+    unsafe fn rows<S: Simd, const NR: usize>(&self, simd: S, j: usize, from: usize, steps: usize) {
+        let mut i = 0;
+        unsafe {
+            if S::REGISTER_COUNT >= 32 {
+                while i + 8 <= self.m {
+                    self.block::<S, 8, NR>(simd, i, j, from, steps);
+                    i += 8;
+                }
+            } else {
+                // As many as 16 registers allow; the rest in fours where that leaves no single rows.
+                while matches!(self.m - i, 6 | 7 | 10..) {
+                    self.block::<S, 6, NR>(simd, i, j, from, steps);
+                    i += 6;
+                }
+            }
+            while i + 4 <= self.m {
+                self.block::<S, 4, NR>(simd, i, j, from, steps);
+                i += 4;
+            }
+            while i < self.m {
+                self.block::<S, 1, NR>(simd, i, j, from, steps);
+                i += 1;
+            }
+        }
+    }
+
+    /// Steps `from..from + steps` of the inner size.
+    #[inline(always)]
+    unsafe fn block<S: Simd, const MR: usize, const NR: usize>(
+        &self,
+        simd: S,
+        i: usize,
+        j: usize,
+        from: usize,
+        steps: usize,
+    ) {
+        let mode = match self.mode {
+            Mode::Set if from > 0 => Mode::Add,
+            mode => mode,
+        };
         unsafe {
             let lanes = S::F32_LANES;
             let mut acc = [[simd.splat_f32s(0.0); NR]; MR];
-            let mut a = self.a.data.as_ptr().add(i * self.a.row);
-            let mut b = self.b.add(j);
-            for _ in 0..self.k {
+            let mut a = self.a.data.as_ptr().add(i * self.a.row + from * self.a.col);
+            let mut b = self.b.add(from * self.ldb + j);
+            for _ in 0..steps {
                 let mut rhs = [simd.splat_f32s(0.0); NR];
                 for (v, r) in rhs.iter_mut().enumerate() {
                     *r = load::<S>(b.add(v * lanes));
@@ -169,7 +205,7 @@ impl Product<'_> {
             for (r, row) in acc.iter().enumerate() {
                 for (v, &sum) in row.iter().enumerate() {
                     let out = self.c.add((i + r) * self.ldc + j + v * lanes);
-                    let value = match self.mode {
+                    let value = match mode {
                         Mode::Set => sum,
                         Mode::Add => simd.add_f32s(load::<S>(out), sum),
                         Mode::Sub => simd.sub_f32s(load::<S>(out), sum),

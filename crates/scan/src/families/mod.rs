@@ -1,5 +1,6 @@
 //! One short file per recurrence: its equation, its arguments, and which decay and write it composes.
 
+mod adamw;
 mod attention;
 mod complex_scan;
 mod delta_rule;
@@ -17,6 +18,7 @@ mod rg_lru;
 mod short_conv;
 mod simple_gla;
 
+pub use adamw::{AdamWOutput, adamw};
 pub use attention::{attention, attention_step};
 pub use complex_scan::{ComplexScanOutput, complex_scan, complex_scan_step};
 pub use delta_rule::{delta_rule, delta_rule_step};
@@ -36,4 +38,5 @@ pub use norm::{l2_norm, rms_norm};
 pub use rg_lru::{rg_lru, rg_lru_step};
 pub use short_conv::{ConvActivation, ShortConvOutput, short_conv, short_conv_step};
 pub use simple_gla::{retention, retention_step, simple_gla, simple_gla_step};
+pub use thalweg_kernels::adamw::AdamWStep;
 pub use thalweg_kernels::glu::Activation as GluActivation;
