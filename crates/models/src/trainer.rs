@@ -12,9 +12,9 @@ use crate::checkpoint::{self, Reader, Snapshot};
 use crate::data::{Batch, BatchSource, TaskOptions, ids_tensor};
 use crate::error::{Error, Result};
 use crate::loss::{Loss, cross_entropy};
-use crate::{optimizer, params};
 use crate::schedule::Cosine;
 use crate::{Model, ModelConfig, Tokenizer};
+use crate::{optimizer, params};
 
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -6,12 +6,38 @@
 
 use super::tile::{LINE, Tile};
 use pulp::{Arch, Simd, WithSimd};
+use std::mem::MaybeUninit;
 
 /// Columns of the widest register block: panels of a right operand that are packed have this many.
 pub(crate) const PANEL: usize = 2 * LINE;
 
 /// Inner steps of a register block at most, see [`Product::column`].
 const DEPTH: usize = 128;
+
+/// Rows of a register block, with `left` rows to go: as many as registers allow, the rest in fours where that leaves no
+/// single rows.
+#[inline(always)]
+fn height(left: usize, many_registers: bool) -> usize {
+    match left {
+        8.. if many_registers => 8,
+        6 | 7 | 10.. if !many_registers => 6,
+        4.. => 4,
+        _ => 1,
+    }
+}
+
+/// Whether the vector unit has registers for blocks of eight rows.
+fn many_registers() -> bool {
+    struct Count;
+    impl WithSimd for Count {
+        type Output = bool;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> bool {
+            S::REGISTER_COUNT >= 32
+        }
+    }
+    Arch::new().dispatch(Count)
+}
 
 /// What a product does with the previous content of its output.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,33 +47,70 @@ pub(crate) enum Mode {
     Sub,
 }
 
-/// The left operand: element `(i, p)` is `data[i * row + p * col]`.
+/// The left operand: element `(i, p)` is `data[i * row + p * col]`; or, packed, the register block that begins at row `i`
+/// is the run from `i * row` on, one column after another.
 #[derive(Clone, Copy)]
 pub(crate) struct Lhs<'a> {
     data: &'a [f32],
     row: usize,
     col: usize,
+    packed: bool,
 }
 
 impl<'a> Lhs<'a> {
     /// The block of `tile` that starts at `(row, col)`.
     pub fn of(tile: &'a Tile, row: usize, col: usize) -> Self {
-        Self { data: &tile.data()[row * tile.stride() + col..], row: tile.stride(), col: 1 }
+        Self { data: &tile.data()[row * tile.stride() + col..], row: tile.stride(), col: 1, packed: false }
     }
 
     /// A matrix whose rows begin every `stride` elements, or its transpose.
     pub fn strided(data: &'a [f32], stride: usize, transposed: bool) -> Self {
-        if transposed { Self { data, row: 1, col: stride } } else { Self { data, row: stride, col: 1 } }
+        let (row, col) = if transposed { (1, stride) } else { (stride, 1) };
+        Self { data, row, col, packed: false }
     }
 
-    /// The same from column `col` on.
+    /// The same from column `col` on, if it is not packed.
     pub fn from(self, col: usize) -> Self {
+        debug_assert!(!self.packed);
         Self { data: &self.data[col * self.col..], ..self }
+    }
+
+    /// `[m, k]` of a transpose in the order in which products read it, where that pays: with many columns, and registers
+    /// for so few rows that few elements of a cache line are read at a time.
+    pub fn packed<'t>(self, m: usize, k: usize, buffer: &'t mut Vec<f32>) -> Lhs<'t>
+    where
+        'a: 't,
+    {
+        if self.row != 1 || many_registers() {
+            return self;
+        }
+        buffer.resize(m * k, 0.0);
+        let mut i = 0;
+        while i < m {
+            let height = height(m - i, false);
+            let block = &mut buffer[i * k..(i + height) * k];
+            match height {
+                6 => self.interleave::<6>(i, block),
+                4 => self.interleave::<4>(i, block),
+                _ => self.interleave::<1>(i, block),
+            }
+            i += height;
+        }
+        Lhs { data: buffer, row: k, col: 0, packed: true }
+    }
+
+    /// Rows `i..i + ROWS` of a transpose, column after column.
+    fn interleave<const ROWS: usize>(&self, i: usize, block: &mut [f32]) {
+        for (p, column) in block.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+            if let Some(run) = self.data[p * self.col + i..].first_chunk() {
+                *column = *run;
+            }
+        }
     }
 
     /// The transpose of the block of `tile` that starts at `(row, col)`.
     pub fn transposed(tile: &'a Tile, row: usize, col: usize) -> Self {
-        Self { data: &tile.data()[row * tile.stride() + col..], row: 1, col: tile.stride() }
+        Self { data: &tile.data()[row * tile.stride() + col..], row: 1, col: tile.stride(), packed: false }
     }
 }
 
@@ -65,17 +128,24 @@ impl<'a> From<(&'a Tile, usize, usize)> for Rhs<'a> {
     }
 }
 
-/// The output: row `i` begins at `data[i * stride]`.
+/// The output: row `i` begins at `data[i * stride]`. What is not to be set but changed is initialised.
 pub(crate) struct Out<'a> {
-    pub data: &'a mut [f32],
+    pub data: &'a mut [MaybeUninit<f32>],
     pub stride: usize,
+}
+
+impl<'a> Out<'a> {
+    pub fn initialised(data: &'a mut [f32], stride: usize) -> Self {
+        // Safety: products write nothing that is not initialised.
+        Self { data: unsafe { &mut *(std::ptr::from_mut(data) as *mut [MaybeUninit<f32>]) }, stride }
+    }
 }
 
 impl<'a> From<(&'a mut Tile, usize, usize)> for Out<'a> {
     /// The block of a tile that starts at `(row, col)`.
     fn from((tile, row, col): (&'a mut Tile, usize, usize)) -> Self {
         let stride = tile.stride();
-        Self { data: &mut tile.data_mut()[row * stride + col..], stride }
+        Self::initialised(&mut tile.data_mut()[row * stride + col..], stride)
     }
 }
 
@@ -88,8 +158,8 @@ pub(crate) fn gemm<'b, 'c>(mode: Mode, [m, n, k]: [usize; 3], a: Lhs, b: impl In
     let n = n.next_multiple_of(LINE);
     assert!(n <= c.stride && c.data.len() >= (m - 1) * c.stride + n);
     assert!(k == 0 || (n <= b.stride && b.data.len() >= (k - 1) * b.stride + n));
-    assert!(k == 0 || a.data.len() > (m - 1) * a.row + (k - 1) * a.col);
-    let (b, ldb, c, ldc) = (b.data.as_ptr(), b.stride, c.data.as_mut_ptr(), c.stride);
+    assert!(k == 0 || a.data.len() > (m - 1) * a.row + if a.packed { k - 1 } else { (k - 1) * a.col });
+    let (b, ldb, c, ldc) = (b.data.as_ptr(), b.stride, c.data.as_mut_ptr().cast(), c.stride);
     Arch::new().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc });
 }
 
@@ -134,7 +204,12 @@ impl Product<'_> {
         let mut from = 0;
         loop {
             let steps = depth.min(self.k - from);
-            unsafe { self.rows::<S, NR>(simd, j, from, steps) };
+            unsafe {
+                match self.a.packed {
+                    true => self.rows::<S, NR, true>(simd, j, from, steps),
+                    false => self.rows::<S, NR, false>(simd, j, from, steps),
+                }
+            }
             from += steps;
             if from == self.k {
                 return;
@@ -143,35 +218,25 @@ impl Product<'_> {
     }
 
     #[inline(always)]
-    unsafe fn rows<S: Simd, const NR: usize>(&self, simd: S, j: usize, from: usize, steps: usize) {
+    unsafe fn rows<S: Simd, const NR: usize, const PACKED: bool>(&self, simd: S, j: usize, from: usize, steps: usize) {
         let mut i = 0;
-        unsafe {
-            if S::REGISTER_COUNT >= 32 {
-                while i + 8 <= self.m {
-                    self.block::<S, 8, NR>(simd, i, j, from, steps);
-                    i += 8;
-                }
-            } else {
-                // As many as 16 registers allow; the rest in fours where that leaves no single rows.
-                while matches!(self.m - i, 6 | 7 | 10..) {
-                    self.block::<S, 6, NR>(simd, i, j, from, steps);
-                    i += 6;
+        while i < self.m {
+            let height = height(self.m - i, S::REGISTER_COUNT >= 32);
+            unsafe {
+                match height {
+                    8 => self.block::<S, 8, NR, PACKED>(simd, i, j, from, steps),
+                    6 => self.block::<S, 6, NR, PACKED>(simd, i, j, from, steps),
+                    4 => self.block::<S, 4, NR, PACKED>(simd, i, j, from, steps),
+                    _ => self.block::<S, 1, NR, PACKED>(simd, i, j, from, steps),
                 }
             }
-            while i + 4 <= self.m {
-                self.block::<S, 4, NR>(simd, i, j, from, steps);
-                i += 4;
-            }
-            while i < self.m {
-                self.block::<S, 1, NR>(simd, i, j, from, steps);
-                i += 1;
-            }
+            i += height;
         }
     }
 
     /// Steps `from..from + steps` of the inner size.
     #[inline(always)]
-    unsafe fn block<S: Simd, const MR: usize, const NR: usize>(
+    unsafe fn block<S: Simd, const MR: usize, const NR: usize, const PACKED: bool>(
         &self,
         simd: S,
         i: usize,
@@ -186,7 +251,8 @@ impl Product<'_> {
         unsafe {
             let lanes = S::F32_LANES;
             let mut acc = [[simd.splat_f32s(0.0); NR]; MR];
-            let mut a = self.a.data.as_ptr().add(i * self.a.row + from * self.a.col);
+            let (down, col) = if PACKED { (1, MR) } else { (self.a.row, self.a.col) };
+            let mut a = self.a.data.as_ptr().add(i * self.a.row + from * col);
             let mut b = self.b.add(from * self.ldb + j);
             for _ in 0..steps {
                 let mut rhs = [simd.splat_f32s(0.0); NR];
@@ -194,12 +260,12 @@ impl Product<'_> {
                     *r = load::<S>(b.add(v * lanes));
                 }
                 for (r, row) in acc.iter_mut().enumerate() {
-                    let x = simd.splat_f32s(*a.add(r * self.a.row));
+                    let x = simd.splat_f32s(*a.add(r * down));
                     for (v, sum) in row.iter_mut().enumerate() {
                         *sum = simd.mul_add_e_f32s(x, rhs[v], *sum);
                     }
                 }
-                a = a.add(self.a.col);
+                a = a.add(col);
                 b = b.add(self.ldb);
             }
             for (r, row) in acc.iter().enumerate() {
@@ -239,12 +305,14 @@ mod tests {
     /// Every register-block remainder, both orientations of the left operand, all modes.
     #[test]
     fn equals_the_triple_loop() {
-        for (m, n, k) in [(1, 1, 1), (8, 32, 16), (13, 20, 7), (64, 48, 33), (3, 130, 0)] {
+        for (m, n, k) in [(1, 1, 1), (8, 32, 16), (13, 20, 7), (64, 48, 333), (3, 130, 0)] {
             let (a, b) = (tile(m, k, 0.1), tile(k, n, 0.7));
             let mut at = Tile::new(k.max(1), m);
             at.transpose_from(&a, m);
             for mode in [Mode::Set, Mode::Add, Mode::Sub] {
-                for lhs in [Lhs::of(&a, 0, 0), Lhs::transposed(&at, 0, 0)] {
+                let mut buffer = Vec::new();
+                let packed = Lhs::transposed(&at, 0, 0).packed(m, k, &mut buffer);
+                for lhs in [Lhs::of(&a, 0, 0), Lhs::transposed(&at, 0, 0), packed] {
                     let mut c = tile(m, n, 0.3);
                     let before = c.clone();
                     gemm(mode, [m, n, k], lhs, (&b, 0, 0), (&mut c, 0, 0));
@@ -257,7 +325,7 @@ mod tests {
                                 Mode::Add => old + dot,
                                 Mode::Sub => old - dot,
                             };
-                            assert!((c.row(i)[j] as f64 - want).abs() < 1e-4, "{m}x{n}x{k} {mode:?} at {i},{j}");
+                            assert!((c.row(i)[j] as f64 - want).abs() < 3e-4, "{m}x{n}x{k} {mode:?} at {i},{j}");
                         }
                     }
                 }

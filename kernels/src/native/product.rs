@@ -55,6 +55,9 @@ impl<'a, E: Element> Operand<'a, E> {
             return Lhs::strided(data, self.stride, self.transposed);
         }
         let (lines, columns) = if self.transposed { (inner, rows) } else { (rows, inner) };
+        if tile.rows() < lines.len() || tile.cols() != columns.len() {
+            *tile = Tile::new(lines.len(), columns.len());
+        }
         for (i, line) in lines.enumerate() {
             let row = self.row(block, line, columns.clone());
             widen(row, &mut tile.row_mut(i)[..row.len()]);
@@ -99,7 +102,7 @@ pub(crate) fn product<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>
 /// Few rows, as when tokens are decoded: bound by reading `B`, of which each task takes a panel.
 fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     let panels = n.div_ceil(PANEL);
-    let mut tiles: Vec<_> = (0..blocks).map(|_| if a.transposed { Tile::new(k, m) } else { Tile::new(m, k) }).collect();
+    let mut tiles: Vec<_> = (0..blocks).map(|_| Tile::default()).collect();
     let lhs: Vec<_> = tiles.iter_mut().enumerate().map(|(block, tile)| a.lhs(tile, block, 0..m, 0..k)).collect();
     let task = |packed: &mut Vec<f32>, p: usize| {
         let (block, column) = (p / panels, p % panels * PANEL);
@@ -120,7 +123,7 @@ fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Opera
                     Rhs { data: packed, stride: PANEL }
                 }
             };
-            let out = Out { data: &mut c, stride: PANEL };
+            let out = Out::initialised(&mut c, PANEL);
             let width = columns.len().next_multiple_of(LINE);
             gemm(Mode::Add, [m, width, inner.len()], lhs[block].from(inner.start), rhs, out);
         }
@@ -148,15 +151,18 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
     // The register blocks write whole cache lines.
     let padded = n.next_multiple_of(LINE);
     let (width, panels) = (blocks * padded, padded.div_ceil(PANEL));
-    let mut first = vec![0.0; width];
-    for (first, bias) in first.chunks_exact_mut(padded).zip(bias.into_iter().flat_map(|b| b.chunks_exact(n))) {
-        widen(bias, &mut first[..n]);
-    }
+    let first = bias.map(|bias| {
+        let mut first = vec![0.0; width];
+        for (first, bias) in first.chunks_exact_mut(padded).zip(bias.chunks_exact(n)) {
+            widen(bias, &mut first[..n]);
+        }
+        first
+    });
     let serial = blocks * m * n * k < SERIAL;
     let threads = if serial { 1 } else { rayon::current_num_threads() };
     let rows = m.div_ceil(4 * threads).next_multiple_of(8).min(ROWS);
     let depth = k.div_ceil(k.div_ceil(DEPTH));
-    let scratch = || if a.transposed { Tile::new(depth, rows) } else { Tile::new(rows, depth) };
+    let scratch = || (Tile::default(), Vec::new());
 
     let mut packed = Vec::new();
     let mut c = Output::new(m * width, Vec::new());
@@ -176,19 +182,20 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
         }
         // Safety: every panel has been packed.
         packed = unsafe { output.finish() };
-        let task = |tile: &mut Tile, (i, c): (usize, &mut [MaybeUninit<f32>])| {
-            if from == 0 {
-                c.chunks_exact_mut(width).for_each(|row| _ = row.write_copy_of_slice(&first));
+        let task = |(tile, buffer): &mut (Tile, Vec<f32>), (i, c): (usize, &mut [MaybeUninit<f32>])| {
+            if let (0, Some(first)) = (from, &first) {
+                c.chunks_exact_mut(width).for_each(|row| _ = row.write_copy_of_slice(first));
             }
-            // Safety: initialised in the first chunk.
-            let c = unsafe { &mut *(std::ptr::from_mut(c) as *mut [f32]) };
+            // Safety of adding: initialised by the bias, or set in the first chunk.
+            let mode = if from == 0 && first.is_none() { Mode::Set } else { Mode::Add };
             let taken = i * rows..i * rows + c.len() / width;
             for (block, packed) in packed.chunks_exact(panels * panel).enumerate() {
                 let lhs = a.lhs(tile, block, taken.clone(), inner.clone());
+                let lhs = lhs.packed(taken.len(), inner.len(), buffer);
                 for (data, column) in packed.chunks_exact(panel).zip((0..padded).step_by(PANEL)) {
                     let out = Out { data: &mut c[block * padded + column..], stride: width };
                     let size = [taken.len(), PANEL.min(padded - column), inner.len()];
-                    gemm(Mode::Add, size, lhs, Rhs { data, stride: PANEL }, out);
+                    gemm(mode, size, lhs, Rhs { data, stride: PANEL }, out);
                 }
             }
         };

@@ -28,7 +28,7 @@ pub(crate) struct Rows {
 }
 
 /// A `[rows, cols]` f32 matrix with padded rows. The padding is finite and never read into a result.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct Tile {
     data: Vec<Line>,
     rows: usize,
