@@ -67,3 +67,45 @@ pub(crate) fn adamw<M: Module>(module: &M, betas: (f32, f32), weight_decay: f32)
         None,
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::nn::{Linear, LinearConfig};
+    use burn::optim::{AdamWConfig, GradientsParams};
+    use burn::tensor::Tolerance;
+
+    use crate::params::settle;
+
+    fn steps(optimizer: &mut ModuleOptimizer, mut model: Linear, steps: std::ops::Range<usize>) -> Linear {
+        let device = model.weight.device();
+        for step in steps {
+            let x = Tensor::<2>::full([4, 30], 0.1 * (step + 1) as f32, &device);
+            let grads = GradientsParams::from_grads(model.forward(x).square().mean().backward(), &model);
+            model = optimizer.step(0.01, model, grads);
+        }
+        model
+    }
+
+    /// Bias and weight have different decays, and the moments of one are taken over by the other.
+    #[test]
+    fn equals_burns_and_resumes_its_state() {
+        let device = Device::flex().autodiff();
+        let model: Linear = settle(LinearConfig::new(30, 20).init(&device));
+        let config = AdamWConfig::new().with_beta_2(0.95).with_epsilon(1e-8);
+        let decayed = ParamGroup::from_ids(vec![model.weight.id]);
+        let burns = || {
+            let plain = ModuleOptimizer::from(config.clone().with_weight_decay(0.0).build());
+            plain.with_group(decayed.clone(), config.clone().with_weight_decay(0.3).build(), None)
+        };
+        let (mut theirs, mut ours) = (burns(), adamw(&model, (0.9, 0.95), 0.3));
+        let close = |a: &Linear, b: &Linear| {
+            let tolerance = Tolerance::<f32>::rel_abs(1e-5, 1e-6);
+            a.weight.val().into_data().assert_approx_eq(&b.weight.val().into_data(), tolerance);
+        };
+        let halfway = steps(&mut theirs, model.clone(), 0..3);
+        close(&halfway, &steps(&mut ours, model.clone(), 0..3));
+        let mut resumed = adamw(&model, (0.9, 0.95), 0.3).load_record(theirs.to_record());
+        close(&steps(&mut theirs, halfway.clone(), 3..6), &steps(&mut resumed, halfway, 3..6));
+    }
+}

@@ -1,4 +1,4 @@
-//! Linear layers, norms and gated units: the kernels against the same formula in tensor operations, in f64.
+//! Linear layers, norms, gated units and AdamW: the kernels against the same formula in tensor operations, in f64.
 
 #[macro_use]
 mod common;
@@ -6,9 +6,9 @@ mod common;
 use burn::Tensor;
 use burn::tensor::DType;
 use common::*;
-use thalweg_scan::{self as scan, GluActivation, Path};
+use thalweg_scan::{self as scan, AdamWOutput, AdamWStep, GluActivation, Path};
 
-on_each_device!(linear_layers, norms, gated_units);
+on_each_device!(linear_layers, norms, gated_units, adamw);
 
 /// Values of `f` and its gradients with respect to `leaves`, natively in `dtype` and portably in f64 on the same values.
 macro_rules! compare {
@@ -94,4 +94,25 @@ fn gated_units() {
             compare!(format!("{f:?}"), [x, z], dtype, tolerance, |path| scan::glu(f, x.clone(), Some(z.clone()), path));
         }
     }
+}
+
+fn adamw() {
+    let mut random = Random::new(8);
+    let shape = [37, 41];
+    let [p, g, other]: [Tensor<2>; 3] = [0; 3].map(|_| random.tensor(shape, -1.0, 1.0, DType::F32).detach());
+    let step = |time| AdamWStep { lr: 0.05, betas: (0.9, 0.95), epsilon: 1e-8, weight_decay: 0.1, time };
+    let before = values(&p);
+    let two_steps = |path| {
+        let AdamWOutput { p, m, v } = scan::adamw(&step(1), p.clone(), g.clone(), None, path).expect("valid");
+        scan::adamw(&step(2), p, other.clone(), Some([m, v]), path).expect("valid")
+    };
+    let (found, expected) = (two_steps(Path::Auto), two_steps(Path::Portable));
+    for (name, a, b) in [("p", found.p, expected.p), ("m", found.m, expected.m), ("v", found.v, expected.v)] {
+        assert_close(name, &values(&a), &values(&b), 1e-5);
+    }
+    // What others hold is left alone.
+    assert_eq!(values(&p), before);
+    let error = scan::adamw(&step(1), p, g.reshape([41, 37]), None, Path::Auto).unwrap_err();
+    assert_eq!(error.to_string(), "`g` has shape [41, 37], expected that of p, [37, 41]");
+    assert!(scan::adamw(&step(0), other.clone(), other, None, Path::Auto).is_err());
 }

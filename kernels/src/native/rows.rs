@@ -120,7 +120,11 @@ impl<E: Element> Rows<E> {
         let src: *const E = if is_f32::<E>() {
             block.as_ptr().cast()
         } else {
-            E::from_f32_slice(&block[..len], &mut rounded[..len]);
+            match len {
+                // A length that the compiler knows makes one run of vector code.
+                BLOCK => E::from_f32_slice(&block[..], &mut rounded[..]),
+                _ => E::from_f32_slice(&block[..len], &mut rounded[..len]),
+            }
             rounded.as_ptr()
         };
         // Safety: inside the buffer, checked above; `src` is a different allocation of at least `len` elements.
@@ -175,8 +179,13 @@ pub(crate) fn block<'a, E: Element>(x: &'a [E], at: usize, len: usize, buffer: &
         // Safety: `E` is f32 and the slice has `BLOCK` elements.
         return unsafe { &*src.as_ptr().cast::<Block>() };
     }
-    E::to_f32_slice(src, &mut buffer[..len]);
-    buffer[len..].fill(0.0);
+    match src.first_chunk::<BLOCK>() {
+        Some(src) => E::to_f32_slice(src, &mut buffer[..]),
+        None => {
+            E::to_f32_slice(src, &mut buffer[..len]);
+            buffer[len..].fill(0.0);
+        }
+    }
     buffer
 }
 

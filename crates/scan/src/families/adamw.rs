@@ -44,6 +44,7 @@ pub fn adamw<const D: usize>(
     moments: Option<[Tensor<D>; 2]>,
     path: Path,
 ) -> Result<AdamWOutput<D>, Error> {
+    check::positive("time", usize::try_from(step.time).ok().or(Some(0)))?;
     let [m, v] = moments.unwrap_or_else(|| [p.zeros_like(), p.zeros_like()]);
     for (argument, x) in [("g", &g), ("m", &m), ("v", &v)] {
         check::same_type(argument, x, "p", p.dtype())?;
