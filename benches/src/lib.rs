@@ -13,6 +13,7 @@ mod case;
 mod error;
 #[cfg(feature = "gpu")]
 mod gpu;
+mod heap;
 mod layers;
 mod machine;
 mod models;
@@ -28,6 +29,7 @@ mod workload;
 
 pub use case::{Case, Dtype, Part, Pass, Path};
 pub use error::Error;
+pub use heap::Counting;
 pub use machine::{Ceilings, Machine};
 pub use report::{Change, Report, Row};
 pub use runner::Runner;

@@ -44,7 +44,7 @@ pub struct Row {
     pub tokens_per_s: f64,
     /// Largest error against the oracle, relative to the largest element.
     pub error: f64,
-    /// Memory that the process took above what it had before, or that is taken on the GPU, inputs included; 0 where
+    /// The most that inputs and the first call took from the allocator, or that is taken on the GPU; 0 where
     /// unknown.
     pub peak_bytes: u64,
 }

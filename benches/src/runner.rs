@@ -2,6 +2,7 @@
 
 #[cfg(feature = "gpu")]
 use crate::Dtype;
+use crate::heap;
 use crate::workload::{Workload, build, verify, verify_start};
 use crate::{Case, Ceilings, Effort, Error, Path, Row, Samples};
 use burn::tensor::Device;
@@ -90,10 +91,11 @@ impl Runner {
         self.pool.install(|| {
             let device = &self.device;
             let error = verify(case, device)?;
-            let memory = Memory::start();
+            heap::start();
             let mut workload = build(case, device)?;
             finish(workload.as_mut(), device)?;
-            let peak = workload.device_bytes().unwrap_or_else(|| memory.peak());
+            let taken = heap::peak();
+            let peak = workload.device_bytes().unwrap_or(taken);
             let error = error.max(verify_start(case, workload.as_ref(), device)?);
             let samples = Samples::take(self.effort, workload.calls(), || finish(workload.as_mut(), device))?;
             let work = (workload.cost(), workload.tokens());
@@ -140,35 +142,4 @@ pub(crate) struct Prepared {
     case: Case,
     workload: Box<dyn Workload>,
     error: f64,
-}
-
-/// The resident memory of this process, where the system can reset its peak.
-struct Memory {
-    before: Option<u64>,
-}
-
-impl Memory {
-    fn start() -> Self {
-        // What was freed but not given back would be taken again unseen.
-        #[cfg(all(target_os = "linux", target_env = "gnu"))]
-        // Safety: it has no preconditions.
-        unsafe {
-            libc::malloc_trim(0);
-        }
-        // Linux: 5 sets the peak to what is resident now.
-        let reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
-        Self { before: if reset { status("VmRSS:") } else { None } }
-    }
-
-    /// Bytes above the start, at the most, since the start.
-    fn peak(&self) -> u64 {
-        self.before.zip(status("VmHWM:")).map_or(0, |(before, peak)| peak.saturating_sub(before))
-    }
-}
-
-/// A field of the process's status, in bytes.
-fn status(field: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find(|line| line.starts_with(field))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }

@@ -34,8 +34,8 @@ pub fn catalogue() -> Vec<&'static Entry> {
 pub struct Selection {
     /// Levels.
     pub parts: Vec<Part>,
-    /// Only benchmarks whose `part/name/pass` contains this.
-    pub filter: Option<String>,
+    /// Only benchmarks whose `part/name/pass` contains one of these.
+    pub filter: Vec<String>,
     /// Sizes in place of the default shapes.
     pub shape: Vec<usize>,
     /// Lengths in place of those of the shapes.
@@ -74,7 +74,7 @@ impl Selection {
         if cases.is_empty() {
             let mut names: Vec<_> = catalogue().iter().map(|entry| entry.name).collect();
             names.dedup();
-            let filter = self.filter.as_deref().unwrap_or("");
+            let filter = self.filter.join(",");
             let reason = format!("`{filter}` and the other options leave no benchmark; there are {}", names.join(", "));
             return Err(Error::argument("filter", reason));
         }
@@ -84,7 +84,7 @@ impl Selection {
     fn of_entry(&self, entry: &Entry, cases: &mut Vec<Case>) -> Result<(), Error> {
         for &pass in Pass::ALL {
             let id = format!("{}/{}/{pass}", entry.part, entry.name);
-            let wanted = self.filter.as_ref().is_none_or(|filter| id.contains(filter.as_str()));
+            let wanted = self.filter.is_empty() || self.filter.iter().any(|filter| id.contains(filter.as_str()));
             if !wanted || !(self.pass.is_empty() || self.pass.contains(&pass)) {
                 continue;
             }
@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     fn gla() -> Selection {
-        Selection { parts: vec![Part::Ops], filter: Some("ops/gla/".into()), ..Selection::default() }
+        Selection { parts: vec![Part::Ops], filter: vec!["ops/gla/".into()], ..Selection::default() }
     }
 
     #[test]
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn a_step_keeps_its_single_token() {
         let selection = Selection {
-            filter: Some("gated_delta_rule/step".into()),
+            filter: vec!["gated_delta_rule/step".into()],
             time: vec![4096],
             head_dim: vec![64],
             ..Selection::default()
@@ -204,6 +204,6 @@ mod tests {
         let error = |selection: Selection| selection.cases().unwrap_err().to_string();
         assert!(error(Selection { shape: vec![1, 2], ..gla() }).contains("batch,time,heads,key_dim,value_dim"));
         assert!(error(Selection { time: vec![0], ..gla() }).starts_with("`time`"));
-        assert!(error(Selection { filter: Some("nothing".into()), ..Selection::default() }).contains("there are scan"));
+        assert!(error(Selection { filter: vec!["nothing".into()], ..Selection::default() }).contains("there are scan"));
     }
 }

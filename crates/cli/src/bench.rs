@@ -17,9 +17,9 @@ use thalweg_bench::{Dtype, Effort, Error, Machine, Part, Pass, Path, Report, Row
 pub struct Args {
     /// What to run: `ops`, `layers`, `models`; all of them if absent. `serve` answers JSON requests on standard input.
     part: Option<String>,
-    /// Only benchmarks whose `part/name/pass` contains this, such as `gla/forward`.
-    #[arg(long)]
-    filter: Option<String>,
+    /// Only benchmarks whose `part/name/pass` contains one of these, such as `gla/forward`.
+    #[arg(long, value_delimiter = ',')]
+    filter: Vec<String>,
     /// Sizes in place of the default shapes: `batch,time,heads,key_dim,value_dim`, `batch,time,channels`, ...
     #[arg(long, value_delimiter = ',')]
     shape: Vec<usize>,
