@@ -42,7 +42,8 @@ pub fn step(step: &AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [
     let (scale_1, scale_2) = (1.0 / (1.0 - beta_1.powi(step.time)), 1.0 / (1.0 - beta_2.powi(step.time)));
     let (lr, keep) = (step.lr as f32, (1.0 - step.lr * f64::from(step.weight_decay)) as f32);
     let epsilon = step.epsilon;
-    let task = |(((p, g), m), v): (((&mut [f32], &[f32]), &mut [f32]), &mut [f32])| {
+    let tasks = (p.par_chunks_mut(TASK), g.par_chunks(TASK), m.par_chunks_mut(TASK), v.par_chunks_mut(TASK));
+    tasks.into_par_iter().with_min_len(2).for_each(|(p, g, m, v)| {
         vectorize(
             #[inline(always)]
             || {
@@ -53,9 +54,7 @@ pub fn step(step: &AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [
                 }
             },
         );
-    };
-    let tasks = p.par_chunks_mut(TASK).zip(g.par_chunks(TASK)).zip(m.par_chunks_mut(TASK)).zip(v.par_chunks_mut(TASK));
-    tasks.with_min_len(2).for_each(task);
+    });
     Ok(())
 }
 
