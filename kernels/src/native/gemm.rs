@@ -102,9 +102,8 @@ impl<'a> Lhs<'a> {
     /// Rows `i..i + ROWS` of a transpose, column after column.
     fn interleave<const ROWS: usize>(&self, i: usize, block: &mut [f32]) {
         for (p, column) in block.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
-            if let Some(run) = self.data[p * self.col + i..].first_chunk() {
-                *column = *run;
-            }
+            let at = p * self.col + i;
+            column.copy_from_slice(&self.data[at..at + ROWS]);
         }
     }
 
@@ -305,7 +304,7 @@ mod tests {
     /// Every register-block remainder, both orientations of the left operand, all modes.
     #[test]
     fn equals_the_triple_loop() {
-        for (m, n, k) in [(1, 1, 1), (8, 32, 16), (13, 20, 7), (64, 48, 333), (3, 130, 0)] {
+        for (m, n, k) in [(1, 1, 1), (8, 32, 16), (13, 20, 7), (64, 48, 33), (64, 48, 333), (3, 130, 0)] {
             let (a, b) = (tile(m, k, 0.1), tile(k, n, 0.7));
             let mut at = Tile::new(k.max(1), m);
             at.transpose_from(&a, m);
@@ -325,7 +324,7 @@ mod tests {
                                 Mode::Add => old + dot,
                                 Mode::Sub => old - dot,
                             };
-                            assert!((c.row(i)[j] as f64 - want).abs() < 3e-4, "{m}x{n}x{k} {mode:?} at {i},{j}");
+                            assert!((c.row(i)[j] as f64 - want).abs() < 1e-4, "{m}x{n}x{k} {mode:?} at {i},{j}");
                         }
                     }
                 }
