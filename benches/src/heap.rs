@@ -47,17 +47,30 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Counting<A> {
     }
 }
 
-/// Begins to count from 0.
-pub(crate) fn start() {
-    LIVE.store(0, Relaxed);
-    PEAK.store(0, Relaxed);
-    COUNTS.store(true, Relaxed);
+/// One measurement at a time, until it is dropped.
+pub(crate) struct Meter(());
+
+impl Meter {
+    /// Begins to count from 0; `None` while another measurement runs.
+    pub fn start() -> Option<Self> {
+        if COUNTS.swap(true, Relaxed) {
+            return None;
+        }
+        LIVE.store(0, Relaxed);
+        PEAK.store(0, Relaxed);
+        Some(Self(()))
+    }
+
+    /// Bytes at the most above the start, since then.
+    pub fn peak(self) -> u64 {
+        PEAK.load(Relaxed).try_into().unwrap_or(0)
+    }
 }
 
-/// Ends counting. Bytes at the most above the start, since then.
-pub(crate) fn peak() -> u64 {
-    COUNTS.store(false, Relaxed);
-    PEAK.load(Relaxed).try_into().unwrap_or(0)
+impl Drop for Meter {
+    fn drop(&mut self) {
+        COUNTS.store(false, Relaxed);
+    }
 }
 
 #[cfg(test)]
@@ -71,11 +84,18 @@ mod tests {
     #[test]
     fn counts_the_peak() {
         const LARGE: usize = 256 << 20;
-        start();
+        // Other tests measure too.
+        let start = || std::iter::repeat_with(Meter::start).flatten().next().expect("endless");
+        let meter = start();
+        assert!(Meter::start().is_none());
         drop(Vec::<u8>::with_capacity(LARGE));
-        let one = peak();
-        assert!((LARGE..3 * LARGE / 2).contains(&(one as usize)), "{one}");
-        drop(Vec::<u8>::with_capacity(LARGE));
-        assert_eq!(peak(), one);
+        let one = meter.peak() as usize;
+        assert!((LARGE..3 * LARGE / 2).contains(&one), "{one}");
+        // What was there before is none of a measurement's.
+        let outside = Vec::<u8>::with_capacity(LARGE);
+        let meter = start();
+        drop(outside);
+        let other = meter.peak() as usize;
+        assert!(other < LARGE / 2, "{other}");
     }
 }

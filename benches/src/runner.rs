@@ -2,7 +2,7 @@
 
 #[cfg(feature = "gpu")]
 use crate::Dtype;
-use crate::heap;
+use crate::heap::Meter;
 use crate::workload::{Workload, build, verify, verify_start};
 use crate::{Case, Ceilings, Effort, Error, Path, Row, Samples};
 use burn::tensor::Device;
@@ -91,10 +91,10 @@ impl Runner {
         self.pool.install(|| {
             let device = &self.device;
             let error = verify(case, device)?;
-            heap::start();
+            let meter = Meter::start();
             let mut workload = build(case, device)?;
             finish(workload.as_mut(), device)?;
-            let taken = heap::peak();
+            let taken = meter.map_or(0, Meter::peak);
             let peak = workload.device_bytes().unwrap_or(taken);
             let error = error.max(verify_start(case, workload.as_ref(), device)?);
             let samples = Samples::take(self.effort, workload.calls(), || finish(workload.as_mut(), device))?;
