@@ -25,21 +25,22 @@ pub struct AdamWStep {
     /// Decay of the parameters per step, in learning rates.
     pub weight_decay: f32,
     /// Number of this step: the first is 1.
-    pub time: i32,
+    pub time: usize,
 }
 
 /// Advances parameters `p` and their moments `m` and `v`, both 0 before the first step, by the gradients `g`.
 ///
 /// # Errors
-/// If the slices differ in length or `time` is not positive.
+/// If the slices differ in length or `time` is 0.
 pub fn step(step: &AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> Result<(), Error> {
     for (argument, found) in [("g", g.len()), ("m", m.len()), ("v", v.len())] {
         Error::check_len(argument, found, &[p.len()])?;
     }
-    Error::check_positive("time", usize::try_from(step.time).unwrap_or(0))?;
+    Error::check_positive("time", step.time)?;
+    let time = i32::try_from(step.time).unwrap_or(i32::MAX);
     let (beta_1, beta_2) = step.betas;
     let (rest_1, rest_2) = (1.0 - beta_1, 1.0 - beta_2);
-    let (scale_1, scale_2) = (1.0 / (1.0 - beta_1.powi(step.time)), 1.0 / (1.0 - beta_2.powi(step.time)));
+    let (scale_1, scale_2) = (1.0 / (1.0 - beta_1.powi(time)), 1.0 / (1.0 - beta_2.powi(time)));
     let (lr, keep) = (step.lr as f32, (1.0 - step.lr * f64::from(step.weight_decay)) as f32);
     let epsilon = step.epsilon;
     let tasks = (p.par_chunks_mut(TASK), g.par_chunks(TASK), m.par_chunks_mut(TASK), v.par_chunks_mut(TASK));
@@ -72,7 +73,7 @@ mod tests {
         let (mut p64, mut m64, mut v64) = (wide(&p), vec![0f64; n], vec![0f64; n]);
         let mut options = AdamWStep { lr: 0.1, betas: (0.9, 0.99), epsilon: 1e-8, weight_decay: 0.3, time: 0 };
         for time in 1..=3 {
-            options.time = time;
+            options.time = time as usize;
             let g: Vec<f32> = noise.uniform(n, -2.0, 2.0);
             step(&options, &mut p, &g, &mut m, &mut v).unwrap();
             let (b1, b2) = (f64::from(0.9f32), f64::from(0.99f32));

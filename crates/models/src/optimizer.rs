@@ -34,7 +34,7 @@ impl Optimizer for AdamW {
             None => (1, None),
         };
         let Self { betas, epsilon, weight_decay } = *self;
-        let step = AdamWStep { lr, betas, epsilon, weight_decay, time: i32::try_from(time).unwrap_or(i32::MAX) };
+        let step = AdamWStep { lr, betas, epsilon, weight_decay, time };
         match thalweg_scan::adamw(&step, tensor, grad, moments, Path::Auto) {
             Ok(AdamWOutput { p, m, v }) => (p, Some(AdamWState::new(AdaptiveMomentumState::new(time, m, v)))),
             // The trait has no error. Gradients have the shape of their parameters, and saved states are checked when

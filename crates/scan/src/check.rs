@@ -54,6 +54,21 @@ pub(crate) fn same_type<const D: usize>(
     Err(Error::Type { argument, found, expected: format!("{dtype:?}, that of `{of}`") })
 }
 
+/// Checks that a tensor has the element type and the shape of another.
+pub(crate) fn like<const D: usize>(
+    argument: &'static str,
+    tensor: &Tensor<D>,
+    of: &'static str,
+    other: &Tensor<D>,
+) -> Result<(), Error> {
+    same_type(argument, tensor, of, other.dtype())?;
+    if tensor.dims() == other.dims() {
+        return Ok(());
+    }
+    let expected = format!("that of {of}, {:?}", other.dims());
+    Err(Error::Shape { argument, found: tensor.dims().to_vec(), expected })
+}
+
 /// Checks that a size option, if given, is at least 1.
 pub(crate) fn positive(argument: &'static str, value: Option<usize>) -> Result<(), Error> {
     if value == Some(0) {

@@ -24,7 +24,7 @@ pub struct AdamWOutput<const D: usize> {
 /// On a CPU it is one pass over memory on all threads, in place for whatever nobody else holds.
 ///
 /// # Errors
-/// If shapes differ or `step.time` is not positive.
+/// If shapes or element types differ or `step.time` is 0.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -44,14 +44,10 @@ pub fn adamw<const D: usize>(
     moments: Option<[Tensor<D>; 2]>,
     path: Path,
 ) -> Result<AdamWOutput<D>, Error> {
-    check::positive("time", usize::try_from(step.time).ok().or(Some(0)))?;
+    check::positive("time", Some(step.time))?;
     let [m, v] = moments.unwrap_or_else(|| [p.zeros_like(), p.zeros_like()]);
     for (argument, x) in [("g", &g), ("m", &m), ("v", &v)] {
-        check::same_type(argument, x, "p", p.dtype())?;
-        if x.dims() != p.dims() {
-            let expected = format!("that of p, {:?}", p.dims());
-            return Err(Error::Shape { argument, found: x.dims().to_vec(), expected });
-        }
+        check::like(argument, x, "p", &p)?;
     }
     if p.dtype() == DType::F32 && native::available(path, Written::ForCpu, &p) {
         let device = p.device();
@@ -61,6 +57,7 @@ pub fn adamw<const D: usize>(
         return Ok(AdamWOutput { p, m, v });
     }
     let AdamWStep { lr, betas: (beta_1, beta_2), epsilon, weight_decay, time } = *step;
+    let time = i32::try_from(time).unwrap_or(i32::MAX);
     let m = m * beta_1 + g.clone() * (1.0 - beta_1);
     let v = v * beta_2 + g.square() * (1.0 - beta_2);
     let (m_hat, v_hat) = (m.clone() / (1.0 - beta_1.powi(time)), v.clone() / (1.0 - beta_2.powi(time)));

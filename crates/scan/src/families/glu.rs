@@ -31,11 +31,7 @@ pub fn glu<const D: usize>(
     path: Path,
 ) -> Result<Tensor<D>, Error> {
     if let Some(z) = &z {
-        check::same_type("z", z, "x", x.dtype())?;
-        if z.dims() != x.dims() {
-            let expected = format!("that of x, {:?}", x.dims());
-            return Err(Error::Shape { argument: "z", found: z.dims().to_vec(), expected });
-        }
+        check::like("z", z, "x", &x)?;
     }
     if native::available(path, Written::ForCpu, &x) && x.shape().num_elements() > 0 {
         let rest = [z.map(Into::into), None, None, None, None, None];

@@ -41,11 +41,7 @@ pub fn rms_norm<const D: usize>(
         check::same_type("weight", weight, "x", x.dtype())?;
     }
     if let Some((_, z)) = &gate {
-        check::same_type("z", z, "x", x.dtype())?;
-        if z.dims() != x.dims() {
-            let expected = format!("that of x, {:?}", x.dims());
-            return Err(Error::Shape { argument: "z", found: z.dims().to_vec(), expected });
-        }
+        check::like("z", z, "x", &x)?;
     }
     let problem = NormProblem::rms(features, eps as f32).with_offset(offset as f32);
     if native::available(path, Written::ForCpu, &x) && x.shape().num_elements() > 0 {
