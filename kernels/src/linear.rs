@@ -20,12 +20,20 @@ pub struct LinearProblem {
     pub inputs: usize,
     /// Output features of a block.
     pub outputs: usize,
+    /// Whether the weight of a block is stored `[outputs, inputs]`, as that of a head which shares the embeddings.
+    pub transposed: bool,
 }
 
 impl LinearProblem {
     /// A dense layer.
     pub fn new(rows: usize, inputs: usize, outputs: usize) -> Self {
-        Self { rows, blocks: 1, inputs, outputs }
+        Self { rows, blocks: 1, inputs, outputs, transposed: false }
+    }
+
+    /// Says that weights are stored `[blocks, outputs, inputs]`.
+    #[must_use]
+    pub fn with_transposed_weight(self) -> Self {
+        Self { transposed: true, ..self }
     }
 
     /// Sets the number of diagonal blocks; `inputs` and `outputs` are those of one block.
@@ -35,12 +43,19 @@ impl LinearProblem {
     }
 
     fn check<E>(&self, x: &[E], weight: &[E]) -> Result<(), Error> {
-        let Self { rows, blocks, inputs, outputs } = *self;
+        let Self { rows, blocks, inputs, outputs, transposed } = *self;
         for (argument, size) in [("rows", rows), ("blocks", blocks), ("inputs", inputs), ("outputs", outputs)] {
             Error::check_positive(argument, size)?;
         }
         Error::check_len("x", x.len(), &[rows, blocks, inputs])?;
-        Error::check_len("weight", weight.len(), &[blocks, inputs, outputs])
+        let weight_shape = if transposed { [blocks, outputs, inputs] } else { [blocks, inputs, outputs] };
+        Error::check_len("weight", weight.len(), &weight_shape)
+    }
+
+    /// The weight as the right operand of a product, or its transpose.
+    fn weight<'a, E>(&self, data: &'a [E], transposed: bool) -> Operand<'a, E> {
+        let stride = if self.transposed { self.inputs } else { self.outputs };
+        Operand { data, stride, block: self.inputs * self.outputs, transposed: self.transposed != transposed }
     }
 }
 
@@ -49,14 +64,15 @@ impl LinearProblem {
 pub struct LinearGradients<E> {
     /// Of `x`, `[rows, blocks, inputs]`.
     pub dx: Vec<E>,
-    /// Of the weight, `[blocks, inputs, outputs]`.
+    /// Of the weight, `[blocks, inputs, outputs]`, or as the weight is stored.
     pub d_weight: Vec<E>,
     /// Of the bias, `[blocks, outputs]`, if it was asked for.
     pub d_bias: Option<Vec<E>>,
 }
 
 /// `y[t, h] = x[t, h] W[h] + b[h]`: `x` is `[rows, blocks, inputs]`, `weight` `[blocks, inputs, outputs]`, `bias`
-/// `[blocks, outputs]`, the result `[rows, blocks, outputs]`. Sums are f32.
+/// `[blocks, outputs]`, the result `[rows, blocks, outputs]`. Sums are f32. A weight may be stored
+/// [transposed](LinearProblem::with_transposed_weight).
 ///
 /// # Errors
 /// If a size is 0 or a slice is not as long as the problem says.
@@ -67,13 +83,12 @@ pub fn forward<E: Element>(
     bias: Option<&[E]>,
 ) -> Result<Vec<E>, Error> {
     problem.check(x, weight)?;
-    let LinearProblem { rows, blocks, inputs, outputs } = *problem;
+    let LinearProblem { rows, blocks, inputs, outputs, .. } = *problem;
     if let Some(bias) = bias {
         Error::check_len("bias", bias.len(), &[blocks, outputs])?;
     }
     let a = Operand { data: x, stride: blocks * inputs, block: inputs, transposed: false };
-    let b = Operand { data: weight, stride: outputs, block: inputs * outputs, transposed: false };
-    Ok(product([blocks, rows, outputs, inputs], a, b, bias))
+    Ok(product([blocks, rows, outputs, inputs], a, problem.weight(weight, false), bias))
 }
 
 /// Gradients of [`forward`] for the cotangent `dy: [rows, blocks, outputs]` of its result.
@@ -88,13 +103,14 @@ pub fn backward<E: Element>(
     with_bias: bool,
 ) -> Result<LinearGradients<E>, Error> {
     problem.check(x, weight)?;
-    let LinearProblem { rows, blocks, inputs, outputs } = *problem;
+    let LinearProblem { rows, blocks, inputs, outputs, transposed } = *problem;
     Error::check_len("dy", dy.len(), &[rows, blocks, outputs])?;
-    let x = Operand { data: x, stride: blocks * inputs, block: inputs, transposed: true };
-    let w = Operand { data: weight, stride: outputs, block: inputs * outputs, transposed: true };
+    let x = Operand { data: x, stride: blocks * inputs, block: inputs, transposed: false };
     let d = Operand { data: dy, stride: blocks * outputs, block: outputs, transposed: false };
-    let dx = product([blocks, rows, inputs, outputs], d, w, None);
-    let of_block = |h| product([1, inputs, outputs, rows], x.only(h), d.only(h), None);
+    let dx = product([blocks, rows, inputs, outputs], d, problem.weight(weight, true), None);
+    let ((left, m), (right, n)) = if transposed { ((d, outputs), (x, inputs)) } else { ((x, inputs), (d, outputs)) };
+    let left = Operand { transposed: true, ..left };
+    let of_block = |h| product([1, m, n, rows], left.only(h), right.only(h), None);
     let d_weight = match blocks {
         1 => of_block(0),
         _ => (0..blocks).into_par_iter().map(of_block).collect::<Vec<_>>().concat(),
@@ -134,7 +150,7 @@ mod tests {
 
     /// `y`, `dx`, `dW`, `db` by definition.
     fn definition(p: &LinearProblem, x: &[f64], w: &[f64], b: &[f64], dy: &[f64]) -> [Vec<f64>; 4] {
-        let LinearProblem { rows, blocks, inputs, outputs } = *p;
+        let LinearProblem { rows, blocks, inputs, outputs, .. } = *p;
         let (mut y, mut dx) = (vec![0.0; dy.len()], vec![0.0; x.len()]);
         let (mut dw, mut db) = (vec![0.0; w.len()], vec![0.0; b.len()]);
         for t in 0..rows {
@@ -156,7 +172,7 @@ mod tests {
     }
 
     fn check<E: Element>(p: &LinearProblem, tolerance: f64) {
-        let LinearProblem { rows, blocks, inputs, outputs } = *p;
+        let LinearProblem { rows, blocks, inputs, outputs, .. } = *p;
         let lengths = [rows * blocks * inputs, blocks * inputs * outputs, blocks * outputs, rows * blocks * outputs];
         let mut noise = Noise::new(rows as u64);
         let [x, w, b, dy] = lengths.map(|n| noise.uniform::<E>(n, -1.0, 1.0));
@@ -166,13 +182,31 @@ mod tests {
         assert_close("dx", &grads.dx, &dx, tolerance);
         assert_close("d_weight", &grads.d_weight, &d_weight, tolerance);
         assert_close("d_bias", &grads.d_bias.unwrap(), &d_bias, tolerance);
+
+        let turned = p.with_transposed_weight();
+        let w = transposed(&w, blocks, inputs, outputs);
+        let grads = backward(&turned, &x, &w, &dy, true).unwrap();
+        assert_close("y", &forward(&turned, &x, &w, Some(&b)).unwrap(), &y, tolerance);
+        assert_close("dx", &grads.dx, &dx, tolerance);
+        assert_close("d_weight", &transposed(&grads.d_weight, blocks, outputs, inputs), &d_weight, tolerance);
+    }
+
+    /// `[blocks, inputs, outputs]` as `[blocks, outputs, inputs]`.
+    fn transposed<E: Element>(w: &[E], blocks: usize, inputs: usize, outputs: usize) -> Vec<E> {
+        let places = (0..blocks * outputs * inputs).map(|i| (i / (outputs * inputs), i / inputs % outputs, i % inputs));
+        places.map(|(block, o, i)| w[(block * inputs + i) * outputs + o]).collect()
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
-        fn equals_the_definition(rows in 1usize..200, blocks in 1usize..4, inputs in 1usize..80, outputs in 1usize..80) {
-            let p = LinearProblem { rows, blocks, inputs, outputs };
+        fn equals_the_definition(
+            rows in prop_oneof![1usize..12, 1usize..200],
+            blocks in 1usize..4,
+            inputs in 1usize..80,
+            outputs in 1usize..80,
+        ) {
+            let p = LinearProblem::new(rows, inputs, outputs).with_blocks(blocks);
             check::<f32>(&p, 1e-6);
             check::<bf16>(&p, 5e-3);
         }
@@ -183,18 +217,21 @@ mod tests {
     fn long_sums() {
         check::<f32>(&LinearProblem::new(1500, 40, 33), 3e-6);
         check::<f32>(&LinearProblem::new(70, 1100, 1030), 3e-6);
+        check::<f32>(&LinearProblem::new(2, 1100, 1030), 3e-6);
     }
 
     #[test]
     fn does_not_depend_on_threads() {
-        let p = LinearProblem::new(700, 96, 160).with_blocks(2);
-        let mut noise = Noise::new(1);
-        let [x, w, dy] = [700 * 192, 2 * 96 * 160, 700 * 320].map(|n| noise.uniform::<f32>(n, -1.0, 1.0));
-        let run = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| (forward(&p, &x, &w, None).unwrap(), backward(&p, &x, &w, &dy, true).unwrap()))
-        };
-        assert_eq!(run(1), run(3));
+        for rows in [2, 20, 700] {
+            let p = LinearProblem::new(rows, 96, 160).with_blocks(4);
+            let mut noise = Noise::new(1);
+            let [x, w, dy] = [rows * 384, 4 * 96 * 160, rows * 640].map(|n| noise.uniform::<f32>(n, -1.0, 1.0));
+            let run = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| (forward(&p, &x, &w, None).unwrap(), backward(&p, &x, &w, &dy, true).unwrap()))
+            };
+            assert_eq!(run(1), run(3));
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use thalweg_layers::channel_mixer::ChannelMixer;
 use thalweg_layers::hgrn::LowerBounds;
 use thalweg_layers::norm::{RmsNorm, RmsNormConfig};
 use thalweg_layers::{Context, Mixer, MixerState};
+use thalweg_scan::{Path, linear};
 
 use crate::config::{ModelConfig, Residual};
 use crate::error::{Error, Result};
@@ -191,8 +192,14 @@ impl Model {
     }
 
     /// Logits `[.., vocab]` of `[.., hidden]` from [`forward`](Self::forward).
+    ///
+    /// # Panics
+    /// If the last axis is not of the model's width.
     pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
-        let logits = hidden.matmul(self.head().transpose().unsqueeze());
+        let logits = match linear(hidden, self.head().transpose(), None, Path::Auto) {
+            Ok(logits) => logits,
+            Err(error) => panic!("{error}"),
+        };
         match self.config.logits_soft_cap {
             Some(cap) => (logits / cap).tanh() * cap,
             None => logits,

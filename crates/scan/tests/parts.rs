@@ -36,8 +36,8 @@ fn types() -> impl Iterator<Item = (DType, f64)> {
 
 fn linear_layers() {
     for (dtype, tolerance) in types() {
-        // Few rows are Burn's, many are the kernel's.
-        for time in [1, 50] {
+        // Few rows and many take different ways through the kernel.
+        for time in [1, 20, 50] {
             let mut random = Random::new(time as u64);
             let x: Tensor<3> = random.tensor([2, time, 24], -1.0, 1.0, dtype);
             let w: Tensor<2> = random.tensor([24, 7], -0.3, 0.3, dtype);
@@ -48,6 +48,10 @@ fn linear_layers() {
                 Some(b.clone()),
                 path
             ));
+            let w: Tensor<2> = random.tensor([7, 24], -0.3, 0.3, dtype);
+            compare!("linear, transposed", [x, w, b], dtype, tolerance, |path| {
+                scan::linear(x.clone(), w.clone().transpose(), Some(b.clone()), path)
+            });
             let w: Tensor<3> = random.tensor([3, 8, 5], -0.3, 0.3, dtype);
             let b: Tensor<2> = random.tensor([3, 5], -1.0, 1.0, dtype);
             compare!("blocks", [x, w, b], dtype, tolerance, |path| {

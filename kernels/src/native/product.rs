@@ -6,9 +6,10 @@
 
 use super::gemm::{Lhs, Mode, Out, PANEL, Rhs, gemm};
 use super::rows::{Output, zeroed};
-use super::simd::{round, transpose, widen};
+use super::simd::{round, transpose, vectorize, widen};
 use super::tile::{LINE, Tile};
 use crate::Element;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -17,6 +18,12 @@ use std::ops::Range;
 const DEPTH: usize = 1024;
 /// Rows of `C` that a task takes at most.
 const ROWS: usize = 64;
+/// Rows of `C` at most that are computed while `B` is read in the order of memory.
+const FEW: usize = 4;
+/// Bytes of `B` that a task then reads, about.
+const RUN: usize = 256 << 10;
+/// Lines of it that are read side by side: memory gives more to some streams than to one.
+const STREAMS: usize = 4;
 /// Multiply-adds below which waking a thread costs more than it saves.
 const SERIAL: usize = 1 << 18;
 
@@ -96,10 +103,155 @@ impl<'a, E: Element> Operand<'a, E> {
 /// `[blocks, n]`. Sums are f32.
 pub(crate) fn product<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     let [_, m, _, _] = size;
-    if m <= ROWS { by_columns(size, a, b, bias) } else { by_rows(size, a, b, bias) }
+    match m {
+        ..=FEW if !a.transposed => by_lines(size, a, b, bias),
+        ..=ROWS => by_columns(size, a, b, bias),
+        _ => by_rows(size, a, b, bias),
+    }
 }
 
-/// Few rows, as when tokens are decoded: bound by reading `B`, of which each task takes a panel.
+/// Whether a product is so small that one thread takes it all: reading an element of B takes as long as multiplying it by
+/// some of A.
+fn serial([blocks, m, n, k]: [usize; 4]) -> bool {
+    blocks * m.max(8) * n * k < SERIAL
+}
+
+/// A row or a few, as when tokens are decoded: bound by reading `B`, of which each task takes a run of lines in memory.
+fn by_lines<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
+    let [blocks, m, n, k] = size;
+    // Lines are rows of `B`, whose multiples are summed, or columns of it.
+    let (lines, length) = if b.transposed { (n, k) } else { (k, n) };
+    let runs = (lines * length * size_of::<E>()).div_ceil(RUN).next_multiple_of(2);
+    let run = lines.div_ceil(runs);
+    let runs = lines.div_ceil(run);
+    let mut x = vec![0.0; blocks * m * k];
+    for (i, x) in x.chunks_exact_mut(k).enumerate() {
+        widen(a.row(i / m, i % m, 0..k), x);
+    }
+    let task = |buffer: &mut Tile, t: usize| {
+        let (block, first) = (t / runs, t % runs * run);
+        let taken = first..lines.min(first + run);
+        let width = if b.transposed { taken.len() } else { n };
+        let mut y = vec![0.0f32; m * width];
+        let x = &x[block * m * k..(block + 1) * m * k];
+        Arch::new().dispatch(Lines { b, x, k, length, block, taken, buffer, y: &mut y, width });
+        y
+    };
+    let parts: Vec<_> = if serial(size) || rayon::current_num_threads() == 1 {
+        let mut buffer = Tile::default();
+        (0..blocks * runs).map(|t| task(&mut buffer, t)).collect()
+    } else {
+        (0..blocks * runs).into_par_iter().map_init(Tile::default, task).collect()
+    };
+    let mut c = vec![E::default(); m * blocks * n];
+    let mut sums = vec![0.0; n];
+    for (i, to) in c.chunks_exact_mut(n).enumerate() {
+        let (i, block) = (i / blocks, i % blocks);
+        match bias {
+            Some(bias) => widen(&bias[block * n..(block + 1) * n], &mut sums),
+            None => sums.fill(0.0),
+        }
+        for (r, part) in parts[block * runs..(block + 1) * runs].iter().enumerate() {
+            let part = &part[i * part.len() / m..(i + 1) * part.len() / m];
+            let at = if b.transposed { r * run } else { 0 };
+            let sums = &mut sums[at..at + part.len()];
+            vectorize(
+                #[inline(always)]
+                || add([1.0], [part], sums),
+            );
+        }
+        round(&sums, to);
+    }
+    c
+}
+
+/// A task's lines of `B`, the rows of `A` that they meet, and what comes of it.
+struct Lines<'a, E> {
+    b: Operand<'a, E>,
+    x: &'a [f32],
+    k: usize,
+    length: usize,
+    block: usize,
+    taken: Range<usize>,
+    buffer: &'a mut Tile,
+    y: &'a mut [f32],
+    width: usize,
+}
+
+impl<E: Element> WithSimd for Lines<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let part = self.taken.len() / STREAMS;
+        for j in 0..part {
+            self.multiply::<S, STREAMS>(simd, std::array::from_fn(|s| j + s * part));
+        }
+        for j in STREAMS * part..self.taken.len() {
+            self.multiply(simd, [j]);
+        }
+    }
+}
+
+impl<E: Element> Lines<'_, E> {
+    /// `N` lines with all rows.
+    #[inline(always)]
+    fn multiply<S: Simd, const N: usize>(&mut self, simd: S, places: [usize; N]) {
+        let Self { b, x, k, length, block, taken, buffer, y, width } = self;
+        let rows = places.map(|j| b.row(*block, taken.start + j, 0..*length));
+        if E::as_f32_slice(rows[0]).is_none() {
+            if buffer.cols() != *length {
+                **buffer = Tile::new(STREAMS, *length);
+            }
+            for (i, row) in rows.iter().enumerate() {
+                E::to_f32_slice(row, buffer.row_mut(i));
+            }
+        }
+        let lines: [&[f32]; N] = std::array::from_fn(|i| match E::as_f32_slice(rows[i]) {
+            Some(row) => row,
+            None => buffer.row(i),
+        });
+        for (x, y) in x.chunks_exact(*k).zip(y.chunks_exact_mut(*width)) {
+            if b.transposed {
+                for (j, sum) in places.into_iter().zip(dots(simd, x, lines)) {
+                    y[j] = sum;
+                }
+            } else {
+                add(places.map(|j| x[taken.start + j]), lines, y);
+            }
+        }
+    }
+}
+
+/// `<x, line>` for each line.
+#[inline(always)]
+fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], lines: [&[f32]; N]) -> [f32; N] {
+    let (vectors, rest) = S::as_simd_f32s(x);
+    let lines = lines.map(|line| S::as_simd_f32s(&line[..x.len()]));
+    let mut sums = [simd.splat_f32s(0.0); N];
+    for (i, &x) in vectors.iter().enumerate() {
+        for (sum, (line, _)) in sums.iter_mut().zip(&lines) {
+            *sum = simd.mul_add_e_f32s(x, line[i], *sum);
+        }
+    }
+    std::array::from_fn(|n| {
+        let rest: f32 = rest.iter().zip(lines[n].1).map(|(x, w)| x * w).sum();
+        simd.reduce_sum_f32s(sums[n]) + rest
+    })
+}
+
+/// `y += x_0 lines_0 + x_1 lines_1 + ..`, in vector code.
+#[inline(always)]
+fn add<const N: usize>(x: [f32; N], lines: [&[f32]; N], y: &mut [f32]) {
+    let lines = lines.map(|line| &line[..y.len()]);
+    for (i, y) in y.iter_mut().enumerate() {
+        for (x, line) in x.iter().zip(lines) {
+            *y += x * line[i];
+        }
+    }
+}
+
+/// More rows than that, of several tokens or sequences: each task takes a panel of `B`.
 fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     let panels = n.div_ceil(PANEL);
     let mut tiles: Vec<_> = (0..blocks).map(|_| Tile::default()).collect();
@@ -129,8 +281,7 @@ fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Opera
         }
         c
     };
-    // Reading an element of B takes as long as multiplying it by some of A.
-    let tasks: Vec<_> = if blocks * m.max(8) * n * k < SERIAL {
+    let tasks: Vec<_> = if serial([blocks, m, n, k]) {
         let mut packed = Vec::new();
         (0..blocks * panels).map(|p| task(&mut packed, p)).collect()
     } else {

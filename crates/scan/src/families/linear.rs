@@ -6,13 +6,11 @@ use thalweg_kernels::linear::LinearProblem;
 use crate::native::{self, Operand, Operation, Written};
 use crate::{Error, Path, check};
 
-/// Fewer rows are bound by reading the weight, which Burn's product of a vector and a matrix does in order.
-const ROWS: usize = 4;
-
 /// `y = x W + b` over the last axis.
 ///
 /// `x` is `[.., inputs]`, `weight` `[inputs, outputs]`, `bias` `[outputs]`; the result is `[.., outputs]`. On the CPU one
-/// product on all threads with no copies around it; elsewhere, and for a row or two, it is Burn's.
+/// product on all threads with no copies around it, also of a weight that is the transpose of another tensor; elsewhere it
+/// is Burn's.
 ///
 /// # Errors
 /// If the shapes or the element types do not fit.
@@ -91,7 +89,7 @@ pub fn block_linear(x: Tensor<3>, weight: Tensor<3>, bias: Option<Tensor<2>>, pa
 /// The problem, if the kernel is the way to solve it.
 fn fits<const D: usize>(problem: LinearProblem, path: Path, x: &Tensor<D>) -> Option<LinearProblem> {
     let LinearProblem { rows, inputs, outputs, .. } = problem;
-    (rows >= ROWS && inputs > 0 && outputs > 0 && native::available(path, Written::ForCpu, x)).then_some(problem)
+    (rows > 0 && inputs > 0 && outputs > 0 && native::available(path, Written::ForCpu, x)).then_some(problem)
 }
 
 fn run<const D: usize>(

@@ -48,7 +48,8 @@ impl Recurrence for Flex {
 }
 
 impl Kernels for Flex {
-    fn forward(operation: &Operation, operands: Operands, keep: bool) -> Result<Forward<Self>, Error> {
+    fn forward(operation: &Operation, mut operands: Operands, keep: bool) -> Result<Forward<Self>, Error> {
+        let operation = &as_stored(operation, &mut operands);
         let operands = contiguous(operands);
         let dtype = dtype(&operands, operation);
         match operation {
@@ -68,11 +69,12 @@ impl Kernels for Flex {
 
     fn backward(
         operation: &Operation,
-        operands: Operands,
+        mut operands: Operands,
         saved: Vec<FlexTensor>,
         d_o: Option<FlexTensor>,
         d_final_state: FloatTensor<Self>,
     ) -> Result<Operands, Error> {
+        let operation = &as_stored(operation, &mut operands);
         let operands = contiguous(operands);
         let d_o = d_o.map(|d| d.to_contiguous());
         let d_final_state = d_final_state.to_contiguous();
@@ -98,6 +100,14 @@ impl Kernels for Flex {
             Operation::Linear { problem } => for_element!(dtype, linear::backward(problem, operands, d_o)),
             Operation::Norm { problem, gate } => for_element!(dtype, norm::backward(problem, *gate, operands, d_o)),
         }
+    }
+}
+
+/// The operation on its operands as they lie in memory, where a kernel takes more than one order.
+fn as_stored(operation: &Operation, operands: &mut Operands) -> Operation {
+    match operation {
+        Operation::Linear { problem } => Operation::Linear { problem: linear::as_stored(problem, operands) },
+        other => other.clone(),
     }
 }
 
