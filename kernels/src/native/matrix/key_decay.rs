@@ -93,7 +93,9 @@ impl Decay for KeyDecay<'_> {
                 if *whole {
                     // The usual case: the factors of the one product, times one row each, are the other two as well.
                     exp_rows(local, 1, 1.0, rows, factor_x);
-                    exp_rows(local, 1, -1.0, rows, factor_y);
+                    for i in 0..rows {
+                        factor_y.row_mut(i).iter_mut().zip(factor_x.row(i)).for_each(|(y, x)| *y = 1.0 / x);
+                    }
                     from_start.row_mut(0).fill(1.0);
                     row.iter_mut().zip(local.row(0)).for_each(|(r, first)| *r = exp(-first));
                     for i in 0..rows {
