@@ -4,7 +4,7 @@
 use super::{
     plan::{Task, each},
     rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
-    simd::{sigmoid, vectorize},
+    simd::{sigmoid, vectorize, widen},
     tile::Shared,
 };
 use crate::{
@@ -112,6 +112,43 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
             },
         );
         fence();
+    }
+
+    /// What a decoding step asks for, one token of each sequence: channel by channel, as weights and state lie in memory.
+    fn one_token_each(&self) -> ConvOutputs<E> {
+        let ConvInputs { x, weight, bias, state: before } = *self.inputs;
+        let channels = self.problem.shape.channels;
+        let mut out = ConvOutputs { y: vec![E::default(); x.len()], state: vec![0.0; x.len() * (W - 1)] };
+        if let Some(before) = before {
+            out.state.copy_from_slice(before);
+        }
+        let mut z = vec![0.0; channels];
+        let sequences = x.chunks_exact(channels).zip(out.y.chunks_exact_mut(channels));
+        for ((x, y), state) in sequences.zip(out.state.chunks_exact_mut(channels * (W - 1))) {
+            widen(x, &mut z);
+            let taps = weight.chunks_exact(W).zip(state.chunks_exact_mut(W - 1));
+            for (d, (z, (weight, state))) in z.iter_mut().zip(taps).enumerate() {
+                let x = *z;
+                *z = bias.map_or(0.0, |bias| bias[d]) + weight[W - 1] * x;
+                for back in 1..W {
+                    *z += weight[W - 1 - back] * state[W - 1 - back];
+                }
+                state.copy_within(1.., 0);
+                state[W - 2] = x;
+            }
+            vectorize(
+                #[inline(always)]
+                || {
+                    if self.problem.activation == Activation::Silu {
+                        for z in &mut z {
+                            *z *= sigmoid(*z);
+                        }
+                    }
+                    E::from_f32_slice(&z, y);
+                },
+            );
+        }
+        out
     }
 
     /// Writes `dx` of its tokens and, if it is a sequence's first run, `d_state`; returns its sums for `dweight` and `dbias`,
@@ -262,6 +299,9 @@ fn run_forward<E: Element, const W: usize>(
     inputs: &ConvInputs<E>,
 ) -> ConvOutputs<E> {
     let (conv, channels) = (Conv::<E, W> { sequences, problem, inputs }, problem.shape.channels);
+    if sequences.count() == sequences.tokens() {
+        return conv.one_token_each();
+    }
     let mut y = Output::new(inputs.x.len(), Vec::new());
     let rows = y.rows();
     each(tasks(sequences, channels), inputs.x.len(), |task| conv.forward_task(&task, &rows));
