@@ -50,6 +50,9 @@ impl Recurrence for Flex {
 impl Kernels for Flex {
     fn forward(operation: &Operation, mut operands: Operands, keep: bool) -> Result<Forward<Self>, Error> {
         let operation = &as_stored(operation, &mut operands);
+        if let (Operation::Attention { problem }, false) = (operation, keep) {
+            attention::as_stored(problem, &mut operands);
+        }
         let operands = contiguous(operands);
         let dtype = dtype(&operands, operation);
         match operation {
