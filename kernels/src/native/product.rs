@@ -1,8 +1,8 @@
 //! Products of matrices that do not fit a cache: linear layers and their gradients, on all threads.
 //!
 //! The inner size is cut into chunks. Of each, `B` is packed once into panels as wide as a register block, for all
-//! threads; these take rows of `C` and pack their rows of `A`. No sum is split between threads, so the bits do not depend
-//! on their number.
+//! threads; these take rows of `C` and pack their rows of `A`. With few rows each element of `B` is read once, by columns
+//! or line by line. Where sums are cut does not depend on the number of threads, nor do the bits.
 
 use super::gemm::{Lhs, Mode, Out, PANEL, Rhs, gemm};
 use super::rows::{Output, zeroed};
@@ -20,8 +20,9 @@ const DEPTH: usize = 1024;
 const ROWS: usize = 64;
 /// Rows of `C` at most that are computed while `B` is read in the order of memory.
 const FEW: usize = 4;
-/// Bytes of `B` that a task then reads, about.
+/// Bytes of `B` that a task then reads, about, and lines at least: each run leaves a row of sums.
 const RUN: usize = 256 << 10;
+const RUN_LINES: usize = 32;
 /// Lines of it that are read side by side: memory gives more to some streams than to one.
 const STREAMS: usize = 4;
 /// Multiply-adds below which waking a thread costs more than it saves.
@@ -121,7 +122,7 @@ fn by_lines<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Op
     let [blocks, m, n, k] = size;
     // Lines are rows of `B`, whose multiples are summed, or columns of it.
     let (lines, length) = if b.transposed { (n, k) } else { (k, n) };
-    let runs = (lines * length * size_of::<E>()).div_ceil(RUN).next_multiple_of(2);
+    let runs = (lines * length * size_of::<E>()).div_ceil(RUN).min(lines.div_ceil(RUN_LINES)).next_multiple_of(2);
     let run = lines.div_ceil(runs);
     let runs = lines.div_ceil(run);
     let mut x = vec![0.0; blocks * m * k];
