@@ -93,7 +93,8 @@ pub struct Ceilings {
     pub copies: Vec<(usize, f64)>,
 }
 
-/// Bytes that a copy touches: within the second-level cache of a core, within the last level, beyond most of them, in memory.
+/// Bytes that a copy touches: within the second-level cache of a core, within the last level, beyond most of them, in
+/// memory.
 const COPIES: [usize; 4] = [512 << 10, 8 << 20, 64 << 20, 512 << 20];
 
 /// The device of reports that name none.

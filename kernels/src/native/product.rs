@@ -111,10 +111,23 @@ pub(crate) fn product<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>
     }
 }
 
-/// Whether a product is so small that one thread takes it all: reading an element of B takes as long as multiplying it by
-/// some of A.
+/// Whether one thread takes all of a product, since it is small or there is no other: reading an element of B takes as long
+/// as multiplying it by some of A.
 fn serial([blocks, m, n, k]: [usize; 4]) -> bool {
-    blocks * m.max(8) * n * k < SERIAL
+    blocks * m.max(8) * n * k < SERIAL || rayon::current_num_threads() == 1
+}
+
+/// What the tasks `0..count` of a product leave, in their order; each thread has scratch of its own.
+fn run_tasks<S: Default, R: Send>(
+    size: [usize; 4],
+    count: usize,
+    task: impl Fn(&mut S, usize) -> R + Sync + Send,
+) -> Vec<R> {
+    if serial(size) {
+        let mut scratch = S::default();
+        return (0..count).map(|t| task(&mut scratch, t)).collect();
+    }
+    (0..count).into_par_iter().map_init(S::default, task).collect()
 }
 
 /// A row or a few, as when tokens are decoded: bound by reading `B`, of which each task takes a run of lines in memory.
@@ -138,12 +151,7 @@ fn by_lines<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Op
         Arch::new().dispatch(Lines { b, x, k, length, block, taken, buffer, y: &mut y, width });
         y
     };
-    let parts: Vec<_> = if serial(size) || rayon::current_num_threads() == 1 {
-        let mut buffer = Tile::default();
-        (0..blocks * runs).map(|t| task(&mut buffer, t)).collect()
-    } else {
-        (0..blocks * runs).into_par_iter().map_init(Tile::default, task).collect()
-    };
+    let parts = run_tasks(size, blocks * runs, task);
     let mut c = vec![E::default(); m * blocks * n];
     let mut sums = vec![0.0; n];
     for (i, to) in c.chunks_exact_mut(n).enumerate() {
@@ -224,7 +232,7 @@ impl<E: Element> Lines<'_, E> {
     }
 }
 
-/// `<x, line>` for each line.
+/// `<x, line>` for each line. Written with vectors: of sums side by side the compiler makes none of itself.
 #[inline(always)]
 fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], lines: [&[f32]; N]) -> [f32; N] {
     let (vectors, rest) = S::as_simd_f32s(x);
@@ -282,12 +290,7 @@ fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Opera
         }
         c
     };
-    let tasks: Vec<_> = if serial([blocks, m, n, k]) {
-        let mut packed = Vec::new();
-        (0..blocks * panels).map(|p| task(&mut packed, p)).collect()
-    } else {
-        (0..blocks * panels).into_par_iter().map_init(Vec::new, task).collect()
-    };
+    let tasks = run_tasks([blocks, m, n, k], blocks * panels, task);
     let mut c = vec![E::default(); m * blocks * n];
     for (i, row) in c.chunks_exact_mut(n).enumerate() {
         let (i, block) = (i / blocks, i % blocks);
@@ -310,7 +313,7 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
         }
         first
     });
-    let serial = blocks * m * n * k < SERIAL;
+    let serial = serial([blocks, m, n, k]);
     let threads = if serial { 1 } else { rayon::current_num_threads() };
     let rows = m.div_ceil(4 * threads).next_multiple_of(8).min(ROWS);
     let depth = k.div_ceil(k.div_ceil(DEPTH));

@@ -122,9 +122,10 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
         if let Some(before) = before {
             out.state.copy_from_slice(before);
         }
-        let mut z = vec![0.0; channels];
         let sequences = x.chunks_exact(channels).zip(out.y.chunks_exact_mut(channels));
-        for ((x, y), state) in sequences.zip(out.state.chunks_exact_mut(channels * (W - 1))) {
+        let sequences = sequences.zip(out.state.chunks_exact_mut(channels * (W - 1))).collect();
+        each(sequences, x.len(), |((x, y), state)| {
+            let mut z = vec![0.0; channels];
             widen(x, &mut z);
             let taps = weight.chunks_exact(W).zip(state.chunks_exact_mut(W - 1));
             for (d, (z, (weight, state))) in z.iter_mut().zip(taps).enumerate() {
@@ -147,7 +148,7 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
                     E::from_f32_slice(&z, y);
                 },
             );
-        }
+        });
         out
     }
 

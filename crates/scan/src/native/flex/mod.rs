@@ -11,6 +11,8 @@ mod rg_lru;
 mod scan;
 mod short_conv;
 
+use std::borrow::Cow;
+
 use burn::backend::Flex;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Bytes, DType, Element as BurnElement, Shape};
@@ -49,10 +51,7 @@ impl Recurrence for Flex {
 
 impl Kernels for Flex {
     fn forward(operation: &Operation, mut operands: Operands, keep: bool) -> Result<Forward<Self>, Error> {
-        let operation = &as_stored(operation, &mut operands);
-        if let (Operation::Attention { problem }, false) = (operation, keep) {
-            attention::as_stored(problem, &mut operands);
-        }
+        let operation = &*as_stored(operation, &mut operands, keep);
         let operands = contiguous(operands);
         let dtype = dtype(&operands, operation);
         match operation {
@@ -77,7 +76,7 @@ impl Kernels for Flex {
         d_o: Option<FlexTensor>,
         d_final_state: FloatTensor<Self>,
     ) -> Result<Operands, Error> {
-        let operation = &as_stored(operation, &mut operands);
+        let operation = &*as_stored(operation, &mut operands, true);
         let operands = contiguous(operands);
         let d_o = d_o.map(|d| d.to_contiguous());
         let d_final_state = d_final_state.to_contiguous();
@@ -106,12 +105,17 @@ impl Kernels for Flex {
     }
 }
 
-/// The operation on its operands as they lie in memory, where a kernel takes more than one order.
-fn as_stored(operation: &Operation, operands: &mut Operands) -> Operation {
+/// The operation on its operands as they lie in memory, where a kernel takes more than one order; `gradients` if they are
+/// wanted.
+fn as_stored<'a>(operation: &'a Operation, operands: &mut Operands, gradients: bool) -> Cow<'a, Operation> {
     match operation {
-        Operation::Linear { problem } => Operation::Linear { problem: linear::as_stored(problem, operands) },
-        other => other.clone(),
+        Operation::Linear { problem } => {
+            return Cow::Owned(Operation::Linear { problem: linear::as_stored(problem, operands) });
+        }
+        Operation::Attention { problem } if !gradients => attention::as_stored(problem, operands),
+        _ => {}
     }
+    Cow::Borrowed(operation)
 }
 
 /// Views that are no plain run of memory are copied; everything else is lent as it is.
