@@ -7,12 +7,24 @@
 use super::tile::{LINE, Tile};
 use pulp::{Arch, Simd, WithSimd};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// Columns of the widest register block: panels of a right operand that are packed have this many.
 pub(crate) const PANEL: usize = 2 * LINE;
 
 /// Inner steps of a register block at most, see [`Product::column`].
 const DEPTH: usize = 128;
+
+/// Columns that are packed at a time.
+const LINES: usize = 64;
+
+/// Inner steps between two tests for the last.
+const UNROLL: usize = 4;
+
+/// [`Order`] as a parameter of the compiled loops.
+const ROWS: u8 = Order::Rows as u8;
+const COLUMNS: u8 = Order::Columns as u8;
+const PACKED: u8 = Order::Packed as u8;
 
 /// Rows of a register block, with `left` rows to go: as many as registers allow, the rest in fours where that leaves no
 /// single rows.
@@ -47,69 +59,99 @@ pub(crate) enum Mode {
     Sub,
 }
 
-/// The left operand: element `(i, p)` is `data[i * row + p * col]`; or, packed, the register block that begins at row `i`
-/// is the run from `i * row` on, one column after another.
+/// How the left operand lies in memory: row after row, as the transpose of a matrix that does, or packed, where the register
+/// block that begins at row `i` is the run from `i * stride` on, one column after another.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Rows,
+    Columns,
+    Packed,
+}
+
+/// The left operand.
 #[derive(Clone, Copy)]
 pub(crate) struct Lhs<'a> {
     data: &'a [f32],
-    row: usize,
-    col: usize,
-    packed: bool,
+    stride: usize,
+    order: Order,
 }
 
 impl<'a> Lhs<'a> {
     /// The block of `tile` that starts at `(row, col)`.
     pub fn of(tile: &'a Tile, row: usize, col: usize) -> Self {
-        Self { data: &tile.data()[row * tile.stride() + col..], row: tile.stride(), col: 1, packed: false }
-    }
-
-    /// A matrix whose rows begin every `stride` elements, or its transpose.
-    pub fn strided(data: &'a [f32], stride: usize, transposed: bool) -> Self {
-        let (row, col) = if transposed { (1, stride) } else { (stride, 1) };
-        Self { data, row, col, packed: false }
-    }
-
-    /// The same from column `col` on, if it is not packed.
-    pub fn from(self, col: usize) -> Self {
-        debug_assert!(!self.packed);
-        Self { data: &self.data[col * self.col..], ..self }
-    }
-
-    /// `[m, k]` of a transpose in the order in which products read it, where that pays: with many columns, and registers
-    /// for so few rows that few elements of a cache line are read at a time.
-    pub fn packed<'t>(self, m: usize, k: usize, buffer: &'t mut Vec<f32>) -> Lhs<'t>
-    where
-        'a: 't,
-    {
-        if self.row != 1 || many_registers() {
-            return self;
-        }
-        buffer.resize(m * k, 0.0);
-        let mut i = 0;
-        while i < m {
-            let height = height(m - i, false);
-            let block = &mut buffer[i * k..(i + height) * k];
-            match height {
-                6 => self.interleave::<6>(i, block),
-                4 => self.interleave::<4>(i, block),
-                _ => self.interleave::<1>(i, block),
-            }
-            i += height;
-        }
-        Lhs { data: buffer, row: k, col: 0, packed: true }
-    }
-
-    /// Rows `i..i + ROWS` of a transpose, column after column.
-    fn interleave<const ROWS: usize>(&self, i: usize, block: &mut [f32]) {
-        for (p, column) in block.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
-            let at = p * self.col + i;
-            column.copy_from_slice(&self.data[at..at + ROWS]);
-        }
+        Self::strided(&tile.data()[row * tile.stride() + col..], tile.stride(), false)
     }
 
     /// The transpose of the block of `tile` that starts at `(row, col)`.
     pub fn transposed(tile: &'a Tile, row: usize, col: usize) -> Self {
-        Self { data: &tile.data()[row * tile.stride() + col..], row: 1, col: tile.stride(), packed: false }
+        Self::strided(&tile.data()[row * tile.stride() + col..], tile.stride(), true)
+    }
+
+    /// A matrix whose rows begin every `stride` elements, or its transpose.
+    pub fn strided(data: &'a [f32], stride: usize, transposed: bool) -> Self {
+        Self { data, stride, order: if transposed { Order::Columns } else { Order::Rows } }
+    }
+
+    /// The same from column `col` on, if it is not packed.
+    pub fn from(self, col: usize) -> Self {
+        let at = match self.order {
+            Order::Rows => col,
+            Order::Columns => col * self.stride,
+            Order::Packed => unreachable!("a packed operand is cut before it is packed"),
+        };
+        Self { data: &self.data[at..], ..self }
+    }
+
+    /// `[m, k]` in the order in which products read it, where that pays for an operand that is read often: with many columns,
+    /// and registers for so few rows that few elements of a cache line are read at a time.
+    pub fn packed<'t>(self, m: usize, k: usize, buffer: &'t mut Vec<f32>) -> Lhs<'t>
+    where
+        'a: 't,
+    {
+        if self.order == Order::Packed || many_registers() {
+            return self;
+        }
+        buffer.resize(m * k, 0.0);
+        // Few columns at a time: their cache lines serve all rows.
+        for from in (0..k).step_by(LINES) {
+            let columns = from..k.min(from + LINES);
+            let mut i = 0;
+            while i < m {
+                let height = height(m - i, false);
+                let block = &mut buffer[i * k + from * height..i * k + columns.end * height];
+                match height {
+                    6 => self.interleave::<6>(i, from, block),
+                    4 => self.interleave::<4>(i, from, block),
+                    _ => self.interleave::<1>(i, from, block),
+                }
+                i += height;
+            }
+        }
+        Lhs { data: buffer, stride: k, order: Order::Packed }
+    }
+
+    /// Rows `i..i + ROWS` of the columns from `from` on, one column after another.
+    fn interleave<const ROWS: usize>(&self, i: usize, from: usize, block: &mut [f32]) {
+        let columns = block.as_chunks_mut::<ROWS>().0;
+        if self.order == Order::Columns {
+            for (p, column) in columns.iter_mut().enumerate() {
+                column.copy_from_slice(&self.data[(from + p) * self.stride + i..][..ROWS]);
+            }
+            return;
+        }
+        for r in 0..ROWS {
+            let row = &self.data[(i + r) * self.stride + from..];
+            columns.iter_mut().zip(row).for_each(|(column, &x)| column[r] = x);
+        }
+    }
+
+    /// Elements of an `[m, k]` operand from its first to its last.
+    fn extent(&self, m: usize, k: usize) -> usize {
+        match self.order {
+            Order::Rows => (m - 1) * self.stride + k,
+            Order::Columns => (k - 1) * self.stride + m,
+            Order::Packed => m * k,
+        }
     }
 }
 
@@ -157,7 +199,7 @@ pub(crate) fn gemm<'b, 'c>(mode: Mode, [m, n, k]: [usize; 3], a: Lhs, b: impl In
     let n = n.next_multiple_of(LINE);
     assert!(n <= c.stride && c.data.len() >= (m - 1) * c.stride + n);
     assert!(k == 0 || (n <= b.stride && b.data.len() >= (k - 1) * b.stride + n));
-    assert!(k == 0 || a.data.len() > (m - 1) * a.row + if a.packed { k - 1 } else { (k - 1) * a.col });
+    assert!(k == 0 || a.data.len() >= a.extent(m, k));
     let (b, ldb, c, ldc) = (b.data.as_ptr(), b.stride, c.data.as_mut_ptr().cast(), c.stride);
     Arch::new().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc });
 }
@@ -202,69 +244,71 @@ impl Product<'_> {
         let depth = if S::REGISTER_COUNT >= 32 { self.k } else { DEPTH };
         let mut from = 0;
         loop {
-            let steps = depth.min(self.k - from);
+            let steps = from..self.k.min(from + depth);
             unsafe {
-                match self.a.packed {
-                    true => self.rows::<S, NR, true>(simd, j, from, steps),
-                    false => self.rows::<S, NR, false>(simd, j, from, steps),
+                match self.a.order {
+                    Order::Rows => self.rows::<S, NR, ROWS>(simd, j, steps),
+                    Order::Columns => self.rows::<S, NR, COLUMNS>(simd, j, steps),
+                    Order::Packed => self.rows::<S, NR, PACKED>(simd, j, steps),
                 }
             }
-            from += steps;
-            if from == self.k {
+            from += depth;
+            if from >= self.k {
                 return;
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn rows<S: Simd, const NR: usize, const PACKED: bool>(&self, simd: S, j: usize, from: usize, steps: usize) {
+    unsafe fn rows<S: Simd, const NR: usize, const ORDER: u8>(&self, simd: S, j: usize, steps: Range<usize>) {
         let mut i = 0;
         while i < self.m {
             let height = height(self.m - i, S::REGISTER_COUNT >= 32);
             unsafe {
                 match height {
-                    8 => self.block::<S, 8, NR, PACKED>(simd, i, j, from, steps),
-                    6 => self.block::<S, 6, NR, PACKED>(simd, i, j, from, steps),
-                    4 => self.block::<S, 4, NR, PACKED>(simd, i, j, from, steps),
-                    _ => self.block::<S, 1, NR, PACKED>(simd, i, j, from, steps),
+                    8 => self.block::<S, 8, NR, ORDER>(simd, i, j, steps.clone()),
+                    6 => self.block::<S, 6, NR, ORDER>(simd, i, j, steps.clone()),
+                    4 => self.block::<S, 4, NR, ORDER>(simd, i, j, steps.clone()),
+                    _ => self.block::<S, 1, NR, ORDER>(simd, i, j, steps.clone()),
                 }
             }
             i += height;
         }
     }
 
-    /// Steps `from..from + steps` of the inner size.
+    /// Steps of the inner size for the register block at `(i, j)`.
     #[inline(always)]
-    unsafe fn block<S: Simd, const MR: usize, const NR: usize, const PACKED: bool>(
+    unsafe fn block<S: Simd, const MR: usize, const NR: usize, const ORDER: u8>(
         &self,
         simd: S,
         i: usize,
         j: usize,
-        from: usize,
-        steps: usize,
+        steps: Range<usize>,
     ) {
         let mode = match self.mode {
-            Mode::Set if from > 0 => Mode::Add,
+            Mode::Set if steps.start > 0 => Mode::Add,
             mode => mode,
+        };
+        // Strides that are known to the compiler make addresses that cost nothing.
+        let stride = self.a.stride;
+        let (row, down, along) = match ORDER {
+            ROWS => (stride, stride, 1),
+            COLUMNS => (1, 1, stride),
+            _ => (stride, 1, MR),
         };
         unsafe {
             let lanes = S::F32_LANES;
             let mut acc = [[simd.splat_f32s(0.0); NR]; MR];
-            let (down, col) = if PACKED { (1, MR) } else { (self.a.row, self.a.col) };
-            let mut a = self.a.data.as_ptr().add(i * self.a.row + from * col);
-            let mut b = self.b.add(from * self.ldb + j);
-            for _ in 0..steps {
-                let mut rhs = [simd.splat_f32s(0.0); NR];
-                for (v, r) in rhs.iter_mut().enumerate() {
-                    *r = load::<S>(b.add(v * lanes));
-                }
-                for (r, row) in acc.iter_mut().enumerate() {
-                    let x = simd.splat_f32s(*a.add(r * down));
-                    for (v, sum) in row.iter_mut().enumerate() {
-                        *sum = simd.mul_add_e_f32s(x, rhs[v], *sum);
-                    }
-                }
-                a = a.add(col);
+            let mut a = self.a.data.as_ptr().add(i * row + steps.start * along);
+            let mut b = self.b.add(steps.start * self.ldb + j);
+            for _ in 0..steps.len() / UNROLL {
+                accumulate::<S, MR, NR, UNROLL>(simd, &mut acc, (a, down, along), (b, self.ldb));
+                a = a.add(UNROLL * along);
+                b = b.add(UNROLL * self.ldb);
+            }
+            for _ in 0..steps.len() % UNROLL {
+                accumulate::<S, MR, NR, 1>(simd, &mut acc, (a, down, along), (b, self.ldb));
+                a = a.add(along);
                 b = b.add(self.ldb);
             }
             for (r, row) in acc.iter().enumerate() {
@@ -276,6 +320,30 @@ impl Product<'_> {
                         Mode::Sub => simd.sub_f32s(load::<S>(out), sum),
                     };
                     (out as *mut S::f32s).write_unaligned(value);
+                }
+            }
+        }
+    }
+}
+
+/// `COUNT` inner steps of a register block: element `(r, u)` of A is `a[r * down + u * along]`.
+#[inline(always)]
+unsafe fn accumulate<S: Simd, const MR: usize, const NR: usize, const COUNT: usize>(
+    simd: S,
+    acc: &mut [[S::f32s; NR]; MR],
+    (a, down, along): (*const f32, usize, usize),
+    (b, ldb): (*const f32, usize),
+) {
+    unsafe {
+        for u in 0..COUNT {
+            let mut rhs = [simd.splat_f32s(0.0); NR];
+            for (v, y) in rhs.iter_mut().enumerate() {
+                *y = load::<S>(b.add(u * ldb + v * S::F32_LANES));
+            }
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let x = simd.splat_f32s(*a.add(r * down + u * along));
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = simd.mul_add_e_f32s(x, rhs[v], *sum);
                 }
             }
         }
@@ -311,7 +379,9 @@ mod tests {
             for mode in [Mode::Set, Mode::Add, Mode::Sub] {
                 let mut buffer = Vec::new();
                 let packed = Lhs::transposed(&at, 0, 0).packed(m, k, &mut buffer);
-                for lhs in [Lhs::of(&a, 0, 0), Lhs::transposed(&at, 0, 0), packed] {
+                let mut buffer = Vec::new();
+                let packed_rows = Lhs::of(&a, 0, 0).packed(m, k, &mut buffer);
+                for lhs in [Lhs::of(&a, 0, 0), Lhs::transposed(&at, 0, 0), packed, packed_rows] {
                     let mut c = tile(m, n, 0.3);
                     let before = c.clone();
                     gemm(mode, [m, n, k], lhs, (&b, 0, 0), (&mut c, 0, 0));

@@ -18,6 +18,8 @@ use std::ops::Range;
 const DEPTH: usize = 1024;
 /// Rows of `C` that a task takes at most.
 const ROWS: usize = 64;
+/// Panels of `B` from which on rows of `A` are read so often that packing them pays; rows of a transpose always are.
+const OFTEN: usize = 16;
 /// Rows of `C` at most that are computed while `B` is read in the order of memory.
 const FEW: usize = 4;
 /// Bytes of `B` that a task then reads, about, and lines at least: each run leaves a row of sums.
@@ -346,7 +348,8 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
             let taken = i * rows..i * rows + c.len() / width;
             for (block, packed) in packed.chunks_exact(panels * panel).enumerate() {
                 let lhs = a.lhs(tile, block, taken.clone(), inner.clone());
-                let lhs = lhs.packed(taken.len(), inner.len(), buffer);
+                let pays = a.transposed || panels >= OFTEN;
+                let lhs = if pays { lhs.packed(taken.len(), inner.len(), buffer) } else { lhs };
                 for (data, column) in packed.chunks_exact(panel).zip((0..padded).step_by(PANEL)) {
                     let out = Out { data: &mut c[block * padded + column..], stride: width };
                     let size = [taken.len(), PANEL.min(padded - column), inner.len()];

@@ -3,7 +3,7 @@
 use super::{
     plan::{Task, each, plan},
     rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch, to_blocks},
-    simd::{exp, expm1, sigmoid, vectorize},
+    simd::{exp_and_expm1, mul_add, sigmoid, vectorize},
     tile::Shared,
 };
 use crate::{
@@ -14,8 +14,8 @@ use crate::{
 
 /// The constant in front of the recurrence gate.
 const C: f32 = 8.0;
-/// `1 / sqrt(max(4 x, 1e-6))` bounds the derivative of the square root by 1000.
-const MIN_SQUARE: f32 = 1e-6;
+/// `1 / (2 max(sqrt(x), 5e-4))` bounds the derivative of the square root by 1000.
+const MIN_ROOT: f32 = 5e-4;
 
 /// `-8 softplus(a_param)`: the log of the decay at an open recurrence gate.
 fn log_decay(task: &Task, a_param: &[f32]) -> Vec<Block> {
@@ -74,7 +74,8 @@ fn forward_task<E: Element>(
                         bad |= (r[i].is_nan() | input[i].is_nan()) as u32;
                         let b = sigmoid(input[i]) * x[i];
                         let log_a = log_decay[i] * sigmoid(r[i]);
-                        let next = exp(log_a) * h[i] + (-expm1(2.0 * log_a)).sqrt() * b;
+                        let (a, minus) = exp_and_expm1(log_a);
+                        let next = mul_add(a, h[i], (-minus * (1.0 + a)).sqrt() * b);
                         h[i] = if reset { b } else { next };
                     }
                     state[j] = h;
@@ -167,27 +168,11 @@ fn backward_task<E: Element>(
                     let r_logits = block(inputs.recurrent_gate, at, len, rb);
                     let i_logits = block(inputs.input_gate, at, len, ib);
                     let h = if t == task.tokens.start { &before[j] } else { block(o, at - channels, len, hb) };
-                    let (mut c, sums, log_decay) = (carry[j], &mut partials[j], &log_decay[j]);
-                    let (mut dx, mut dr, mut di) =
-                        (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
-                    for i in 0..BLOCK {
-                        let (r, gate) = (sigmoid(r_logits[i]), sigmoid(i_logits[i]));
-                        let log_a = log_decay[i] * r;
-                        let (a, rest) = (exp(log_a), -expm1(2.0 * log_a));
-                        let u = d[i] + c[i];
-                        let factor = if reset { 1.0 } else { rest.sqrt() };
-                        dx[i] = u * factor * gate;
-                        di[i] = dx[i] * x[i] * (1.0 - gate);
-                        let square = 4.0 * rest;
-                        let slope = 1.0 / (if square > MIN_SQUARE { square } else { MIN_SQUARE }).sqrt();
-                        let d_rest = u * gate * x[i] * slope;
-                        let d_log_a = if reset { 0.0 } else { a * (u * h[i] - 2.0 * d_rest * a) };
-                        let d_gate = r * d_log_a;
-                        sums[i] += d_gate;
-                        dr[i] = log_decay[i] * d_gate * (1.0 - r);
-                        c[i] = if reset { 0.0 } else { a * u };
-                    }
-                    carry[j] = c;
+                    let (inputs, state) = ([x, r_logits, i_logits, d, h], (&mut carry[j], &mut partials[j]));
+                    let [dx, dr, di] = match reset {
+                        true => backward_block::<true>(inputs, &log_decay[j], state),
+                        false => backward_block::<false>(inputs, &log_decay[j], state),
+                    };
                     // Safety: tasks own disjoint rows of disjoint slices.
                     unsafe {
                         out.x.put(at, &dx, len);
@@ -206,4 +191,34 @@ fn backward_task<E: Element>(
     );
     fence();
     totals
+}
+
+/// One token in reverse: `[x, recurrent_gate, input_gate, do, h]`, with `h` the state before it, to
+/// `[dx, d_recurrent_gate, d_input_gate]`. A reset known to the compiler leaves no conditional loads and stores.
+#[inline(always)]
+fn backward_block<const RESET: bool>(
+    [x, r_logits, i_logits, d, h]: [&Block; 5],
+    log_decay: &Block,
+    (carry, sums): (&mut Block, &mut Block),
+) -> [Aligned<Block>; 3] {
+    let (mut dx, mut dr, mut di) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
+    for i in 0..BLOCK {
+        let (r, gate) = (sigmoid(r_logits[i]), sigmoid(i_logits[i]));
+        let (a, minus) = exp_and_expm1(log_decay[i] * r);
+        let root = (-minus * (1.0 + a)).sqrt();
+        let u = d[i] + carry[i];
+        dx[i] = if RESET { u * gate } else { u * root * gate };
+        di[i] = dx[i] * x[i] * (1.0 - gate);
+        if RESET {
+            carry[i] = 0.0;
+        } else {
+            let slope = 0.5 / if root > MIN_ROOT { root } else { MIN_ROOT };
+            let d_rest = u * gate * x[i] * slope;
+            let d_gate = r * a * (u * h[i] - 2.0 * d_rest * a);
+            sums[i] += d_gate;
+            dr[i] = log_decay[i] * d_gate * (1.0 - r);
+            carry[i] = a * u;
+        }
+    }
+    [dx, dr, di]
 }

@@ -126,14 +126,17 @@ impl<E: Element> Task<'_, E> {
             *mean = o.row(i).iter().zip(do_.row(i)).map(|(o, d)| o * d).sum();
         }
         let mut dq = Tile::new(rows, p.key_dim);
+        let (mut q_buffer, mut do_buffer) = (Vec::new(), Vec::new());
+        let q_rows = Lhs::of(&q, 0, 0).packed(rows, p.key_dim, &mut q_buffer);
+        let do_rows = Lhs::of(&do_, 0, 0).packed(rows, p.value_dim, &mut do_buffer);
         for (tile, part) in Part::all(sequence, p.window, block) {
             let keys = &self.tiles[(sequence.first_tile + tile) * p.kv_heads + self.kv_head];
             let (dk, dv) = &mut self.sums[tile];
             let (start, cols) = (part.start, part.cols());
             let scores = [rows, cols, p.key_dim];
-            gemm(Mode::Set, scores, Lhs::of(&q, 0, 0), (&keys.k_transposed, 0, start), (&mut *weights, 0, start));
+            gemm(Mode::Set, scores, q_rows, (&keys.k_transposed, 0, start), (&mut *weights, 0, start));
             let products = [rows, cols, p.value_dim];
-            gemm(Mode::Set, products, Lhs::of(&do_, 0, 0), (&keys.v_transposed, 0, start), (&mut *d_scores, 0, start));
+            gemm(Mode::Set, products, do_rows, (&keys.v_transposed, 0, start), (&mut *d_scores, 0, start));
             part.mask(weights);
             softmax(&part, lse, &mean, weights, d_scores);
             let transposed = Lhs::transposed(weights, 0, start);

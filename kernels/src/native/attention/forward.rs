@@ -40,10 +40,13 @@ pub(crate) fn forward<E: Element>(
     let tasks = tasks.into_par_iter().with_max_len(1);
     tasks.for_each(|(sequence, block, head)| {
         let (rows, token) = (block.len(), sequence.queries.start + block.start);
-        let mut state = Rows::new(load(q, token, rows, head, p.heads, p.key_dim), p);
+        let (mut q, mut buffer) = (load(q, token, rows, head, p.heads, p.key_dim), Vec::new());
+        scale(&mut q, p.scale);
+        let q = Lhs::of(&q, 0, 0).packed(rows, p.key_dim, &mut buffer);
+        let mut state = Rows::new(rows, p.value_dim);
         for (tile, part) in Part::all(sequence, p.window, block) {
             let (keys, values) = &tiles[(sequence.first_tile + tile) * p.kv_heads + head / (p.heads / p.kv_heads)];
-            state.add(&part, keys, values);
+            state.add(&part, q, keys, values);
         }
         state.normalise(rows);
         state.o.store(&o_rows, at(token, head, p.heads, p.value_dim), rows);
@@ -59,8 +62,6 @@ pub(crate) fn forward<E: Element>(
 
 /// The running softmax of a block of queries.
 struct Rows {
-    /// Scaled queries.
-    q: Tile,
     scores: Tile,
     /// The sum of `exp(score - max) v` so far.
     o: Tile,
@@ -69,21 +70,18 @@ struct Rows {
 }
 
 impl Rows {
-    fn new(mut q: Tile, p: &AttentionProblem) -> Self {
-        scale(&mut q, p.scale);
-        let rows = q.rows();
+    fn new(rows: usize, value_dim: usize) -> Self {
         Self {
             scores: Tile::new(rows, KEYS),
-            o: Tile::new(rows, p.value_dim),
-            q,
+            o: Tile::new(rows, value_dim),
             max: [NO_SCORE; QUERIES],
             sum: [0.0; QUERIES],
         }
     }
 
-    fn add(&mut self, part: &Part, keys: &Tile, values: &Tile) {
-        let (rows, cols, key_dim) = (part.rows(), part.cols(), self.q.cols());
-        let q = Lhs::of(&self.q, 0, 0);
+    /// Another part of the keys and values for scaled queries.
+    fn add(&mut self, part: &Part, q: Lhs, keys: &Tile, values: &Tile) {
+        let (rows, cols, key_dim) = (part.rows(), part.cols(), keys.rows());
         gemm(Mode::Set, [rows, cols, key_dim], q, (keys, 0, part.start), (&mut self.scores, 0, part.start));
         part.mask(&mut self.scores);
         self.softmax(part);
