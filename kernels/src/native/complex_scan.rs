@@ -2,7 +2,7 @@
 
 use super::{
     plan::{Task, each, plan},
-    rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
+    rows::{Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
     simd::{exp, sin_cos, vectorize},
     tile::Shared,
 };
@@ -61,11 +61,14 @@ impl<'a, E: Element> Parameter<'a, E> {
 /// `exp(log_a + i theta)`.
 #[inline(always)]
 fn lambda(log_a: &Block, theta: &Block) -> Complex<Block> {
+    let mut modulus = [0.0; BLOCK];
+    for i in 0..BLOCK {
+        modulus[i] = exp(log_a[i]);
+    }
     let mut l = Complex { re: [0.0; BLOCK], im: [0.0; BLOCK] };
     for i in 0..BLOCK {
-        let (modulus, (sin, cos)) = (exp(log_a[i]), sin_cos(theta[i]));
-        l.re[i] = modulus * cos;
-        l.im[i] = modulus * sin;
+        let (sin, cos) = sin_cos(theta[i]);
+        (l.re[i], l.im[i]) = (modulus[i] * cos, modulus[i] * sin);
     }
     l
 }
@@ -123,8 +126,8 @@ fn forward_task<E: Element>(
             let mut all_valid = true;
             for t in task.tokens.clone() {
                 for (j, at, len) in task.blocks(t, channels) {
-                    prefetch(inputs.b.re, at + AHEAD);
-                    prefetch(inputs.b.im, at + AHEAD);
+                    prefetch(inputs.b.re, task.ahead(j, at, channels));
+                    prefetch(inputs.b.im, task.ahead(j, at, channels));
                     let l = &mut lambdas[j];
                     if !constant || t == task.tokens.start {
                         let c = at - t * channels;
@@ -233,8 +236,9 @@ fn backward_task<E: Element>(
         || {
             for t in task.tokens.clone().rev() {
                 for (j, at, len) in task.blocks(t, channels).rev() {
-                    prefetch(do_.re, at.wrapping_sub(AHEAD));
-                    prefetch(do_.im, at.wrapping_sub(AHEAD));
+                    let next = task.behind(j, at, channels);
+                    [do_.re, do_.im].into_iter().for_each(|x| prefetch(x, next));
+                    [o.re, o.im].into_iter().for_each(|x| prefetch(x, next.wrapping_sub(channels)));
                     let [ab, tb, dr, di, hr, hi] = &mut buffers.0;
                     let l = &mut lambdas[j];
                     if !constant || t + 1 == task.tokens.end {

@@ -2,7 +2,7 @@
 
 use super::{
     plan::{Summary, Task, each, plan, with_states},
-    rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
+    rows::{Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
     simd::{exp, vectorize},
     tile::Shared,
 };
@@ -89,8 +89,8 @@ fn forward_task<E: Element, const LOG: bool>(
             let mut bad = 0u32;
             for t in task.tokens.clone() {
                 for (j, at, len) in task.blocks(t, channels) {
-                    prefetch(gate, at + AHEAD);
-                    prefetch(x, at + AHEAD);
+                    prefetch(gate, task.ahead(j, at, channels));
+                    prefetch(x, task.ahead(j, at, channels));
                     let (g, x) = (block(gate, at, len, &mut gb), block(x, at, len, &mut xb));
                     let mut h = state[j];
                     for i in 0..BLOCK {
@@ -196,9 +196,10 @@ fn backward_task<E: Element, const LOG: bool>(
         || {
             for t in task.tokens.clone().rev() {
                 for (j, at, len) in task.blocks(t, channels).rev() {
-                    prefetch(gate, at.wrapping_sub(AHEAD));
-                    prefetch(do_, at.wrapping_sub(AHEAD));
-                    prefetch(o, at.wrapping_sub(AHEAD + channels));
+                    let next = task.behind(j, at, channels);
+                    prefetch(gate, next);
+                    prefetch(do_, next);
+                    prefetch(o, next.wrapping_sub(channels));
                     let (g, d) = (block(gate, at, len, &mut gb), block(do_, at, len, &mut db));
                     let h = match before {
                         Some(before) if t == task.tokens.start => &before[j],

@@ -1,7 +1,7 @@
 //! How an element-wise recurrence is cut into tasks: by sequence, by channel slice and, where those are too few for the
 //! threads, by time in two passes (summarise the segments, then run each from its true initial state).
 
-use super::rows::{BLOCK, Block, to_blocks};
+use super::rows::{AHEAD, BLOCK, Block, to_blocks};
 use crate::sequences::Sequences;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -34,6 +34,22 @@ impl Task {
         let (start, len) = (t * channels + self.channels.start, self.channels.len());
         (0..len.div_ceil(BLOCK)).map(move |j| (j, start + j * BLOCK, BLOCK.min(len - j * BLOCK)))
     }
+
+    /// Where the block begins that the walk over the tokens reaches [`AHEAD`] blocks after block `j`, which begins at `at`.
+    #[inline(always)]
+    pub fn ahead(&self, j: usize, at: usize, channels: usize) -> usize {
+        let blocks = self.channels.len().div_ceil(BLOCK);
+        let next_row = if j + AHEAD < blocks { 0 } else { channels.wrapping_sub(blocks * BLOCK) };
+        at.wrapping_add(AHEAD * BLOCK).wrapping_add(next_row)
+    }
+
+    /// The same for a walk in reverse.
+    #[inline(always)]
+    pub fn behind(&self, j: usize, at: usize, channels: usize) -> usize {
+        let blocks = self.channels.len().div_ceil(BLOCK);
+        let next_row = if j >= AHEAD { 0 } else { channels.wrapping_sub(blocks * BLOCK) };
+        at.wrapping_sub(AHEAD * BLOCK).wrapping_sub(next_row)
+    }
 }
 
 /// Rows of a slice should be read in whole pages; the state of a much wider one would leave L1.
@@ -48,7 +64,11 @@ pub(crate) type Group = Vec<Task>;
 pub(crate) fn plan(sequences: &Sequences, channels: usize, threads: usize, cut_time: bool) -> Vec<Group> {
     let n = sequences.count();
     let wanted = if n >= 2 * threads { 1 } else { threads.div_ceil(n) };
-    let count = wanted.min(channels / BLOCK).max(channels.div_ceil(MAX_CHANNELS)).max(1);
+    let blocks = channels.div_ceil(BLOCK);
+    let count = wanted.max(channels.div_ceil(MAX_CHANNELS));
+    // Three tasks occupy two threads as long as four do.
+    let even = (count..2 * count).find(|count| (n * count).is_multiple_of(threads)).unwrap_or(count);
+    let count = if n * count < 4 * threads { even } else { count }.clamp(1, blocks);
     let width = channels.div_ceil(count).next_multiple_of(BLOCK);
     let slices: Vec<_> = (0..channels).step_by(width).map(|c| c..(c + width).min(channels)).collect();
     let segments = if cut_time { threads.div_ceil(n * slices.len()) } else { 1 };

@@ -2,7 +2,7 @@
 
 use super::{
     plan::{Task, each, plan},
-    rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch, to_blocks},
+    rows::{Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch, to_blocks},
     simd::{exp_and_expm1, mul_add, sigmoid, vectorize},
     tile::Shared,
 };
@@ -21,6 +21,35 @@ const MIN_ROOT: f32 = 5e-4;
 fn log_decay(task: &Task, a_param: &[f32]) -> Vec<Block> {
     let softplus = |x: f32| x.max(0.0) + (-x.abs()).exp().ln_1p();
     to_blocks(&a_param[task.channels.clone()].iter().map(|&x| -C * softplus(x)).collect::<Vec<_>>())
+}
+
+/// The gates of a block, and `a` and `sqrt(1 - a^2)`.
+struct Gates {
+    recurrent: Block,
+    input: Block,
+    a: Block,
+    root: Block,
+}
+
+impl Gates {
+    /// One loop for each function, since a chain of all of them keeps the processor from starting the next element.
+    #[inline(always)]
+    fn new(recurrent: &Block, input: &Block, log_decay: &Block) -> Aligned<Self> {
+        let block = [0.0; BLOCK];
+        let mut gates = Aligned(Self { recurrent: block, input: block, a: block, root: block });
+        let Self { recurrent: r, input: i, a, root } = &mut gates.0;
+        for (r, logit) in r.iter_mut().zip(recurrent) {
+            *r = sigmoid(*logit);
+        }
+        for (i, logit) in i.iter_mut().zip(input) {
+            *i = sigmoid(*logit);
+        }
+        for ((a, root), (r, log_decay)) in a.iter_mut().zip(root).zip(r.iter().zip(log_decay)) {
+            let (factor, minus) = exp_and_expm1(log_decay * r);
+            (*a, *root) = (factor, (-minus * (1.0 + factor)).sqrt());
+        }
+        gates
+    }
 }
 
 /// `None` if a gate is NaN.
@@ -64,18 +93,17 @@ fn forward_task<E: Element>(
                 let reset = inputs.reset.is_some_and(|reset| reset[t]);
                 for (j, at, len) in task.blocks(t, channels) {
                     for tensor in [inputs.x, inputs.recurrent_gate, inputs.input_gate] {
-                        prefetch(tensor, at + AHEAD);
+                        prefetch(tensor, task.ahead(j, at, channels));
                     }
                     let x = block(inputs.x, at, len, &mut xb);
                     let r = block(inputs.recurrent_gate, at, len, &mut rb);
                     let input = block(inputs.input_gate, at, len, &mut ib);
-                    let (mut h, log_decay) = (state[j], &log_decay[j]);
+                    let gates = Gates::new(r, input, &log_decay[j]);
+                    let mut h = state[j];
                     for i in 0..BLOCK {
                         bad |= (r[i].is_nan() | input[i].is_nan()) as u32;
-                        let b = sigmoid(input[i]) * x[i];
-                        let log_a = log_decay[i] * sigmoid(r[i]);
-                        let (a, minus) = exp_and_expm1(log_a);
-                        let next = mul_add(a, h[i], (-minus * (1.0 + a)).sqrt() * b);
+                        let b = gates.input[i] * x[i];
+                        let next = mul_add(gates.a[i], h[i], gates.root[i] * b);
                         h[i] = if reset { b } else { next };
                     }
                     state[j] = h;
@@ -160,9 +188,11 @@ fn backward_task<E: Element>(
             for t in task.tokens.clone().rev() {
                 let reset = inputs.reset.is_some_and(|reset| reset[t]);
                 for (j, at, len) in task.blocks(t, channels).rev() {
+                    let next = task.behind(j, at, channels);
                     for tensor in [inputs.x, inputs.recurrent_gate, inputs.input_gate, do_] {
-                        prefetch(tensor, at.wrapping_sub(AHEAD));
+                        prefetch(tensor, next);
                     }
+                    prefetch(o, next.wrapping_sub(channels));
                     let [xb, rb, ib, db, hb] = &mut buffers.0;
                     let (x, d) = (block(inputs.x, at, len, xb), block(do_, at, len, db));
                     let r_logits = block(inputs.recurrent_gate, at, len, rb);
@@ -202,10 +232,9 @@ fn backward_block<const RESET: bool>(
     (carry, sums): (&mut Block, &mut Block),
 ) -> [Aligned<Block>; 3] {
     let (mut dx, mut dr, mut di) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
+    let gates = Gates::new(r_logits, i_logits, log_decay);
     for i in 0..BLOCK {
-        let (r, gate) = (sigmoid(r_logits[i]), sigmoid(i_logits[i]));
-        let (a, minus) = exp_and_expm1(log_decay[i] * r);
-        let root = (-minus * (1.0 + a)).sqrt();
+        let (r, gate, a, root) = (gates.recurrent[i], gates.input[i], gates.a[i], gates.root[i]);
         let u = d[i] + carry[i];
         dx[i] = if RESET { u * gate } else { u * root * gate };
         di[i] = dx[i] * x[i] * (1.0 - gate);

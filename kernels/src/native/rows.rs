@@ -180,7 +180,12 @@ pub(crate) fn block<'a, E: Element>(x: &'a [E], at: usize, len: usize, buffer: &
         return unsafe { &*src.as_ptr().cast::<Block>() };
     }
     match src.first_chunk::<BLOCK>() {
-        Some(src) => E::to_f32_slice(src, &mut buffer[..]),
+        Some(src) => {
+            // By way of a value that nothing else refers to, or the compiler makes no vector code of it.
+            let mut wide = [0.0; BLOCK];
+            E::to_f32_slice(src, &mut wide);
+            *buffer = wide;
+        }
         None => {
             E::to_f32_slice(src, &mut buffer[..len]);
             buffer[len..].fill(0.0);
@@ -189,8 +194,8 @@ pub(crate) fn block<'a, E: Element>(x: &'a [E], at: usize, len: usize, buffer: &
     buffer
 }
 
-/// How far ahead of the current block to prefetch, in elements; farther crosses more pages and is slower (measured).
-pub(crate) const AHEAD: usize = 3 * BLOCK;
+/// How many blocks ahead of the current one to prefetch; farther crosses more pages and is slower (measured).
+pub(crate) const AHEAD: usize = 3;
 
 /// Asks for the block at `x[at..]`, which need not exist: the hardware's prefetcher loses a walk over several tensors
 /// at each end of a page, and one that runs backwards altogether.

@@ -3,7 +3,7 @@
 
 use super::{
     plan::{Task, each},
-    rows::{AHEAD, Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
+    rows::{Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
     simd::{sigmoid, vectorize, widen},
     tile::Shared,
 };
@@ -96,7 +96,7 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
             || {
                 for t in task.tokens.clone() {
                     for (j, at, len) in task.blocks(t, channels) {
-                        prefetch(x, at + AHEAD);
+                        prefetch(x, task.ahead(j, at, channels));
                         let ring = &mut rings[j];
                         ring[slot(t, 0)] = *block(x, at, len, &mut xb);
                         let mut z = convolve(&taps.weight[j], &taps.bias[j], ring, t);
@@ -179,8 +179,8 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
                         let (ring, dz_ring) = (&mut rings[j], &mut dz_rings[j]);
                         let mut dz = [0.0; BLOCK];
                         if inside {
-                            prefetch(x, at + AHEAD);
-                            prefetch(dy, at + AHEAD);
+                            prefetch(x, task.ahead(j, at, channels));
+                            prefetch(dy, task.ahead(j, at, channels));
                             ring[slot(t, 0)] = *block(x, at, len, &mut xb);
                             dz = *block(dy, at, len, &mut db);
                             if silu {

@@ -48,9 +48,9 @@ pub(crate) fn mul_add(a: f32, b: f32, c: f32) -> f32 {
 /// The polynomial with these coefficients, the highest first.
 #[inline(always)]
 fn polynomial<const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
-    let mut sum = 0.0;
-    for c in coefficients {
-        sum = mul_add(sum, x, c);
+    let mut sum = coefficients[0];
+    for c in &coefficients[1..] {
+        sum = mul_add(sum, x, *c);
     }
     sum
 }
