@@ -254,9 +254,11 @@ mod tests {
         let packed = AttentionProblem { cu_seqlens: Some(vec![0, 1, 70, 300]), ..AttentionProblem::new(1, 300, 2, 16) };
         check::<f32>(&packed, 1.0, 1e-5);
         check::<f32>(&AttentionProblem { window: Some(40), kv_heads: 1, ..packed }, 1.0, 1e-5);
-        let behind_a_cache = AttentionProblem { kv_time: 310, ..AttentionProblem::new(2, 70, 2, 16) };
-        check::<f32>(&behind_a_cache, 1.0, 1e-5);
-        check::<f32>(&AttentionProblem { window: Some(33), ..behind_a_cache }, 1.0, 1e-5);
+        for (time, kv_time) in [(70, 310), (150, 157), (150, 203)] {
+            let behind_a_cache = AttentionProblem { kv_time, ..AttentionProblem::new(2, time, 2, 16) };
+            check::<f32>(&behind_a_cache, 1.0, 1e-5);
+            check::<f32>(&AttentionProblem { window: Some(33), ..behind_a_cache }, 1.0, 1e-5);
+        }
         // Scores in the hundreds: the softmax is nearly one-hot.
         check::<f32>(&AttentionProblem::new(1, 130, 1, 64), 6.0, 1e-4);
     }

@@ -102,6 +102,12 @@ impl<'a> Lhs<'a> {
         Self { data: &self.data[at..], ..self }
     }
 
+    /// The same from row `row` on; of a packed operand a row at which a register block begins.
+    pub fn below(self, row: usize) -> Self {
+        let at = if self.order == Order::Columns { row } else { row * self.stride };
+        Self { data: &self.data[at..], ..self }
+    }
+
     /// `[m, k]` in the order in which products read it, where that pays for an operand that is read often: with many columns,
     /// and registers for so few rows that few elements of a cache line are read at a time.
     pub fn packed<'t>(self, m: usize, k: usize, buffer: &'t mut Vec<f32>) -> Lhs<'t>

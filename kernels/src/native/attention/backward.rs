@@ -132,18 +132,39 @@ impl<E: Element> Task<'_, E> {
         for (tile, part) in Part::all(sequence, p.window, block) {
             let keys = &self.tiles[(sequence.first_tile + tile) * p.kv_heads + self.kv_head];
             let (dk, dv) = &mut self.sums[tile];
-            let (start, cols) = (part.start, part.cols());
-            let scores = [rows, cols, p.key_dim];
-            gemm(Mode::Set, scores, q_rows, (&keys.k_transposed, 0, start), (&mut *weights, 0, start));
-            let products = [rows, cols, p.value_dim];
-            gemm(Mode::Set, products, do_rows, (&keys.v_transposed, 0, start), (&mut *d_scores, 0, start));
+            let start = part.start;
+            for (rows, end) in part.runs() {
+                let (scores, row) = ([rows.len(), end - start, p.key_dim], rows.start);
+                gemm(Mode::Set, scores, q_rows.below(row), (&keys.k_transposed, 0, start), (&mut *weights, row, start));
+                let products = [rows.len(), end - start, p.value_dim];
+                let out = (&mut *d_scores, row, start);
+                gemm(Mode::Set, products, do_rows.below(row), (&keys.v_transposed, 0, start), out);
+            }
             part.mask(weights);
             softmax(&part, lse, &mean, weights, d_scores);
-            let transposed = Lhs::transposed(weights, 0, start);
-            gemm(Mode::Add, [cols, p.value_dim, rows], transposed, (&do_, 0, 0), (dv, start, 0));
-            let transposed = Lhs::transposed(d_scores, 0, start);
-            gemm(Mode::Add, [cols, p.key_dim, rows], transposed, (&q, 0, 0), (dk, start, 0));
-            gemm(Mode::Add, [rows, p.key_dim, cols], Lhs::of(d_scores, 0, start), (&keys.k, start, 0), (&mut dq, 0, 0));
+            for (cols, row) in part.column_runs() {
+                let transposed = Lhs::transposed(weights, row, cols.start);
+                gemm(
+                    Mode::Add,
+                    [cols.len(), p.value_dim, rows - row],
+                    transposed,
+                    (&do_, row, 0),
+                    (&mut *dv, cols.start, 0),
+                );
+                let transposed = Lhs::transposed(d_scores, row, cols.start);
+                gemm(
+                    Mode::Add,
+                    [cols.len(), p.key_dim, rows - row],
+                    transposed,
+                    (&q, row, 0),
+                    (&mut *dk, cols.start, 0),
+                );
+            }
+            for (rows, end) in part.runs() {
+                let d_scores = Lhs::of(d_scores, rows.start, start);
+                let size = [rows.len(), p.key_dim, end - start];
+                gemm(Mode::Add, size, d_scores, (&keys.k, start, 0), (&mut dq, rows.start, 0));
+            }
         }
         scale(&mut dq, p.scale);
         dq.store(self.dq, at(token, head, p.heads, p.key_dim), rows);
@@ -161,7 +182,8 @@ fn softmax(part: &Part, lse: &[f32], mean: &[f32], weights: &mut Tile, d_scores:
                 let (lse, mean) = (lse[i], mean[i]);
                 for (w, d) in w.iter_mut().zip(d) {
                     *w = exp(*w - lse);
-                    *d = *w * (*d - mean);
+                    // Products of what a query does not see may not have been computed, and be anything.
+                    *d = if *w == 0.0 { 0.0 } else { *w * (*d - mean) };
                 }
             }
         },

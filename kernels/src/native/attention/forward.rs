@@ -81,12 +81,17 @@ impl Rows {
 
     /// Another part of the keys and values for scaled queries.
     fn add(&mut self, part: &Part, q: Lhs, keys: &Tile, values: &Tile) {
-        let (rows, cols, key_dim) = (part.rows(), part.cols(), keys.rows());
-        gemm(Mode::Set, [rows, cols, key_dim], q, (keys, 0, part.start), (&mut self.scores, 0, part.start));
+        let (key_dim, value_dim, start) = (keys.rows(), self.o.cols(), part.start);
+        for (rows, end) in part.runs() {
+            let size = [rows.len(), end - start, key_dim];
+            gemm(Mode::Set, size, q.below(rows.start), (keys, 0, start), (&mut self.scores, rows.start, start));
+        }
         part.mask(&mut self.scores);
         self.softmax(part);
-        let weights = Lhs::of(&self.scores, 0, part.start);
-        gemm(Mode::Add, [rows, self.o.cols(), cols], weights, (values, part.start, 0), (&mut self.o, 0, 0));
+        for (rows, end) in part.runs() {
+            let (size, weights) = ([rows.len(), value_dim, end - start], Lhs::of(&self.scores, rows.start, start));
+            gemm(Mode::Add, size, weights, (values, start, 0), (&mut self.o, rows.start, 0));
+        }
     }
 
     /// Turns scores into weights relative to the new maximum, and the earlier sums to it.

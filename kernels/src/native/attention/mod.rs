@@ -19,6 +19,8 @@ use std::ops::Range;
 /// Queries of a block, and keys of a tile.
 const QUERIES: usize = 128;
 const KEYS: usize = 128;
+/// Rows and columns of a run: a multiple of the heights of register blocks, and of a cache line.
+const RUN: usize = 48;
 
 /// A sequence: where its queries and keys are among all tokens, and its first tile among those of a head.
 struct Sequence {
@@ -94,6 +96,30 @@ impl<'a> Part<'a> {
 
     fn cols(&self) -> usize {
         self.end - self.start
+    }
+
+    /// Runs of rows, and the end of the columns that they see: short runs on the diagonal, above which little is then computed.
+    fn runs(&self) -> impl Iterator<Item = (Range<usize>, usize)> + Clone {
+        let end = |row: usize| {
+            let seen = self.sequence.seen(self.block.start + row, self.window).end;
+            seen.saturating_sub(self.first_key).clamp(self.start, self.end)
+        };
+        let rows = self.rows();
+        let run = if rows == QUERIES && end(0) < self.end { RUN } else { rows };
+        (0..rows).step_by(run).map(move |row| {
+            let rows = row..rows.min(row + run);
+            (rows.clone(), end(rows.end - 1))
+        })
+    }
+
+    /// Runs of columns, and the first row that sees some of them.
+    fn column_runs(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let first_row = |col: usize| {
+            let key = self.first_key + col + self.sequence.queries.len();
+            key.saturating_sub(self.sequence.keys.len() + self.block.start)
+        };
+        let run = if first_row(self.end - 1) > 0 { RUN } else { self.cols() };
+        (self.start..self.end).step_by(run).map(move |col| (col..self.end.min(col + run), first_row(col)))
     }
 
     /// The columns as they are computed: whole cache lines.
