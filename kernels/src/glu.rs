@@ -4,12 +4,11 @@
 //! would read and write the same memory four times over, and a scalar `exp` per element costs as much as a small
 //! matrix product.
 
-use std::mem::MaybeUninit;
-
 use crate::native::plan::each;
-use crate::native::rows::{Aligned, Output, zeroed};
-use crate::native::simd::{round, sigmoid, vectorize, widen};
+use crate::native::rows::{Aligned, BLOCK, Output, Rows, block, fence};
+use crate::native::simd::{sigmoid, vectorize};
 use crate::{Element, Error};
+use std::ops::Range;
 
 /// The `f` of a gated unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,11 +30,8 @@ pub struct GluGradients<E> {
     pub dz: Option<Vec<E>>,
 }
 
-/// Elements that are widened to f32 at a time.
-const BLOCK: usize = 256;
-
 /// Elements per task.
-const TASK: usize = 32 * BLOCK;
+const TASK: usize = 128 * BLOCK;
 
 /// An element-wise function with its derivative.
 trait Function {
@@ -93,9 +89,6 @@ impl Function for GeluTanh {
     }
 }
 
-/// What a task of the backward pass writes.
-type Parts<'a, E> = (&'a mut [MaybeUninit<E>], Option<&'a mut [MaybeUninit<E>]>);
-
 /// `x = f(x)`
 pub(crate) fn apply(activation: Activation, x: &mut [f32]) {
     fn map<F: Function>(x: &mut [f32]) {
@@ -133,20 +126,19 @@ pub(crate) fn apply_with_slope(activation: Activation, x: &mut [f32], slope: &mu
 pub fn forward<E: Element>(activation: Activation, x: &[E], z: Option<&[E]>) -> Result<Vec<E>, Error> {
     Error::check_len("z", z.map_or(x.len(), <[E]>::len), &[x.len()])?;
     let mut y = Output::new(x.len(), Vec::new());
-    let task = |(n, y): (usize, &mut [MaybeUninit<E>])| {
-        let y = zeroed(y);
-        let range = n * TASK..n * TASK + y.len();
-        let (x, z) = (&x[range.clone()], z.map(|z| &z[range]));
-        match activation {
-            Activation::Sigmoid => values::<Sigmoid, E>(x, z, y),
-            Activation::Silu => values::<Silu, E>(x, z, y),
-            Activation::GeluTanh => values::<GeluTanh, E>(x, z, y),
-        }
-    };
-    let parts: Vec<_> = y.parts(TASK).enumerate().collect();
-    each(parts, x.len(), task);
+    let rows = y.rows();
+    each(tasks(x.len()), x.len(), |range| match activation {
+        Activation::Sigmoid => values::<Sigmoid, E>(range, x, z, &rows),
+        Activation::Silu => values::<Silu, E>(range, x, z, &rows),
+        Activation::GeluTanh => values::<GeluTanh, E>(range, x, z, &rows),
+    });
     // Safety: the tasks have written all of it.
     Ok(unsafe { y.finish() })
+}
+
+/// Runs of elements that cover `0..len`.
+fn tasks(len: usize) -> Vec<Range<usize>> {
+    (0..len).step_by(TASK).map(|at| at..len.min(at + TASK)).collect()
 }
 
 /// Gradients of [`forward`] for the cotangent `dy` of its result.
@@ -163,70 +155,68 @@ pub fn backward<E: Element>(
     Error::check_len("dy", dy.len(), &[x.len()])?;
     let mut dx = Output::new(x.len(), Vec::new());
     let mut dz = z.map(|z| Output::new(z.len(), Vec::new()));
-    let mut others = dz.as_mut().map(|dz| dz.parts(TASK));
-    let parts = dx.parts(TASK).map(|dx| (dx, others.as_mut().and_then(Iterator::next))).enumerate().collect();
-    let task = |(n, (dx, dz)): (usize, Parts<'_, E>)| {
-        let (dx, dz) = (zeroed(dx), dz.map(zeroed));
-        let range = n * TASK..n * TASK + dx.len();
-        let inputs = (&x[range.clone()], z.map(|z| &z[range.clone()]), &dy[range]);
-        match activation {
-            Activation::Sigmoid => slopes::<Sigmoid, E>(inputs, dx, dz),
-            Activation::Silu => slopes::<Silu, E>(inputs, dx, dz),
-            Activation::GeluTanh => slopes::<GeluTanh, E>(inputs, dx, dz),
-        }
-    };
-    each(parts, x.len(), task);
+    let rows = (dx.rows(), dz.as_mut().map(Output::rows));
+    each(tasks(x.len()), x.len(), |range| match activation {
+        Activation::Sigmoid => slopes::<Sigmoid, E>(range, (x, z, dy), &rows),
+        Activation::Silu => slopes::<Silu, E>(range, (x, z, dy), &rows),
+        Activation::GeluTanh => slopes::<GeluTanh, E>(range, (x, z, dy), &rows),
+    });
     // Safety: the tasks have written all of both.
     Ok(unsafe { GluGradients { dx: dx.finish(), dz: dz.map(|dz| dz.finish()) } })
 }
 
-fn values<F: Function, E: Element>(x: &[E], z: Option<&[E]>, y: &mut [E]) {
-    let (mut xs, mut zs) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
-    for (n, y) in y.chunks_mut(BLOCK).enumerate() {
-        let range = n * BLOCK..n * BLOCK + y.len();
-        let xs = &mut xs[..y.len()];
-        widen(&x[range.clone()], xs);
-        let zs = z.map(|z| {
-            let zs = &mut zs[..y.len()];
-            widen(&z[range], zs);
-            &*zs
-        });
-        vectorize(
-            #[inline(always)]
-            || match zs {
-                Some(zs) => xs.iter_mut().zip(zs).for_each(|(x, z)| *x = F::value(*x) * z),
-                None => xs.iter_mut().for_each(|x| *x = F::value(*x)),
-            },
-        );
-        round(xs, y);
-    }
+fn values<F: Function, E: Element>(range: Range<usize>, x: &[E], z: Option<&[E]>, y: &Rows<E>) {
+    let (mut xb, mut zb) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
+    vectorize(
+        #[inline(always)]
+        || {
+            for at in range.clone().step_by(BLOCK) {
+                let len = BLOCK.min(range.end - at);
+                let (x, mut values) = (block(x, at, len, &mut xb), Aligned([0.0; BLOCK]));
+                match z {
+                    Some(z) => {
+                        let inputs = x.iter().zip(block(z, at, len, &mut zb));
+                        values.iter_mut().zip(inputs).for_each(|(y, (x, z))| *y = F::value(*x) * z);
+                    }
+                    None => values.iter_mut().zip(x).for_each(|(y, x)| *y = F::value(*x)),
+                }
+                // Safety: tasks own disjoint ranges.
+                unsafe { y.put(at, &values, len) };
+            }
+        },
+    );
+    fence();
 }
 
-fn slopes<F: Function, E: Element>((x, z, dy): (&[E], Option<&[E]>, &[E]), dx: &mut [E], mut dz: Option<&mut [E]>) {
-    let (mut xs, mut zs, mut ds) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
-    for (n, dx) in dx.chunks_mut(BLOCK).enumerate() {
-        let range = n * BLOCK..n * BLOCK + dx.len();
-        let (xs, zs, ds) = (&mut xs[..dx.len()], &mut zs[..dx.len()], &mut ds[..dx.len()]);
-        widen(&x[range.clone()], xs);
-        widen(&dy[range.clone()], ds);
-        match z {
-            Some(z) => widen(&z[range.clone()], zs),
-            None => zs.fill(1.0),
-        }
-        vectorize(
-            #[inline(always)]
-            || {
-                for ((x, z), d) in xs.iter_mut().zip(zs.iter_mut()).zip(ds.iter()) {
-                    let (value, slope) = F::slope(*x);
-                    (*x, *z) = (d * *z * slope, d * value);
+fn slopes<F: Function, E: Element>(
+    range: Range<usize>,
+    (x, z, dy): (&[E], Option<&[E]>, &[E]),
+    (dx, dz): &(Rows<E>, Option<Rows<E>>),
+) {
+    let mut buffers = Aligned([[0.0; BLOCK]; 3]);
+    vectorize(
+        #[inline(always)]
+        || {
+            for at in range.clone().step_by(BLOCK) {
+                let (len, [xb, zb, db]) = (BLOCK.min(range.end - at), &mut buffers.0);
+                let (x, d) = (block(x, at, len, xb), block(dy, at, len, db));
+                let z = z.map_or(&[1.0; BLOCK], |z| block(z, at, len, zb));
+                let (mut of_x, mut of_z) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
+                for i in 0..BLOCK {
+                    let (value, slope) = F::slope(x[i]);
+                    (of_x[i], of_z[i]) = (d[i] * z[i] * slope, d[i] * value);
                 }
-            },
-        );
-        round(xs, dx);
-        if let Some(dz) = &mut dz {
-            round(zs, &mut dz[range]);
-        }
-    }
+                // Safety: tasks own disjoint ranges.
+                unsafe {
+                    dx.put(at, &of_x, len);
+                    if let Some(dz) = dz {
+                        dz.put(at, &of_z, len);
+                    }
+                }
+            }
+        },
+    );
+    fence();
 }
 
 #[cfg(test)]

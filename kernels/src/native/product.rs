@@ -85,8 +85,14 @@ impl<'a, E: Element> Operand<'a, E> {
     fn pack(&self, panel: &mut [f32], block: usize, inner: Range<usize>, columns: Range<usize>) {
         let width = columns.len();
         if !self.transposed {
-            for (p, line) in inner.zip(panel.chunks_exact_mut(PANEL)) {
-                widen(self.row(block, p, columns.clone()), &mut line[..width]);
+            for (p, line) in inner.zip(panel.as_chunks_mut::<PANEL>().0) {
+                let row = self.row(block, p, columns.clone());
+                // A length that the compiler knows makes a copy without a call.
+                if let Some(row) = E::as_f32_slice(row).and_then(|row| row.first_chunk()) {
+                    *line = *row;
+                    continue;
+                }
+                widen(row, &mut line[..width]);
                 line[width..].fill(0.0);
             }
             return;
