@@ -67,7 +67,7 @@ pub(crate) fn plan(sequences: &Sequences, channels: usize, threads: usize, cut_t
     let blocks = channels.div_ceil(BLOCK);
     let count = wanted.max(channels.div_ceil(MAX_CHANNELS));
     // Three tasks occupy two threads as long as four do.
-    let even = (count..2 * count).find(|count| (n * count).is_multiple_of(threads)).unwrap_or(count);
+    let even = (count..=2 * count).find(|count| (n * count).is_multiple_of(threads)).unwrap_or(count);
     let count = if n * count < 4 * threads { even } else { count }.clamp(1, blocks);
     let width = channels.div_ceil(count).next_multiple_of(BLOCK);
     let slices: Vec<_> = (0..channels).step_by(width).map(|c| c..(c + width).min(channels)).collect();
