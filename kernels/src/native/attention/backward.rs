@@ -143,22 +143,10 @@ impl<E: Element> Task<'_, E> {
             part.mask(weights);
             softmax(&part, lse, &mean, weights, d_scores);
             for (cols, row) in part.column_runs() {
-                let transposed = Lhs::transposed(weights, row, cols.start);
-                gemm(
-                    Mode::Add,
-                    [cols.len(), p.value_dim, rows - row],
-                    transposed,
-                    (&do_, row, 0),
-                    (&mut *dv, cols.start, 0),
-                );
-                let transposed = Lhs::transposed(d_scores, row, cols.start);
-                gemm(
-                    Mode::Add,
-                    [cols.len(), p.key_dim, rows - row],
-                    transposed,
-                    (&q, row, 0),
-                    (&mut *dk, cols.start, 0),
-                );
+                for (left, right, sum) in [(&*weights, &do_, &mut *dv), (&*d_scores, &q, &mut *dk)] {
+                    let (size, left) = ([cols.len(), right.cols(), rows - row], Lhs::transposed(left, row, cols.start));
+                    gemm(Mode::Add, size, left, (right, row, 0), (sum, cols.start, 0));
+                }
             }
             for (rows, end) in part.runs() {
                 let d_scores = Lhs::of(d_scores, rows.start, start);
