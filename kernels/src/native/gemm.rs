@@ -1,8 +1,9 @@
 //! Small dense matrix products in f32, the work-horse of every chunked kernel.
 //!
-//! `C (=, +=, -=) A B` with `B` and `C` row-major and `A` of any strides, so that `A^T B` costs nothing extra. The
+//! `C (=, +=, -=) A B` with `B` and `C` row-major and `A` in either order, so that `A^T B` costs nothing extra. The
 //! register block is `MR` rows by two vectors: each step broadcasts `MR` elements of `A` against two vectors of `B`.
-//! Operands are tiles that already sit in cache, hence no packing; `A B^T` transposes `B` first (`Tile::transpose_from`).
+//! Operands are tiles that already sit in cache, so only an `A` that is read often is packed ([`Lhs::packed`]); `A B^T`
+//! transposes `B` first (`Tile::transpose_from`).
 
 use super::tile::{LINE, Tile};
 use pulp::{Arch, Simd, WithSimd};

@@ -98,17 +98,20 @@ impl<'a> Part<'a> {
         self.end - self.start
     }
 
+    /// The columns that row `row` sees.
+    fn seen(&self, row: usize) -> Range<usize> {
+        let keys = self.sequence.seen(self.block.start + row, self.window);
+        let column = |key: usize| key.saturating_sub(self.first_key).clamp(self.start, self.end);
+        column(keys.start)..column(keys.end)
+    }
+
     /// Runs of rows, and the end of the columns that they see: short runs on the diagonal, above which little is then computed.
-    fn runs(&self) -> impl Iterator<Item = (Range<usize>, usize)> + Clone {
-        let end = |row: usize| {
-            let seen = self.sequence.seen(self.block.start + row, self.window).end;
-            seen.saturating_sub(self.first_key).clamp(self.start, self.end)
-        };
+    fn runs(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
         let rows = self.rows();
-        let run = if rows == QUERIES && end(0) < self.end { RUN } else { rows };
+        let run = if rows == QUERIES && self.seen(0).end < self.end { RUN } else { rows };
         (0..rows).step_by(run).map(move |row| {
             let rows = row..rows.min(row + run);
-            (rows.clone(), end(rows.end - 1))
+            (rows.clone(), self.seen(rows.end - 1).end)
         })
     }
 
@@ -129,11 +132,9 @@ impl<'a> Part<'a> {
 
     /// Sets the scores of keys that a query does not see to minus infinity.
     fn mask(&self, scores: &mut Tile) {
-        for (row, i) in self.block.clone().enumerate() {
-            let seen = self.sequence.seen(i, self.window);
-            let from = seen.start.saturating_sub(self.first_key).clamp(self.start, self.end);
-            let to = seen.end.saturating_sub(self.first_key).clamp(self.start, self.end);
-            let row = &mut scores.row_mut(row)[..self.padded().end];
+        for i in 0..self.rows() {
+            let Range { start: from, end: to } = self.seen(i);
+            let row = &mut scores.row_mut(i)[..self.padded().end];
             row[self.start..from].fill(f32::NEG_INFINITY);
             row[to.max(from)..].fill(f32::NEG_INFINITY);
         }
