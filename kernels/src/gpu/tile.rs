@@ -82,6 +82,25 @@ impl<E: Float> Tile<E> {
         let at = self.at(row, col);
         self.data[at] = E::cast_from(value);
     }
+
+    /// `N` elements of a row.
+    pub fn get_many<N: Size>(&self, row: usize, col: usize) -> Vector<f32, N> {
+        let mut values = Vector::<f32, N>::new(f32::new(0.0));
+        #[unroll]
+        for j in 0..N::value().comptime() {
+            values.insert(j, self.get(row, col + j));
+        }
+        values
+    }
+
+    pub fn set_many<A: Float, N: Size>(&mut self, row: usize, col: usize, values: Vector<A, N>) {
+        let at = self.at(row, col);
+        let values = Vector::<E, N>::cast_from(values);
+        #[unroll]
+        for j in 0..N::value().comptime() {
+            self.data[at + j] = values.extract(j);
+        }
+    }
 }
 
 /// The index of this unit in its cube, [`fresh`].
@@ -190,29 +209,29 @@ pub(crate) fn product<E: Float>(
     #[comptime] engine: Engine,
 ) {
     let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: 0usize };
-    product_at::<E>(a, b, out, &corner, form, engine);
+    product_at::<E, E>(a, b, out, &corner, form, engine);
 }
 
-/// `out (+)= a b` of parts of tiles.
+/// `out (+)= a b` of parts of tiles; of one element type on matrix units.
 #[cube]
-pub(crate) fn product_at<E: Float>(
-    a: &Tile<E>,
-    b: &Tile<E>,
+pub(crate) fn product_at<A: Float, B: Float>(
+    a: &Tile<A>,
+    b: &Tile<B>,
     out: &mut Tile<f32>,
     corner: &Corner,
     #[comptime] form: Form,
     #[comptime] engine: Engine,
 ) {
     match comptime!(engine) {
-        Engine::Registers { side } => in_registers::<E>(a, b, out, corner, form, side),
-        Engine::Matrix { plane } => on_matrix_units::<E>(a, b, out, corner, form, plane),
+        Engine::Registers { side } => in_registers::<A, B>(a, b, out, corner, form, side),
+        Engine::Matrix { plane } => on_matrix_units::<A, B>(a, b, out, corner, form, plane),
     }
 }
 
 #[cube]
-fn in_registers<E: Float>(
-    a: &Tile<E>,
-    b: &Tile<E>,
+fn in_registers<A: Float, B: Float>(
+    a: &Tile<A>,
+    b: &Tile<B>,
     out: &mut Tile<f32>,
     corner: &Corner,
     #[comptime] form: Form,
@@ -268,9 +287,9 @@ fn in_registers<E: Float>(
 }
 
 #[cube]
-fn on_matrix_units<E: Float>(
-    a: &Tile<E>,
-    b: &Tile<E>,
+fn on_matrix_units<A: Float, B: Float>(
+    a: &Tile<A>,
+    b: &Tile<B>,
     out: &mut Tile<f32>,
     corner: &Corner,
     #[comptime] form: Form,
@@ -302,7 +321,7 @@ fn on_matrix_units<E: Float>(
             };
             let y_at =
                 if comptime!(form.b_transposed) { b.at(corner.b_row + col, k) } else { b.at(corner.b_row + k, col) };
-            let x = cmma::Matrix::<E>::from_slice(
+            let x = cmma::Matrix::<A>::from_slice(
                 MatrixIdent::A,
                 BLOCK,
                 BLOCK,
@@ -311,7 +330,7 @@ fn on_matrix_units<E: Float>(
                 &a.data[x_at..a.data.len()],
                 a_stride,
             );
-            let y = cmma::Matrix::<E>::from_slice(
+            let y = cmma::Matrix::<B>::from_slice(
                 MatrixIdent::B,
                 BLOCK,
                 BLOCK,

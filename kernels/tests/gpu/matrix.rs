@@ -162,6 +162,16 @@ fn steps() {
     }
 }
 
+/// Sizes that are read one element at a time, and keys that are too many to be in shared memory all at once.
+#[test]
+fn odd_sizes_and_wide_keys() {
+    let Some(client) = client() else { return };
+    for (i, (key_dim, value_dim)) in [(7, 5), (256, 16)].into_iter().enumerate() {
+        let sizes = Sizes { time: 70, heads: 1, value_heads: 1, key_dim, value_dim, cu_seqlens: None };
+        check::<f32>(&client, &sizes, (2, 1), Precision::F32, Gates::Mean(0.05), i as u64);
+    }
+}
+
 #[test]
 fn half_precision() {
     let Some(client) = client() else { return };

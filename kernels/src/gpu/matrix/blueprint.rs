@@ -5,6 +5,7 @@ use cubecl::ir::features::MmaConfig;
 
 use super::super::buffer::Storage;
 use super::super::tile::{BLOCK, Engine};
+use super::flight::Shape;
 use crate::matrix::MatrixProblem;
 
 /// What the decay depends on.
@@ -40,6 +41,58 @@ pub(crate) struct WalkBlueprint {
     pub state_blocks: usize,
     /// Value features that it holds.
     pub value_block: usize,
+    /// Whether all keys of a chunk that it needs are in shared memory at once, without decay.
+    pub resident: bool,
+}
+
+impl WalkBlueprint {
+    /// Key features that a cube holds.
+    pub fn rows(&self) -> usize {
+        self.state_blocks * self.chunk.block
+    }
+
+    /// Key features in the tile of keys.
+    pub fn key_cols(&self) -> usize {
+        if self.resident { self.rows() } else { self.chunk.block }
+    }
+
+    /// Rows of the state in the element type of the keys.
+    pub fn narrow_rows(&self) -> usize {
+        if self.chunk.delta && self.chunk.engine.on_matrix_units() { self.key_cols() } else { 1 }
+    }
+
+    /// The tile of keys.
+    pub fn keys(&self) -> Shape {
+        self.tile(self.key_cols())
+    }
+
+    /// A tile of values.
+    pub fn values(&self) -> Shape {
+        self.tile(self.value_block)
+    }
+
+    /// A tile of scores.
+    pub fn scores(&self) -> Shape {
+        self.tile(self.chunk.chunk)
+    }
+
+    fn tile(&self, cols: usize) -> Shape {
+        Shape { rows: self.chunk.chunk, cols, units: self.chunk.units }
+    }
+
+    /// The most that a state pass needs, in bytes.
+    pub fn shared_memory(&self) -> usize {
+        let (b, c, d) = (&self.chunk, self.chunk.chunk, self.value_block);
+        let both = if self.resident && b.delta { c } else { 1 };
+        b.float(self.rows(), d)
+            + b.float(b.if_delta(c), d)
+            + b.operand(self.narrow_rows(), d)
+            + b.operand(c + both, self.key_cols())
+            + b.operand(c + b.if_delta(c), d)
+            + b.operand(b.if_delta(c), c)
+            + c * 4
+            + b.common_memory()
+    }
 }
 
 /// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
@@ -66,6 +119,13 @@ impl Blueprint {
                 Self { gate, delta, chunk, block, units, engine, operand_size }
             })
             .find(|blueprint| blueprint.shared_memory(p.key_dim) <= room)
+    }
+
+    /// Elements of a row that a unit reads or writes at a time: 16 bytes, and less where rows are no multiple of it.
+    pub fn vector(&self, p: &MatrixProblem, storage: Storage) -> usize {
+        let most = if self.engine.on_matrix_units() { 16 / storage.size() } else { 4 };
+        let fits = |n: &usize| *n <= most && p.key_dim.is_multiple_of(*n) && p.value_dim.is_multiple_of(*n);
+        [8, 4, 2].into_iter().find(fits).unwrap_or(1)
     }
 
     /// Sub-blocks of a chunk.
@@ -105,28 +165,48 @@ impl Blueprint {
         while value_block.is_multiple_of(2 * BLOCK) && cubes(value_block) < processors {
             value_block /= 2;
         }
-        WalkBlueprint { chunk: *self, state_blocks, value_block }
+        let walk = WalkBlueprint { chunk: *self, state_blocks, value_block, resident: self.gate != GateKind::Key };
+        let fits = walk.shared_memory() <= client.properties().hardware.max_shared_memory_size;
+        WalkBlueprint { resident: walk.resident && fits, ..walk }
     }
 
-    /// The most that one of the kernels needs, in bytes.
+    fn float(&self, rows: usize, cols: usize) -> usize {
+        rows * (cols + self.padding()) * 4
+    }
+
+    fn operand(&self, rows: usize, cols: usize) -> usize {
+        rows * (cols + self.operand_padding()) * self.operand_size
+    }
+
+    /// Rows of a tile that only the delta rule needs: without it there is one, as none cannot be.
+    fn if_delta(&self, rows: usize) -> usize {
+        if self.delta { rows } else { 1 }
+    }
+
+    /// The decay, and what is lost because tiles begin at multiples of 32 bytes.
+    fn common_memory(&self) -> usize {
+        let (c, d) = (self.chunk, self.block);
+        let decay = match self.gate {
+            GateKind::Key => self.float(c, d) + self.segments() * d * 4,
+            GateKind::None | GateKind::Head => (4 * c + self.segments()) * 4 + self.float(1, 1),
+        };
+        decay + 512
+    }
+
+    /// The most that one of the kernels needs, in bytes; the state passes with a block of keys at a time.
     pub fn shared_memory(&self, key_dim: usize) -> usize {
-        let float = |rows: usize, cols: usize| rows * (cols + self.padding()) * 4;
-        let operand = |rows: usize, cols: usize| rows * (cols + self.operand_padding()) * self.operand_size;
-        let (c, d, only_delta) = (self.chunk, self.block, self.delta as usize);
-        let scores = 2 * float(c, c) + float(BLOCK, c) + 3 * operand(c, d);
-        let state = float(self.state_blocks(key_dim) * d, d)
-            + 2 * operand(c, d)
-            + only_delta * (float(c, d) + operand(c, d) + operand(d, d) + operand(c, c));
-        let output = float(c, d) + 2 * operand(c, d) + operand(d, d) + operand(c, c);
-        let key_wise = (self.gate == GateKind::Key) as usize;
-        let backward = (1 + only_delta) * operand(c, c)
-            + (3 + only_delta + key_wise) * float(c, d)
-            + 2 * operand(c, d)
-            + operand(d, d);
-        let decay = if self.gate == GateKind::Key { float(c, d) + self.segments() * d * 4 } else { 3 * c * 4 };
-        // Gradients by token, and the carry by key feature.
-        let small = (5 * c + 2 * d) * 4;
-        scores.max(state).max(output).max(backward) + decay + small
+        let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
+        let scores =
+            self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.delta as usize * self.float(BLOCK, c);
+        let output = self.float(c, d) + self.operand(2 * c + d, d) + self.operand(c, c);
+        let square = if self.gate == GateKind::Key { c } else { 1 };
+        let backward = self.operand(c + delta, c)
+            + self.float(square + 3 * c + delta, d)
+            + self.operand(2 * c + d, d)
+            + (2 * c + d + 4 * self.units) * 4;
+        let state_blocks = self.state_blocks(key_dim);
+        let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false };
+        (scores.max(output).max(backward) + self.common_memory()).max(walk.shared_memory())
     }
 }
 

@@ -17,29 +17,29 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Tile, fill, product, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, load, read, scale};
+use super::decay::{Decay, Role, load, load_scores, read, scale};
 use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
 use super::state::load_state;
 
 /// What the chunk reads.
 #[derive(CubeType, CubeLaunch)]
-pub(crate) struct Operands<I: Float + CubePrimitive> {
-    pub q: Box<[I]>,
-    pub k: Box<[I]>,
+pub(crate) struct Operands<I: Float, N: Size> {
+    pub q: Box<[Vector<I, N>]>,
+    pub k: Box<[Vector<I, N>]>,
     pub g: Box<[f32]>,
     pub beta: Box<[f32]>,
     /// `v` without the delta rule.
-    pub x: Box<[I]>,
-    pub states: Box<[f32]>,
+    pub x: Box<[Vector<I, N>]>,
+    pub states: Box<[Vector<f32, N>]>,
 }
 
 /// The gradients that leave it.
 #[derive(CubeType, CubeLaunch)]
-pub(crate) struct Gradients<O: Float + CubePrimitive> {
+pub(crate) struct Gradients<O: Float, N: Size> {
     /// `[tokens, value_heads, key_dim]`.
-    pub dq: Box<[O]>,
-    pub dk: Box<[O]>,
+    pub dq: Box<[Vector<O, N>]>,
+    pub dk: Box<[Vector<O, N>]>,
     /// `[tokens, value_heads]` or `[tokens, value_heads, key_dim]`.
     pub dg: Box<[f32]>,
     pub dbeta: Box<[f32]>,
@@ -51,12 +51,15 @@ pub(crate) struct ByToken {
     /// `P_ii`.
     pub diagonal: Shared<[f32]>,
     pub beta: Shared<[f32]>,
-    pub d_beta: Shared<[f32]>,
-    /// Gradient of `c_i`, and what the end of the chunk says of the gates after token `i`. Scalar gates.
-    pub dc: Shared<[f32]>,
-    pub ending: Shared<[f32]>,
     /// By key feature of the block, the gradient of `c_n` that the state gives.
     pub carry: Shared<[f32]>,
+    /// By unit, a share of a token's sums: of `dbeta`, of the gradient of `c_i`, and of what the end of the chunk says of
+    /// the gates after token `i` (scalar gates).
+    pub d_beta: Shared<[f32]>,
+    pub dc: Shared<[f32]>,
+    pub ending: Shared<[f32]>,
+    /// By unit, a share of the carry.
+    pub carries: Shared<[f32]>,
 }
 
 /// Gradients of the chunk's tensors for one block of key features, by role, `[chunk, block]`.
@@ -80,15 +83,15 @@ pub(crate) struct Pairs<E: Float> {
 }
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
-pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
-    x: &Operands<I>,
-    p: &[E],
-    r: &[E],
-    do_: &[I],
-    z: &[I],
-    dstates: &[f32],
+pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
+    x: &Operands<I, N>,
+    p: &[Vector<E, N>],
+    r: &[Vector<E, N>],
+    do_: &[Vector<I, N>],
+    z: &[Vector<I, N>],
+    dstates: &[Vector<f32, N>],
     table: &[u32],
-    out: &mut Gradients<O>,
+    out: &mut Gradients<O, N>,
     sizes: &Sizes,
     #[comptime] b: Blueprint,
     #[define(I, E, O)] _types: [ElemType; 3],
@@ -118,10 +121,11 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
     let mut tokens = ByToken {
         diagonal: Shared::new_slice(c),
         beta: Shared::new_slice(c),
-        d_beta: Shared::new_slice(c),
-        dc: Shared::new_slice(c),
-        ending: Shared::new_slice(c),
-        carry: Shared::new_slice(comptime!(2 * b.block)),
+        carry: Shared::new_slice(b.block),
+        d_beta: Shared::new_slice(b.units),
+        dc: Shared::new_slice(b.units),
+        ending: Shared::new_slice(b.units),
+        carries: Shared::new_slice(b.units),
     };
     let (scalar_at, stride) = place.scalars(sizes);
     for i in range_stepped(unit(), c, units()) {
@@ -133,22 +137,20 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
             }
         }
         tokens.beta[i] = step;
-        tokens.d_beta[i] = 0.0;
-        tokens.dc[i] = 0.0;
-        tokens.ending[i] = 0.0;
     }
+    tokens.d_beta[unit()] = 0.0;
+    tokens.dc[unit()] = 0.0;
+    tokens.ending[unit()] = 0.0;
     decay.load(&x.g, &place, sizes, b);
     let squares = place.scores(sizes, b);
-    for i in range_stepped(unit(), comptime!(c * c), units()) {
-        let (row, col) = (i / c, i % c);
-        let value = f32::cast_from(p[squares + i]);
-        pairs.p.set(row, col, select(row == col, f32::new(0.0), value));
-        if row == col {
-            tokens.diagonal[row] = value;
-        }
-        if comptime!(b.delta) {
-            pairs.r.set(row, col, f32::cast_from(r[squares + i]));
-        }
+    load_scores::<E, N>(p, squares, &mut pairs.p, b);
+    if comptime!(b.delta) {
+        load_scores::<E, N>(r, squares, &mut pairs.r, b);
+    }
+    sync_cube();
+    for i in range_stepped(unit(), c, units()) {
+        tokens.diagonal[i] = pairs.p.get(i, i);
+        pairs.p.set(i, i, 0.0);
     }
     sync_cube();
 
@@ -156,7 +158,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         decay.load_block(&x.g, &place, sizes, k0, b);
-        through_state::<I, E>(
+        through_state::<I, E, N>(
             x,
             do_,
             z,
@@ -171,20 +173,18 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
             b,
         );
         if comptime!(b.gate == GateKind::Key) {
-            key_pairs::<I, E>(x, &place, sizes, k0, &mut decay, &mut pairs, &mut roles, &tokens, b);
+            key_pairs::<I, E, N>(x, &place, sizes, k0, &mut decay, &mut pairs, &mut roles, &tokens, b);
         } else {
-            scalar_pairs::<I, E>(x, &place, sizes, k0, &decay, &mut pairs, &mut roles, &tokens, b);
+            scalar_pairs::<I, E, N>(x, &place, sizes, k0, &decay, &mut pairs, &mut roles, &tokens, b);
         }
-        finish::<I, O>(x, &place, sizes, k0, &mut roles, &tokens, out, b);
+        finish::<I, O, N>(x, &place, sizes, k0, &mut roles, &tokens, out, b);
         sync_cube();
-        for i in range_stepped(unit(), c, units()) {
-            if comptime!(b.delta) {
-                tokens.d_beta[i] += sum_row(&roles.k_right, i);
-            }
-            if comptime!(b.gate == GateKind::Head) {
-                tokens.dc[i] += sum_row(&roles.q_left, i);
-                tokens.ending[i] += sum_row(&roles.k_end, i);
-            }
+        if comptime!(b.delta) {
+            tokens.d_beta[unit()] += sum_row(&roles.k_right, b);
+        }
+        if comptime!(b.gate == GateKind::Head) {
+            tokens.dc[unit()] += sum_row(&roles.q_left, b);
+            tokens.ending[unit()] += sum_row(&roles.k_end, b);
         }
         if comptime!(b.gate == GateKind::Head) {
             for k in 0..b.block {
@@ -196,41 +196,69 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float>(
         }
         sync_cube();
     }
-    for i in range_stepped(unit(), place.rows, units()) {
-        if comptime!(b.delta) {
-            out.dbeta[scalar_at + i * stride] = tokens.d_beta[i];
+    if comptime!(b.delta) {
+        let d_beta = over_shares(&tokens.d_beta, b);
+        if unit() < place.rows {
+            out.dbeta[scalar_at + unit() * stride] = d_beta;
         }
-        if comptime!(b.gate == GateKind::Head) {
+    }
+    if comptime!(b.gate == GateKind::Head) {
+        let (ending, dc) = (over_shares(&tokens.ending, b), over_shares(&tokens.dc, b));
+        // Once more by token, as every unit reads all of them; the steps are not needed any more.
+        sync_cube();
+        let i = unit();
+        if i < c {
+            tokens.diagonal[i] = ending;
+            tokens.beta[i] = dc;
+        }
+        sync_cube();
+        if i < place.rows {
             let mut sum = f32::new(0.0);
-            for j in 0..i {
-                sum += tokens.ending[j];
-            }
             // From the last token on, as gates that are strong make the later terms the smaller ones.
             let mut later = total;
-            for j in 0..c - i {
-                later += tokens.dc[c - 1 - j];
+            for j in 0..c {
+                let back = comptime!(c - 1).runtime() - j;
+                sum += select(j < i, tokens.diagonal[j], f32::new(0.0));
+                later += select(back >= i, tokens.beta[back], f32::new(0.0));
             }
             out.dg[scalar_at + i * stride] = sum + later;
         }
     }
 }
 
+/// Units of a token, each with a share of the key features. The units of a cube are a multiple of the tokens.
+fn shares(b: Blueprint) -> usize {
+    b.units / b.chunk
+}
+
+/// This unit's share of the sum of a row: unit `i + share * chunk` has row `i`.
 #[cube]
-fn sum_row(tile: &Tile<f32>, row: usize) -> f32 {
+fn sum_row(tile: &Tile<f32>, #[comptime] b: Blueprint) -> f32 {
     let mut sum = f32::new(0.0);
-    for k in 0..comptime!(tile.cols) {
-        sum += tile.get(row, k);
+    for k in range_stepped(unit() / b.chunk, tile.cols, comptime!(shares(b))) {
+        sum += tile.get(unit() % b.chunk, k);
+    }
+    sum
+}
+
+/// The sum over the shares of token `unit()`, in order; of no use to units beyond the tokens.
+#[cube]
+fn over_shares(by_unit: &Shared<[f32]>, #[comptime] b: Blueprint) -> f32 {
+    let mut sum = f32::new(0.0);
+    #[unroll]
+    for share in 0..comptime!(shares(b)) {
+        sum += by_unit[unit() % b.chunk + share * b.chunk];
     }
     sum
 }
 
 /// Starts the gradients by role with what comes through the states before and after the chunk. Synchronises.
 #[cube]
-fn through_state<I: Float, E: Float>(
-    x: &Operands<I>,
-    do_: &[I],
-    z: &[I],
-    dstates: &[f32],
+fn through_state<I: Float, E: Float, N: Size>(
+    x: &Operands<I, N>,
+    do_: &[Vector<I, N>],
+    z: &[Vector<I, N>],
+    dstates: &[Vector<f32, N>],
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -240,46 +268,55 @@ fn through_state<I: Float, E: Float>(
     tokens: &mut ByToken,
     #[comptime] b: Blueprint,
 ) {
+    let n = N::value().comptime();
     let (at, state_at) = (place.values(sizes), place.state(sizes));
     let form = comptime!(Form::abt(b.chunk, b.block, b.block, Mode::Add));
     fill::<f32>(&mut roles.q_left, 0.0);
     fill::<f32>(&mut roles.k_left, 0.0);
     fill::<f32>(&mut roles.k_right, 0.0);
     fill::<f32>(&mut roles.k_end, 0.0);
-    for k in range_stepped(unit(), b.block, units()) {
-        tokens.carry[k] = 0.0;
-    }
+    // `sum_v S dS'`, in f32: neighbouring units share a row.
+    let columns = comptime!(b.units / b.block);
+    let (carry_row, column) = (unit() / columns, unit() % columns);
+    let mut carry = f32::new(0.0);
     for part in 0..sizes.value_blocks {
         let v0 = part * b.block;
-        load::<I, E>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
-        load_state::<E>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
+        load::<I, E, N>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
+        load_state::<E, N>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
         product::<E>(&pairs.one, &pairs.state, &mut roles.q_left, form, b.engine);
-        // `sum_v S dS'`, in f32.
-        for k in range_stepped(unit(), b.block, units()) {
-            let mut sum = tokens.carry[k];
-            for v in 0..b.block {
-                let row = (state_at, sizes.value_dim);
-                let s = read::<f32>(&x.states, row, sizes.key_dim, k0 + k, v0 + v, sizes.value_dim);
-                sum += s * read::<f32>(dstates, row, sizes.key_dim, k0 + k, v0 + v, sizes.value_dim);
+        if carry_row < b.block {
+            for i in range_stepped(column, comptime!(b.block / n), columns) {
+                let (rows, v) = ((state_at, sizes.value_dim), v0 + i * n);
+                let state = read::<f32, N>(&x.states, rows, sizes.key_dim, k0 + carry_row, v, sizes.value_dim);
+                let both = state * read::<f32, N>(dstates, rows, sizes.key_dim, k0 + carry_row, v, sizes.value_dim);
+                #[unroll]
+                for j in 0..n {
+                    carry += both.extract(j);
+                }
             }
-            tokens.carry[k] = sum;
         }
         sync_cube();
         if comptime!(b.delta) {
-            load::<I, E>(z, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
+            load::<I, E, N>(z, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
             sync_cube();
             product::<E>(&pairs.one, &pairs.state, &mut roles.k_left, form, b.engine);
             sync_cube();
         }
-        load::<I, E>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
-        load_state::<E>(dstates, state_at, k0, v0, sizes, &mut pairs.state, true);
+        load::<I, E, N>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
+        load_state::<E, N>(dstates, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
         product::<E>(&pairs.one, &pairs.state, &mut roles.k_end, form, b.engine);
         sync_cube();
     }
+    tokens.carries[unit()] = carry;
+    sync_cube();
     for k in range_stepped(unit(), b.block, units()) {
-        tokens.carry[k] *= decay.end(k, b);
+        let mut sum = f32::new(0.0);
+        for column in 0..columns {
+            sum += tokens.carries[k * columns + column];
+        }
+        tokens.carry[k] = sum * decay.end(k, b);
     }
     decay.prepare(&x.g, place, sizes, k0, Role::FromStart, b);
     scale(&mut roles.q_left, sizes.scale, &*decay, Role::FromStart, b);
@@ -295,39 +332,42 @@ fn through_state<I: Float, E: Float>(
 /// Adds up the roles and writes `dq` and `dk`. Leaves in `q_left` the gradient of `c`, in `k_end` what goes to the gates
 /// after the token, in `k_right` the terms of `dbeta`.
 #[cube]
-fn finish<I: Float, O: Float>(
-    x: &Operands<I>,
+fn finish<I: Float, O: Float, N: Size>(
+    x: &Operands<I, N>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
     roles: &mut Roles,
     tokens: &ByToken,
-    out: &mut Gradients<O>,
+    out: &mut Gradients<O, N>,
     #[comptime] b: Blueprint,
 ) {
+    let n = N::value().comptime();
     let (at, to) = (place.keys(sizes), place.key_gates(sizes));
-    for item in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
-        let (row, d) = (item / b.block, item % b.block);
-        let query = read::<I>(&x.q, at, place.rows, row, k0 + d, sizes.key_dim);
-        let key = read::<I>(&x.k, at, place.rows, row, k0 + d, sizes.key_dim);
-        let (beta, diagonal) = (tokens.beta[row], tokens.diagonal[row]);
-        let (q_left, end) = (roles.q_left.get(row, d), roles.k_end.get(row, d));
-        let right = roles.k_right.get(row, d);
+    let cols = comptime!(b.block / n);
+    for item in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
+        let (row, d) = (item / cols, item % cols * n);
+        let query = Vector::<f32, N>::cast_from(read::<I, N>(&x.q, at, place.rows, row, k0 + d, sizes.key_dim));
+        let key = Vector::<f32, N>::cast_from(read::<I, N>(&x.k, at, place.rows, row, k0 + d, sizes.key_dim));
+        let (beta, diagonal) = (Vector::new(tokens.beta[row]), Vector::new(tokens.diagonal[row]));
+        let (q_left, end) = (roles.q_left.get_many::<N>(row, d), roles.k_end.get_many::<N>(row, d));
+        let right = roles.k_right.get_many::<N>(row, d);
         let unstepped = right + end + diagonal * query;
         let mut dk = beta * unstepped;
         let mut dc = query * q_left - beta * key * right;
         if comptime!(b.delta) {
-            let k_left = roles.k_left.get(row, d);
+            let k_left = roles.k_left.get_many::<N>(row, d);
             dk += k_left;
             dc += key * k_left;
         }
         if row < place.rows && k0 + d < sizes.key_dim {
-            out.dq[to.0 + row * to.1 + k0 + d] = O::cast_from(q_left + diagonal * beta * key);
-            out.dk[to.0 + row * to.1 + k0 + d] = O::cast_from(dk);
+            let at = (to.0 + row * to.1 + k0 + d) / n;
+            out.dq[at] = Vector::<O, N>::cast_from(q_left + diagonal * beta * key);
+            out.dk[at] = Vector::<O, N>::cast_from(dk);
         }
-        roles.q_left.set(row, d, dc);
-        roles.k_end.set(row, d, beta * key * end);
-        roles.k_right.set(row, d, key * unstepped);
+        roles.q_left.set_many::<f32, N>(row, d, dc);
+        roles.k_end.set_many::<f32, N>(row, d, beta * key * end);
+        roles.k_right.set_many::<f32, N>(row, d, key * unstepped);
     }
 }
 

@@ -30,12 +30,15 @@ pub(crate) enum Role {
 /// The decay of one chunk and head.
 #[derive(CubeType)]
 pub(crate) struct Decay {
-    /// Scalar gates: by token the gate, and the weights of `FromStart` and `ToEnd`.
-    pub g: Shared<[f32]>,
+    /// Scalar gates: by token the gate, its sum over the later tokens of the sub-block, and the weights of `FromStart`
+    /// and `ToEnd`.
+    g: Shared<[f32]>,
+    later: Shared<[f32]>,
     from_start: Shared<[f32]>,
     to_end: Shared<[f32]>,
-    /// Key-wise gates: sums of the sub-blocks, `[segments, block]`, and the weights prepared last, `[chunk, block]`.
+    /// Sums of the sub-blocks, `[segments]` or, with key-wise gates, `[segments, block]`.
     totals: Shared<[f32]>,
+    /// Key-wise gates: the weights prepared last, `[chunk, block]`.
     weights: Tile<f32>,
 }
 
@@ -43,10 +46,13 @@ pub(crate) struct Decay {
 impl Decay {
     pub fn new(#[comptime] b: Blueprint) -> Decay {
         let tokens = comptime!(if b.gate == GateKind::Head { b.chunk } else { 1 });
-        let (totals, rows, cols) =
-            comptime!(if b.gate == GateKind::Key { (b.segments() * b.block, b.chunk, b.block) } else { (1, 1, 1) });
+        let (totals, rows, cols) = comptime!(match b.gate {
+            GateKind::Key => (b.segments() * b.block, b.chunk, b.block),
+            _ => (b.segments(), 1, 1),
+        });
         Decay {
             g: Shared::new_slice(tokens),
+            later: Shared::new_slice(tokens),
             from_start: Shared::new_slice(tokens),
             to_end: Shared::new_slice(tokens),
             totals: Shared::new_slice(totals),
@@ -56,22 +62,38 @@ impl Decay {
 
     /// Begins a chunk: reads scalar gates. Synchronises.
     pub fn load(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
+        self.begin(head_gate(g, place, sizes, b), b);
+    }
+
+    /// Begins a chunk from what [`head_gate`] has read. Synchronises.
+    pub fn begin(&mut self, gate: f32, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Head) {
+            if unit() < b.chunk {
+                self.g[unit()] = gate;
+            }
+            sync_cube();
+            // Within sub-blocks, then over them: every unit reads 16 gates and a few sums, side by side.
             for i in range_stepped(unit(), b.chunk, units()) {
-                let mut gate = f32::new(0.0);
-                if i < place.rows {
-                    gate = g[(place.token + i) * sizes.gate_stride + place.head];
+                let first = (i / BLOCK) * BLOCK;
+                let (mut before, mut after) = (f32::new(0.0), f32::new(0.0));
+                for j in 0..BLOCK {
+                    let gate = self.g[first + j];
+                    before += select(first + j <= i, gate, f32::new(0.0));
+                    after += select(first + j > i, gate, f32::new(0.0));
                 }
-                self.g[i] = gate;
+                self.from_start[i] = before;
+                self.later[i] = after;
+                if i + 1 == first + BLOCK {
+                    self.totals[i / BLOCK] = before;
+                }
             }
             sync_cube();
             for i in range_stepped(unit(), b.chunk, units()) {
-                let (mut before, mut after) = (f32::new(0.0), f32::new(0.0));
-                for j in 0..i + 1 {
-                    before += self.g[j];
-                }
-                for j in i + 1..b.chunk {
-                    after += self.g[j];
+                let segment = i / BLOCK;
+                let (mut before, mut after) = (self.from_start[i], self.later[i]);
+                for s in 0..comptime!(b.segments()) {
+                    before += select(s < segment, self.totals[s], f32::new(0.0));
+                    after += select(s > segment, self.totals[s], f32::new(0.0));
                 }
                 self.from_start[i] = before.exp();
                 self.to_end[i] = after.exp();
@@ -140,6 +162,19 @@ impl Decay {
         }
     }
 
+    /// Leaves `e^g` of each token and feature of the block in the place of the weights. Key-wise gates only.
+    pub fn factors(&mut self, g: &[f32], place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) {
+        for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
+            let (row, k) = (i / b.block, i % b.block);
+            self.weights.set(row, k, key_gate(g, place, sizes, row, k0 + k).exp());
+        }
+    }
+
+    /// `e^g` of a token and feature, after [`Decay::factors`].
+    pub fn factor(&self, row: usize, k: usize) -> f32 {
+        self.weights.get(row, k)
+    }
+
     /// The weight of a row and feature (counted from the block's first) in a role that is prepared.
     pub fn weight(&self, row: usize, k: usize, #[comptime] role: Role, #[comptime] b: Blueprint) -> f32 {
         let mut weight = f32::new(1.0);
@@ -153,6 +188,21 @@ impl Decay {
             weight = self.to_end[row];
         }
         weight
+    }
+
+    /// The weights of `N` features of a row.
+    pub fn weights<N: Size>(
+        &self,
+        row: usize,
+        k: usize,
+        #[comptime] role: Role,
+        #[comptime] b: Blueprint,
+    ) -> Vector<f32, N> {
+        if comptime!(b.gate == GateKind::Key && role != Role::Plain) {
+            self.weights.get_many::<N>(row, k)
+        } else {
+            Vector::new(self.weight(row, k, role, b))
+        }
     }
 
     /// `e^{c_n}`, the decay of a row of the state over the whole chunk.
@@ -179,8 +229,11 @@ impl Decay {
             let first = segment * BLOCK;
             let mut sum = f32::new(0.0);
             if comptime!(b.gate == GateKind::Head) {
-                for i in j + 1..first {
-                    sum += self.g[i];
+                if j < first {
+                    sum = self.later[j];
+                }
+                for s in 1..comptime!(b.segments()) {
+                    sum += select(s > j / BLOCK && s < segment, self.totals[s], f32::new(0.0));
                 }
             }
             for i in first..first + BLOCK {
@@ -204,41 +257,80 @@ impl Decay {
     }
 }
 
+/// The scalar gate of token `unit()` of the chunk; 0 beyond. A cube has as many units as a chunk tokens, or more.
+#[cube]
+pub(crate) fn head_gate(g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) -> f32 {
+    let mut gate = f32::new(0.0);
+    if comptime!(b.gate == GateKind::Head) {
+        if unit() < place.rows {
+            gate = g[(place.token + unit()) * sizes.gate_stride + place.head];
+        }
+    }
+    gate
+}
+
+/// The step size of token `unit()`; 0 beyond.
+#[cube]
+pub(crate) fn step_size(beta: &[f32], place: &Place, sizes: &Sizes) -> f32 {
+    let (at, stride) = place.scalars(sizes);
+    let mut step = f32::new(0.0);
+    if unit() < place.rows {
+        step = beta[at + unit() * stride];
+    }
+    step
+}
+
 /// The log-decay of a token and key feature; 0 outside of the tensor.
 #[cube]
 pub(crate) fn key_gate(g: &[f32], place: &Place, sizes: &Sizes, row: usize, k: usize) -> f32 {
-    read::<f32>(g, place.key_gates(sizes), place.rows, row, k, sizes.key_dim)
+    // No branch: it reads some element of the tensor in any case.
+    let (at, stride) = place.key_gates(sizes);
+    let inside = row < place.rows && k < sizes.key_dim;
+    select(inside, g[select(inside, at + row * stride + k, at)], f32::new(0.0))
 }
 
-/// An element of a row of a tensor, `at` being its first row and the distance of rows; 0 outside of the tensor.
+/// `N` elements of a row of a tensor, `at` being its first row and the distance of rows; 0 outside of the tensor. Sizes
+/// are multiples of `N`.
 #[cube]
-pub(crate) fn read<I: Float>(x: &[I], at: (usize, usize), rows: usize, row: usize, col: usize, dim: usize) -> f32 {
-    // No branch: it reads some element of the tensor in any case.
-    let inside = row < rows && col < dim;
-    let value = f32::cast_from(x[select(inside, at.0 + row * at.1 + col, at.0)]);
-    select(inside, value, f32::new(0.0))
+pub(crate) fn read<I: Float, N: Size>(
+    x: &[Vector<I, N>],
+    at: (usize, usize),
+    rows: usize,
+    row: usize,
+    col: usize,
+    dim: usize,
+) -> Vector<I, N> {
+    let n = N::value().comptime();
+    let mut values = Vector::<I, N>::new(I::new(0.0));
+    if row < rows && col < dim {
+        values = x[(at.0 + row * at.1 + col) / n];
+    }
+    values
 }
 
 /// Fills a tile from the features `col0..` of a tensor.
 #[cube]
-pub(crate) fn load<I: Float, E: Float>(
-    x: &[I],
+pub(crate) fn load<I: Float, E: Float, N: Size>(
+    x: &[Vector<I, N>],
     at: (usize, usize),
     rows: usize,
     col0: usize,
     dim: usize,
     tile: &mut Tile<E>,
 ) {
-    let (tile_rows, cols) = comptime!((tile.rows, tile.cols));
-    for i in range_stepped(unit(), tile_rows * cols, units()) {
-        tile.set(i / cols, i % cols, read::<I>(x, at, rows, i / cols, col0 + i % cols, dim));
+    let n = N::value().comptime();
+    let cols = comptime!(tile.cols / n);
+    for i in range_stepped(unit(), comptime!(tile.rows * cols), units()) {
+        let (row, col) = (i / cols, i % cols * n);
+        let values = read::<I, N>(x, at, rows, row, col0 + col, dim);
+        tile.set_many::<I, N>(row, col, values);
     }
 }
 
 /// Fills a tile from a block of queries or keys, times their weight in a role that is prepared, times `factor`.
 #[cube]
-pub(crate) fn load_keys<I: Float, E: Float>(
-    x: &[I],
+pub(crate) fn load_keys<I: Float, E: Float, N: Size>(
+    x: &[Vector<I, N>],
     at: (usize, usize),
     rows: usize,
     k0: usize,
@@ -249,10 +341,13 @@ pub(crate) fn load_keys<I: Float, E: Float>(
     #[comptime] role: Role,
     #[comptime] b: Blueprint,
 ) {
-    for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
-        let (row, k) = (i / b.block, i % b.block);
-        let value = read::<I>(x, at, rows, row, k0 + k, dim) * factor;
-        tile.set(row, k, value * decay.weight(row, k, role, b));
+    let n = N::value().comptime();
+    let cols = comptime!(b.block / n);
+    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
+        let (row, k) = (i / cols, i % cols * n);
+        let values = Vector::<f32, N>::cast_from(read::<I, N>(x, at, rows, row, k0 + k, dim));
+        let weights = decay.weights::<N>(row, k, role, b) * Vector::new(factor);
+        tile.set_many::<f32, N>(row, k, values * weights);
     }
 }
 
@@ -273,19 +368,52 @@ pub(crate) fn scale(
 
 /// Writes the rows of a tile to a tensor.
 #[cube]
-pub(crate) fn store<I: Float, E: Float>(
+pub(crate) fn store<I: Float, E: Float, N: Size>(
     tile: &Tile<E>,
-    out: &mut [I],
+    out: &mut [Vector<I, N>],
     at: (usize, usize),
     rows: usize,
     col0: usize,
     dim: usize,
 ) {
-    let (tile_rows, cols) = comptime!((tile.rows, tile.cols));
-    for i in range_stepped(unit(), tile_rows * cols, units()) {
-        let (row, col) = (i / cols, col0 + i % cols);
-        if row < rows && col < dim {
-            out[at.0 + row * at.1 + col] = I::cast_from(tile.get(row, i % cols));
+    let n = N::value().comptime();
+    let cols = comptime!(tile.cols / n);
+    for i in range_stepped(unit(), comptime!(tile.rows * cols), units()) {
+        let (row, col) = (i / cols, i % cols * n);
+        if row < rows && col0 + col < dim {
+            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(tile.get_many::<N>(row, col));
         }
+    }
+}
+
+/// Writes `[chunk, chunk]` scores times `factor`.
+#[cube]
+pub(crate) fn store_scores<E: Float, N: Size>(
+    tile: &Tile<f32>,
+    out: &mut [Vector<E, N>],
+    at: usize,
+    factor: f32,
+    #[comptime] b: Blueprint,
+) {
+    let n = N::value().comptime();
+    let cols = comptime!(b.chunk / n);
+    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
+        let values = tile.get_many::<N>(i / cols, i % cols * n) * Vector::new(factor);
+        out[at / n + i] = Vector::<E, N>::cast_from(values);
+    }
+}
+
+/// Fills a tile with `[chunk, chunk]` scores.
+#[cube]
+pub(crate) fn load_scores<E: Float, N: Size>(
+    x: &[Vector<E, N>],
+    at: usize,
+    tile: &mut Tile<E>,
+    #[comptime] b: Blueprint,
+) {
+    let n = N::value().comptime();
+    let cols = comptime!(b.chunk / n);
+    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
+        tile.set_many::<E, N>(i / cols, i % cols * n, x[at / n + i]);
     }
 }

@@ -17,6 +17,9 @@ use crate::matrix::MatrixProblem;
 
 use super::{Gate, Gradients, chunk_backward, output, scores, scores_backward, state, state_backward};
 
+/// Elements of a tensor that stands for none: at least one vector.
+const ABSENT: usize = 8;
+
 /// Stage 2 reversed.
 pub(crate) struct WalkBack {
     /// Gradient of the values, for the delta rule.
@@ -31,11 +34,11 @@ pub(crate) struct WalkBack {
 macro_rules! launch {
     ($on:ident, $($kernel:ident)::+, $cubes:expr, $($arg:expr),+ $(,)?) => {
         if $on.b.engine.in_software() {
-            $($kernel)::+::launch($on.client, $cubes, $on.units(), $on.address, $($arg),+);
+            $($kernel)::+::launch($on.client, $cubes, $on.units(), $on.address, $on.vector, $($arg),+);
         } else {
             // Safety: the kernels stay within the rows, features and states that the sizes describe, and the buffers
             // have those sizes.
-            unsafe { $($kernel)::+::launch_unchecked($on.client, $cubes, $on.units(), $on.address, $($arg),+) };
+            unsafe { $($kernel)::+::launch_unchecked($on.client, $cubes, $on.units(), $on.address, $on.vector, $($arg),+) };
         }
     };
 }
@@ -53,6 +56,8 @@ pub(crate) struct Launch<'a> {
     /// Stands for tensors that are absent.
     nothing: Buffer,
     address: AddressType,
+    /// Elements that are read and written at a time.
+    vector: usize,
     types: [ElemType; 2],
 }
 
@@ -83,7 +88,7 @@ impl<'a> Launch<'a> {
         let (table, chunks) = table(&sequences, b.chunk);
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
         let w = b.walk(client, p, sequences);
-        let nothing = Buffer::from_slice(client, &[0.0f32]);
+        let nothing = Buffer::from_slice(client, &[0.0f32; ABSENT]);
         let operand = if b.engine.on_matrix_units() { storage } else { Storage::F32 };
         let chunk_heads = chunks * p.value_heads;
         let lengths = [
@@ -94,7 +99,8 @@ impl<'a> Launch<'a> {
         ];
         let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operand.elem_type()];
-        Ok(Self { client, p, x, b, w, chunks, sequences, table, nothing, address, types })
+        let vector = b.vector(p, storage);
+        Ok(Self { client, p, x, b, w, chunks, sequences, table, nothing, address, vector, types })
     }
 
     fn sizes(&self) -> SizesLaunch {
@@ -123,7 +129,7 @@ impl<'a> Launch<'a> {
 
     /// An output that only exists if `wanted`.
     fn output_if(&self, wanted: bool, storage: Storage, len: usize) -> Buffer {
-        Buffer::output(self.client, storage, if wanted { len } else { 1 })
+        Buffer::output(self.client, storage, if wanted { len } else { ABSENT })
     }
 
     fn tensor(&self, optional: Option<&Buffer>) -> BufferArg {

@@ -14,6 +14,7 @@
 mod blueprint;
 mod chunk_backward;
 mod decay;
+mod flight;
 mod launch;
 mod output;
 mod pair_gradients;

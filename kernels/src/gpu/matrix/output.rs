@@ -7,9 +7,9 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Tile, fill, product, unit, units};
+use super::super::tile::{Form, Mode, Tile, fill, fresh, product, unit, units};
 use super::blueprint::Blueprint;
-use super::decay::{Decay, Role, load, load_keys, read, store};
+use super::decay::{Decay, Role, load_keys, load_scores, read, store};
 use super::place::{Place, Sizes};
 use super::state::load_state;
 
@@ -22,15 +22,15 @@ pub(crate) enum Direction {
 }
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
-pub(crate) fn output_kernel<I: Float, E: Float>(
-    q: &[I],
-    x: &[I],
+pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
+    q: &[Vector<I, N>],
+    x: &[Vector<I, N>],
     g: &[f32],
     beta: &[f32],
-    a: &[E],
-    states: &[f32],
+    a: &[Vector<E, N>],
+    states: &[Vector<f32, N>],
     table: &[u32],
-    o: &mut [I],
+    o: &mut [Vector<I, N>],
     sizes: &Sizes,
     #[comptime] direction: Direction,
     #[comptime] b: Blueprint,
@@ -51,26 +51,30 @@ pub(crate) fn output_kernel<I: Float, E: Float>(
     let mut u = Tile::<E>::new(c, b.block, operand);
     fill::<f32>(&mut sum, 0.0);
     decay.load(g, &place, sizes, b);
-    load::<E, E>(a, (place.scores(sizes, b), c.runtime()), c.runtime(), 0, c.runtime(), &mut scores);
     let (role, factor, weigh) = match comptime!(direction) {
         Direction::Forward => (comptime!(Role::FromStart), sizes.scale, comptime!(true)),
         Direction::Backward => (comptime!(Role::ToEnd), f32::new(1.0), comptime!(false)),
     };
-    load_written::<I, E>(x, beta, &place, sizes, v0, &mut u, weigh, b);
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         decay.load_block(g, &place, sizes, k0, b);
         decay.prepare(g, &place, sizes, k0, role, b);
         let at = place.keys(sizes);
-        load_keys::<I, E>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, b);
-        load_state::<E>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
+        load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, b);
+        load_state::<E, N>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
         sync_cube();
         product::<E>(&queries, &state, &mut sum, comptime!(Form::ab(c, b.block, b.block, Mode::Add)), b.engine);
         sync_cube();
     }
+    // The place again: kept, it would take the registers of the loop.
+    let cube = fresh(CUBE_POS as u32) as usize;
+    let (place, v0) = (Place::of(cube / sizes.value_blocks, sizes, table, b), cube % sizes.value_blocks * b.block);
+    load_scores::<E, N>(a, place.scores(sizes, b), &mut scores, b);
+    load_written::<I, E, N>(x, beta, &place, sizes, v0, &mut u, weigh, b);
+    sync_cube();
     product::<E>(&scores, &u, &mut sum, comptime!(scores_form(direction, b)), b.engine);
     sync_cube();
-    store::<I, f32>(&sum, o, place.values(sizes), place.rows, v0, sizes.value_dim);
+    store::<I, f32, N>(&sum, o, place.values(sizes), place.rows, v0, sizes.value_dim);
 }
 
 fn scores_form(direction: Direction, b: Blueprint) -> Form {
@@ -82,8 +86,8 @@ fn scores_form(direction: Direction, b: Blueprint) -> Form {
 
 /// What the chunk's tokens write along their keys: `u = beta x`, or `v` without the delta rule.
 #[cube]
-fn load_written<I: Float, E: Float>(
-    x: &[I],
+fn load_written<I: Float, E: Float, N: Size>(
+    x: &[Vector<I, N>],
     beta: &[f32],
     place: &Place,
     sizes: &Sizes,
@@ -92,15 +96,20 @@ fn load_written<I: Float, E: Float>(
     #[comptime] weigh: bool,
     #[comptime] b: Blueprint,
 ) {
+    let n = N::value().comptime();
     let (at, scalars) = (place.values(sizes), place.scalars(sizes));
-    for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
-        let (row, v) = (i / b.block, i % b.block);
-        let mut value = read::<I>(x, at, place.rows, row, v0 + v, sizes.value_dim);
+    let cols = comptime!(b.block / n);
+    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
+        let (row, v) = (i / cols, i % cols * n);
+        let values = read::<I, N>(x, at, place.rows, row, v0 + v, sizes.value_dim);
         if comptime!(b.delta && weigh) {
+            let mut step = f32::new(0.0);
             if row < place.rows {
-                value *= beta[scalars.0 + row * scalars.1];
+                step = beta[scalars.0 + row * scalars.1];
             }
+            tile.set_many::<f32, N>(row, v, Vector::cast_from(values) * Vector::new(step));
+        } else {
+            tile.set_many::<I, N>(row, v, values);
         }
-        tile.set(row, v, value);
     }
 }

@@ -6,25 +6,25 @@
 //! ```
 //! One cube computes one chunk of one head. With key-wise gates the exponential sits inside the sum: between sub-blocks of
 //! 16 tokens it is split at the start of the later one, so that both factors are at most 1 and a product remains; inside
-//! a sub-block the pairs are summed one by one. `T` is found by forward substitution, which stays accurate when keys are
+//! a sub-block the pairs are summed one by one, a key decaying from row to row. `T` is found by forward substitution, which stays accurate when keys are
 //! nearly equal, in sub-blocks, and merged by products in f32.
 
 use cubecl::prelude::*;
 
 use super::super::tile::{BLOCK, Corner, Engine, Form, Mode, Tile, fill, product, product_at, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, key_gate, load_keys, read};
+use super::decay::{Decay, Role, load_keys, store_scores};
 use super::place::{Place, Sizes};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
-pub(crate) fn scores_kernel<I: Float, E: Float>(
-    q: &[I],
-    k: &[I],
+pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
+    q: &[Vector<I, N>],
+    k: &[Vector<I, N>],
     g: &[f32],
     beta: &[f32],
     table: &[u32],
-    a_out: &mut [E],
-    t_out: &mut [E],
+    a_out: &mut [Vector<E, N>],
+    t_out: &mut [Vector<E, N>],
     sizes: &Sizes,
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
@@ -50,16 +50,16 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
         let at = place.keys(sizes);
         decay.load_block(g, &place, sizes, k0, b);
         decay.prepare(g, &place, sizes, k0, Role::Within, b);
-        load_keys::<I, E>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Within, b);
+        load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Within, b);
         if comptime!(b.delta) {
-            load_keys::<I, E>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut k_left, Role::Within, b);
+            load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut k_left, Role::Within, b);
         }
         if comptime!(b.gate == GateKind::Key) {
             #[unroll]
             for later in 1..comptime!(b.segments()) {
                 sync_cube();
                 decay.prepare(g, &place, sizes, k0, comptime!(Role::Toward(later)), b);
-                load_keys::<I, E>(
+                load_keys::<I, E, N>(
                     k,
                     at,
                     place.rows,
@@ -75,15 +75,19 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
                 let row = comptime!(later * BLOCK).runtime();
                 let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
                 let form = comptime!(Form::abt(BLOCK, later * BLOCK, b.block, Mode::Add));
-                product_at::<E>(&q_left, &right, &mut a, &corner, form, b.engine);
+                product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.engine);
                 if comptime!(b.delta) {
-                    product_at::<E>(&k_left, &right, &mut m, &corner, form, b.engine);
+                    product_at::<E, E>(&k_left, &right, &mut m, &corner, form, b.engine);
                 }
             }
             sync_cube();
-            pairs::<I>(q, k, g, &place, sizes, k0, &mut a, &mut m, b);
+            decay.factors(g, &place, sizes, k0, b);
+            load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Plain, b);
+            load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
+            sync_cube();
+            pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
         } else {
-            load_keys::<I, E>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
+            load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
             sync_cube();
             let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
             product::<E>(&q_left, &right, &mut a, form, b.engine);
@@ -102,9 +106,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
     }
 
     let out = place.scores(sizes, b);
-    for i in range_stepped(unit(), comptime!(c * c), units()) {
-        a_out[out + i] = E::cast_from(a.get(i / c, i % c) * sizes.scale);
-    }
+    store_scores::<E, N>(&a, a_out, out, sizes.scale, b);
     if comptime!(b.delta) {
         // `L = M Diag(beta)`, then its inverse in the place of `A`.
         let (at, stride) = place.scalars(sizes);
@@ -120,29 +122,23 @@ pub(crate) fn scores_kernel<I: Float, E: Float>(
         fill::<f32>(&mut a, 0.0);
         sync_cube();
         invert(&m, &mut a, b);
-        for i in range_stepped(unit(), comptime!(c * c), units()) {
-            t_out[out + i] = E::cast_from(a.get(i / c, i % c));
-        }
+        store_scores::<E, N>(&a, t_out, out, 1.0, b);
     }
 }
 
 /// Adds the pairs within sub-blocks, over one block of key features. Units take a token `j` and a share of the features
-/// each; the shares are added in turn.
+/// each; the shares are added in turn. The units of a plane, at neighbouring `j`, read the same rows `i`.
 #[cube]
-fn pairs<I: Float>(
-    q: &[I],
-    k: &[I],
-    g: &[f32],
-    place: &Place,
-    sizes: &Sizes,
-    k0: usize,
+fn pairs<E: Float>(
+    q: &Tile<E>,
+    k: &Tile<E>,
+    decay: &Decay,
     a: &mut Tile<f32>,
     m: &mut Tile<f32>,
     #[comptime] b: Blueprint,
 ) {
     // The units of a cube are a multiple of the tokens of a chunk.
     let shares = comptime!((b.units / b.chunk).min(b.block));
-    let at = place.keys(sizes);
     let (j, share) = (unit() % b.chunk, unit() / b.chunk);
     let first = (j / BLOCK) * BLOCK;
     let mut sum_q = Array::<f32>::new(BLOCK);
@@ -154,22 +150,18 @@ fn pairs<I: Float>(
     }
     if share < shares {
         for d in range_stepped(share, b.block, shares) {
-            // Again for each feature, so that the addresses of all rows are not kept.
-            let j = unit() % b.chunk;
-            let first = (j / BLOCK) * BLOCK;
-            let key = read::<I>(k, at, place.rows, j, k0 + d, sizes.key_dim);
-            let mut sum = f32::new(0.0);
+            // `k_j` decayed to the row.
+            let mut key = k.get(j, d);
             #[unroll]
             for i in 0..BLOCK {
                 let row = first + i;
                 if row > j {
-                    sum += key_gate(g, place, sizes, row, k0 + d);
+                    key *= decay.factor(row, d);
                 }
                 if row >= j {
-                    let weight = key * sum.exp();
-                    sum_q[i] += weight * read::<I>(q, at, place.rows, row, k0 + d, sizes.key_dim);
+                    sum_q[i] += key * q.get(row, d);
                     if comptime!(b.delta) {
-                        sum_k[i] += weight * read::<I>(k, at, place.rows, row, k0 + d, sizes.key_dim);
+                        sum_k[i] += key * k.get(row, d);
                     }
                 }
             }
@@ -228,11 +220,11 @@ fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
         let row = comptime!(block * BLOCK).runtime();
         let n = comptime!(block * BLOCK);
         let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
-        product_at::<f32>(l, &solved, &mut w, &corner, comptime!(Form::ab(BLOCK, n, n, Mode::Set)), registers);
+        product_at::<f32, f32>(l, &solved, &mut w, &corner, comptime!(Form::ab(BLOCK, n, n, Mode::Set)), registers);
         sync_cube();
         let corner = Corner { a_row: row, a_col: row, b_row: 0usize, out_row: row };
         let form = comptime!(Form::ab(BLOCK, n, BLOCK, Mode::SetNegative));
-        product_at::<f32>(&solved, &w, t, &corner, form, registers);
+        product_at::<f32, f32>(&solved, &w, t, &corner, form, registers);
         sync_cube();
     }
 }

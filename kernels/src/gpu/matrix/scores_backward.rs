@@ -7,20 +7,20 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Tile, fill, product, unit, units};
+use super::super::tile::{Form, Mode, Tile, fill, product};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, load};
+use super::decay::{Decay, load, store_scores};
 use super::place::{Place, Sizes};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
-pub(crate) fn scores_backward_kernel<I: Float, E: Float>(
-    x: &[I],
+pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
+    x: &[Vector<I, N>],
     g: &[f32],
-    do_: &[I],
-    z: &[I],
+    do_: &[Vector<I, N>],
+    z: &[Vector<I, N>],
     table: &[u32],
-    p_out: &mut [E],
-    r_out: &mut [E],
+    p_out: &mut [Vector<E, N>],
+    r_out: &mut [Vector<E, N>],
     sizes: &Sizes,
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
@@ -37,19 +37,19 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float>(
     let mut square = Tile::<f32>::new(b.chunk, b.chunk, comptime!(b.padding()));
     let mut left = Tile::<E>::new(b.chunk, b.block, comptime!(b.operand_padding()));
     let mut right = Tile::<E>::new(b.chunk, b.block, comptime!(b.operand_padding()));
-    outer::<I, E>(do_, x, p_out, sizes.scale, &place, sizes, &decay, &mut square, &mut left, &mut right, false, b);
+    outer::<I, E, N>(do_, x, p_out, sizes.scale, &place, sizes, &decay, &mut square, &mut left, &mut right, false, b);
     if comptime!(b.delta) {
         sync_cube();
-        outer::<I, E>(z, x, r_out, -1.0, &place, sizes, &decay, &mut square, &mut left, &mut right, true, b);
+        outer::<I, E, N>(z, x, r_out, -1.0, &place, sizes, &decay, &mut square, &mut left, &mut right, true, b);
     }
 }
 
 /// `out = factor y x^T` over the value features, on and below the diagonal or `strict`ly below it.
 #[cube]
-fn outer<I: Float, E: Float>(
-    y: &[I],
-    x: &[I],
-    out: &mut [E],
+fn outer<I: Float, E: Float, N: Size>(
+    y: &[Vector<I, N>],
+    x: &[Vector<I, N>],
+    out: &mut [Vector<E, N>],
     factor: f32,
     place: &Place,
     sizes: &Sizes,
@@ -63,16 +63,13 @@ fn outer<I: Float, E: Float>(
     let (c, at) = (comptime!(b.chunk), place.values(sizes));
     fill::<f32>(square, 0.0);
     for part in 0..sizes.value_blocks {
-        load::<I, E>(y, at, place.rows, part * b.block, sizes.value_dim, left);
-        load::<I, E>(x, at, place.rows, part * b.block, sizes.value_dim, right);
+        load::<I, E, N>(y, at, place.rows, part * b.block, sizes.value_dim, left);
+        load::<I, E, N>(x, at, place.rows, part * b.block, sizes.value_dim, right);
         sync_cube();
         product::<E>(&*left, &*right, square, comptime!(Form::abt(c, c, b.block, Mode::Add)), b.engine);
         sync_cube();
     }
     decay.multiply_lower(square, strict, b);
     sync_cube();
-    let to = place.scores(sizes, b);
-    for i in range_stepped(unit(), comptime!(c * c), units()) {
-        out[to + i] = E::cast_from(square.get(i / c, i % c) * factor);
-    }
+    store_scores::<E, N>(&*square, out, place.scores(sizes, b), factor, b);
 }

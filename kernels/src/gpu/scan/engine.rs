@@ -35,7 +35,7 @@ use cubecl::prelude::*;
 
 use super::map::{ElementMap, Inputs, Outputs, Plan};
 
-/// Lanes divide by it: so many maps are fetched from shared memory before the carry needs the first.
+/// Lanes divide by it: so many numbers of maps are fetched from shared memory before the carry needs the first.
 pub(crate) const GROUP: usize = 8;
 
 /// What a unit owns: a vector of channels of one sequence.
@@ -194,23 +194,26 @@ fn hand_on<N: Size>(
     #[comptime] plan: Plan,
 ) {
     let (units, planes) = comptime!((plan.units, plan.planes));
-    let mut a = Array::<Vector<f32, N>>::new(comptime!(GROUP * planes));
-    let mut b = Array::<Vector<f32, N>>::new(comptime!(GROUP * planes));
-    for group in range_stepped(0, lanes, GROUP) {
+    // Where the tokens take most registers, few are left for maps.
+    let n = N::value().comptime();
+    let group = comptime!(if planes * n == 1 { GROUP } else { 2 });
+    let mut a = Array::<Vector<f32, N>>::new(comptime!(group * planes));
+    let mut b = Array::<Vector<f32, N>>::new(comptime!(group * planes));
+    for first in range_stepped(0, lanes, group) {
         #[unroll]
-        for i in 0..GROUP {
+        for i in 0..group {
             #[unroll]
             for k in 0..planes {
-                let at = k * units + (group + i) * width + channel;
+                let at = k * units + (first + i) * width + channel;
                 a[i * planes + k] = factor[at];
                 b[i * planes + k] = shift[at];
             }
         }
         #[unroll]
-        for i in 0..GROUP {
+        for i in 0..group {
             #[unroll]
             for k in 0..planes {
-                shift[k * units + (group + i) * width + channel] = carry[k];
+                shift[k * units + (first + i) * width + channel] = carry[k];
             }
             let (re, im) = comptime!((i * planes, i * planes + planes - 1));
             affine::<N>(carry, a[re], a[im], b[re], b[im], planes);
