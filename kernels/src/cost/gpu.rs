@@ -52,7 +52,7 @@ struct Stages {
     x: Tensors,
     /// A `[chunk, chunk]` matrix for each chunk and head.
     squares: usize,
-    /// A state for each chunk and head.
+    /// A state for each chunk and head, in the element type.
     states: usize,
     /// FLOP per chunk and head: a product with the state; triangles with and without the diagonal, per feature.
     state: usize,
@@ -73,7 +73,7 @@ impl Stages {
             by_key: gate == GateKind::Key,
             x: Tensors::new(p, gate, write, element),
             squares: chunks * c * c * element,
-            states: chunks * k * v * 4,
+            states: chunks * k * v * element,
             state: 2 * c * k * v,
             lower: c * (c + 1),
             strict: c * (c - 1),

@@ -24,14 +24,14 @@ use super::state::load_state;
 
 /// What the chunk reads.
 #[derive(CubeType, CubeLaunch)]
-pub(crate) struct Operands<I: Float, N: Size> {
+pub(crate) struct Operands<I: Float, E: Float, N: Size> {
     pub q: Box<[Vector<I, N>]>,
     pub k: Box<[Vector<I, N>]>,
     pub g: Box<[f32]>,
     pub beta: Box<[f32]>,
     /// `v` without the delta rule.
     pub x: Box<[Vector<I, N>]>,
-    pub states: Box<[Vector<f32, N>]>,
+    pub states: Box<[Vector<E, N>]>,
 }
 
 /// The gradients that leave it.
@@ -84,12 +84,12 @@ pub(crate) struct Pairs<E: Float> {
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
-    x: &Operands<I, N>,
+    x: &Operands<I, E, N>,
     p: &[Vector<E, N>],
     r: &[Vector<E, N>],
     do_: &[Vector<I, N>],
     z: &[Vector<I, N>],
-    dstates: &[Vector<f32, N>],
+    dstates: &[Vector<E, N>],
     table: &[u32],
     out: &mut Gradients<O, N>,
     sizes: &Sizes,
@@ -177,7 +177,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         } else {
             scalar_pairs::<I, E, N>(x, &place, sizes, k0, &decay, &mut pairs, &mut roles, &tokens, b);
         }
-        finish::<I, O, N>(x, &place, sizes, k0, &mut roles, &tokens, out, b);
+        finish::<I, E, O, N>(x, &place, sizes, k0, &mut roles, &tokens, out, b);
         sync_cube();
         if comptime!(b.delta) {
             tokens.d_beta[unit()] += sum_row(&roles.k_right, b);
@@ -255,10 +255,10 @@ fn over_shares(by_unit: &Shared<[f32]>, #[comptime] b: Blueprint) -> f32 {
 /// Starts the gradients by role with what comes through the states before and after the chunk. Synchronises.
 #[cube]
 fn through_state<I: Float, E: Float, N: Size>(
-    x: &Operands<I, N>,
+    x: &Operands<I, E, N>,
     do_: &[Vector<I, N>],
     z: &[Vector<I, N>],
-    dstates: &[Vector<f32, N>],
+    dstates: &[Vector<E, N>],
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -282,14 +282,15 @@ fn through_state<I: Float, E: Float, N: Size>(
     for part in 0..sizes.value_blocks {
         let v0 = part * b.block;
         load::<I, E, N>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
-        load_state::<E, N>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
+        load_state::<E, E, N>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
         product::<E>(&pairs.one, &pairs.state, &mut roles.q_left, form, b.engine);
         if carry_row < b.block {
             for i in range_stepped(column, comptime!(b.block / n), columns) {
                 let (rows, v) = ((state_at, sizes.value_dim), v0 + i * n);
-                let state = read::<f32, N>(&x.states, rows, sizes.key_dim, k0 + carry_row, v, sizes.value_dim);
-                let both = state * read::<f32, N>(dstates, rows, sizes.key_dim, k0 + carry_row, v, sizes.value_dim);
+                let state = read::<E, N>(&x.states, rows, sizes.key_dim, k0 + carry_row, v, sizes.value_dim);
+                let dstate = read::<E, N>(dstates, rows, sizes.key_dim, k0 + carry_row, v, sizes.value_dim);
+                let both = Vector::<f32, N>::cast_from(state) * Vector::<f32, N>::cast_from(dstate);
                 #[unroll]
                 for j in 0..n {
                     carry += both.extract(j);
@@ -304,7 +305,7 @@ fn through_state<I: Float, E: Float, N: Size>(
             sync_cube();
         }
         load::<I, E, N>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
-        load_state::<E, N>(dstates, state_at, k0, v0, sizes, &mut pairs.state, true);
+        load_state::<E, E, N>(dstates, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
         product::<E>(&pairs.one, &pairs.state, &mut roles.k_end, form, b.engine);
         sync_cube();
@@ -332,8 +333,8 @@ fn through_state<I: Float, E: Float, N: Size>(
 /// Adds up the roles and writes `dq` and `dk`. Leaves in `q_left` the gradient of `c`, in `k_end` what goes to the gates
 /// after the token, in `k_right` the terms of `dbeta`.
 #[cube]
-fn finish<I: Float, O: Float, N: Size>(
-    x: &Operands<I, N>,
+fn finish<I: Float, E: Float, O: Float, N: Size>(
+    x: &Operands<I, E, N>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,

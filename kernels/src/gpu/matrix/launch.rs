@@ -154,6 +154,11 @@ impl<'a> Launch<'a> {
         self.chunks * self.p.value_heads
     }
 
+    /// A state for each chunk, as the products read it.
+    fn states(&self) -> Buffer {
+        Buffer::output(self.client, self.operand(), self.chunk_heads() * self.p.key_dim * self.p.value_dim)
+    }
+
     pub fn scores(&self) -> Result<Scores, Error> {
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
         let a = Buffer::output(self.client, self.operand(), squares);
@@ -179,7 +184,7 @@ impl<'a> Launch<'a> {
     pub fn state(&self, scores: &Scores) -> Result<Walk, Error> {
         let storage = self.x.q.storage;
         let x = self.output_if(self.b.delta, storage, self.x.v.len);
-        let states = Buffer::output(self.client, Storage::F32, self.chunk_heads() * self.p.key_dim * self.p.value_dim);
+        let states = self.states();
         let final_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
         launch!(
             self,
@@ -250,7 +255,7 @@ impl<'a> Launch<'a> {
     ) -> Result<WalkBack, Error> {
         let storage = self.x.q.storage;
         let z = self.output_if(self.b.delta, storage, self.x.v.len);
-        let dstates = Buffer::output(self.client, Storage::F32, self.chunk_heads() * self.p.key_dim * self.p.value_dim);
+        let dstates = self.states();
         let d_initial_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
         launch!(
             self,

@@ -3,7 +3,7 @@
 //! A sequence is cut into chunks, of at most 64 tokens. `forward` is three launches: `scores` (all chunks at once),
 //! `state` (the chunks of a sequence in order, with the state on chip) and `output` (all chunks at once); `backward`
 //! computes the first two again and reverses them. Besides the tensors they need the state before each chunk
-//! (`4 key_dim value_dim` bytes for each chunk and head) and one or two `[chunk, chunk]` matrices of scores.
+//! (`key_dim value_dim` elements for each chunk and head) and one or two `[chunk, chunk]` matrices of scores.
 //!
 //! Results do not depend on what else is in the batch, nor on the run. The values of gates are not read back: that they
 //! are at most 0 is the caller's to ensure.

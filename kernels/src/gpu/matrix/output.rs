@@ -28,7 +28,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     g: &[f32],
     beta: &[f32],
     a: &[Vector<E, N>],
-    states: &[Vector<f32, N>],
+    states: &[Vector<E, N>],
     table: &[u32],
     o: &mut [Vector<I, N>],
     sizes: &Sizes,
@@ -61,7 +61,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
         decay.prepare(g, &place, sizes, k0, role, b);
         let at = place.keys(sizes);
         load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, b);
-        load_state::<E, N>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
+        load_state::<E, E, N>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
         sync_cube();
         product::<E>(&queries, &state, &mut sum, comptime!(Form::ab(c, b.block, b.block, Mode::Add)), b.engine);
         sync_cube();

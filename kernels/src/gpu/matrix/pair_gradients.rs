@@ -12,7 +12,7 @@ use super::place::{Place, Sizes};
 /// Adds the pairs, whose decay is in `p` and `r` already. Synchronises.
 #[cube]
 pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
-    x: &Operands<I, N>,
+    x: &Operands<I, E, N>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -68,7 +68,7 @@ fn load_stepped<I: Float, E: Float, N: Size>(
 /// of the later one, those within a sub-block one by one. Synchronises.
 #[cube]
 pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
-    x: &Operands<I, N>,
+    x: &Operands<I, E, N>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,

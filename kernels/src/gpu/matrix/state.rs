@@ -50,8 +50,8 @@ impl Part {
 
 /// Reads a state, or a block of it, from `[key_dim, value_dim]` at `at`; zero where `present` is not.
 #[cube]
-pub(crate) fn load_state<E: Float, N: Size>(
-    x: &[Vector<f32, N>],
+pub(crate) fn load_state<A: Float, E: Float, N: Size>(
+    x: &[Vector<A, N>],
     at: usize,
     k0: usize,
     v0: usize,
@@ -63,26 +63,26 @@ pub(crate) fn load_state<E: Float, N: Size>(
     let cols = comptime!(tile.cols / n);
     for i in range_stepped(unit(), comptime!(tile.rows * cols), units()) {
         let (row, col) = (i / cols, i % cols * n);
-        let mut values = Vector::<f32, N>::new(f32::new(0.0));
+        let mut values = Vector::<A, N>::new(A::new(0.0));
         if comptime!(present) {
-            values = read::<f32, N>(x, (at, sizes.value_dim), sizes.key_dim, k0 + row, v0 + col, sizes.value_dim);
+            values = read::<A, N>(x, (at, sizes.value_dim), sizes.key_dim, k0 + row, v0 + col, sizes.value_dim);
         }
-        tile.set_many::<f32, N>(row, col, values);
+        tile.set_many::<A, N>(row, col, values);
     }
 }
 
 /// Writes a state, or a block of it.
 #[cube]
-pub(crate) fn store_state<N: Size>(
+pub(crate) fn store_state<A: Float, N: Size>(
     tile: &Tile<f32>,
-    out: &mut [Vector<f32, N>],
+    out: &mut [Vector<A, N>],
     at: usize,
     k0: usize,
     v0: usize,
     sizes: &Sizes,
 ) {
     let from = (at + k0 * sizes.value_dim, sizes.value_dim);
-    store::<f32, f32, N>(tile, out, from, sizes.key_dim - k0, v0, sizes.value_dim);
+    store::<A, f32, N>(tile, out, from, sizes.key_dim - k0, v0, sizes.value_dim);
 }
 
 /// `state = e^{c_n} state` for `rows` of its rows, the block of key features that begins at `row0`, or all under a scalar
@@ -137,7 +137,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     initial_state: &[Vector<f32, N>],
     table: &[u32],
     x_out: &mut [Vector<I, N>],
-    states: &mut [Vector<f32, N>],
+    states: &mut [Vector<E, N>],
     final_state: &mut [Vector<f32, N>],
     sizes: &Sizes,
     #[comptime] has_initial: bool,
@@ -162,7 +162,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     let mut x = Tile::<f32>::new(comptime!(if b.delta { c } else { 1 }), d, padding);
     let mut inverse = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), c, operand);
     let mut steps = Shared::<[f32]>::new_slice(c);
-    load_state::<f32, N>(initial_state, part.state(sizes), part.k0, part.v0, sizes, &mut state, has_initial);
+    load_state::<f32, f32, N>(initial_state, part.state(sizes), part.k0, part.v0, sizes, &mut state, has_initial);
 
     let walk = Walk::of(sizes, table, part.sequence, b);
     let mut next = Next::<I, E, N>::new(w);
@@ -170,7 +170,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     for step in 0..walk.chunks {
         let place = walk.place(sizes, step, part.head, b);
         sync_cube();
-        store_state::<N>(&state, states, place.state(sizes), part.k0, part.v0, sizes);
+        store_state::<E, N>(&state, states, place.state(sizes), part.k0, part.v0, sizes);
         decay.begin(next.gate, b);
         put::<I, E, N>(&next.values, &mut u, comptime!(w.values()));
         if comptime!(w.resident) {
@@ -227,7 +227,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     }
     sync_cube();
     let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
-    store_state::<N>(&state, final_state, part.state(sizes), part.k0, part.v0, sizes);
+    store_state::<f32, N>(&state, final_state, part.state(sizes), part.k0, part.v0, sizes);
 }
 
 /// What a chunk reads, on its way.

@@ -27,7 +27,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     d_final: &[Vector<f32, N>],
     table: &[u32],
     dv: &mut [Vector<I, N>],
-    dstates: &mut [Vector<f32, N>],
+    dstates: &mut [Vector<E, N>],
     d_initial: &mut [Vector<f32, N>],
     sizes: &Sizes,
     #[comptime] has_final: bool,
@@ -57,7 +57,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     let mut du = Tile::<f32>::new(delta_rows, d, padding);
     let mut square = Tile::<E>::new(delta_rows, c, operand);
     let mut steps = Shared::<[f32]>::new_slice(c);
-    load_state::<f32, N>(d_final, part.state(sizes), part.k0, part.v0, sizes, &mut dstate, has_final);
+    load_state::<f32, f32, N>(d_final, part.state(sizes), part.k0, part.v0, sizes, &mut dstate, has_final);
 
     let walk = Walk::of(sizes, table, part.sequence, b);
     let mut next = Next::<I, E, N>::new(w);
@@ -68,7 +68,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
         let part = again(&part, sizes, w);
         let place = walk.place(sizes, walk.chunks - 1 - step, part.head, b);
         sync_cube();
-        store_state::<N>(&dstate, dstates, place.state(sizes), part.k0, part.v0, sizes);
+        store_state::<E, N>(&dstate, dstates, place.state(sizes), part.k0, part.v0, sizes);
         if comptime!(w.resident) {
             next.ask_second(q, t, &place, &part, sizes, w);
         } else {
@@ -159,7 +159,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     }
     sync_cube();
     let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
-    store_state::<N>(&dstate, d_initial, part.state(sizes), part.k0, part.v0, sizes);
+    store_state::<f32, N>(&dstate, d_initial, part.state(sizes), part.k0, part.v0, sizes);
 }
 
 /// The part anew for every chunk, without the delta rule: then few registers are in use, the compiler aims at more cubes
