@@ -95,7 +95,7 @@ pub struct Kernel {
 }
 
 /// Bytes that the assembler may move through the stack of its own accord, in scans and walks over the chunks of a sequence.
-const TRADED: u32 = 72;
+const TRADED: u32 = 32;
 
 impl Kernel {
     /// It compiles and spills nothing. In scans and walks, with registers to spare, the assembler trades some words on
