@@ -54,6 +54,10 @@ struct Stages {
     squares: usize,
     /// A state for each chunk and head, in the element type.
     states: usize,
+    /// Queries or keys as the other launches read them, weighted under gates per key feature; then also the decays of
+    /// whole chunks, and no gates.
+    walked: usize,
+    ends: usize,
     /// FLOP per chunk and head: a product with the state; triangles with and without the diagonal, per feature.
     state: usize,
     lower: usize,
@@ -68,10 +72,14 @@ impl Stages {
         let (c, k, v) = (p.chunk.max(1), p.key_dim, p.value_dim);
         let chunks = lengths(p).iter().map(|length| length.div_ceil(c)).sum::<usize>() * p.value_heads;
         let write = if delta { WriteKind::Delta } else { WriteKind::Additive };
+        let (by_key, x) = (gate == GateKind::Key, Tensors::new(p, gate, write, element));
+        let walked = if by_key { p.batch * p.time * p.value_heads * k * element } else { x.keys };
         Self {
             delta,
-            by_key: gate == GateKind::Key,
-            x: Tensors::new(p, gate, write, element),
+            by_key,
+            x,
+            walked,
+            ends: if by_key { chunks * k * 4 } else { 0 },
             squares: chunks * c * c * element,
             states: chunks * k * v * element,
             state: 2 * c * k * v,
@@ -91,37 +99,51 @@ impl Stages {
         if self.delta { amount } else { 0 }
     }
 
+    /// What launches read of the gates that get weighted keys.
+    fn row_gates(&self) -> usize {
+        if self.by_key { self.ends } else { self.x.gates }
+    }
+
+    /// Queries and keys that the scores' launch weighs for the others.
+    fn weighted(&self) -> usize {
+        if self.by_key { 2 * self.walked + self.delta(self.walked) + self.ends } else { 0 }
+    }
+
     fn scores(&self) -> Launch {
         let [c, k, _] = self.p;
         // The inverse of a unit triangle of c rows takes a third of c^3.
         let flops = self.lower * k + self.delta(self.strict * k + self.strict * (c + 1) / 3);
         let bytes = 2 * self.x.keys + self.x.gates + self.x.writes + self.squares + self.delta(self.squares);
-        self.launch("scores", flops, bytes)
+        self.launch("scores", flops, bytes + self.weighted())
     }
 
     fn walk(&self) -> Launch {
         let flops = self.state + self.delta(self.state + self.lower * self.p[2]);
-        let bytes = self.x.keys + self.x.values + self.x.gates + self.states + self.x.states;
+        let second = if self.by_key { self.delta(self.walked) } else { 0 };
+        let bytes = self.walked + second + self.x.values + self.row_gates() + self.states + self.x.states;
         self.launch("state", flops, bytes + self.x.writes + self.delta(self.squares + self.x.values))
     }
 
     fn output(&self) -> Launch {
         let flops = self.state + self.lower * self.p[2];
-        let bytes = self.x.keys + 2 * self.x.values + self.x.gates + self.x.writes + self.squares + self.states;
+        let gates = if self.by_key { 0 } else { self.x.gates };
+        let bytes = self.walked + 2 * self.x.values + gates + self.x.writes + self.squares + self.states;
         self.launch("output", flops, bytes)
     }
 
     fn walk_back(&self) -> Launch {
         let flops = self.state + self.delta(2 * self.state + 2 * self.lower * self.p[2]);
-        let bytes = self.x.keys + self.x.values + self.x.gates + self.x.writes + self.states + self.x.states;
-        let delta = self.delta(self.x.keys + 2 * self.squares + self.x.values);
+        let bytes = self.walked + self.x.values + self.row_gates() + self.x.writes + self.states + self.x.states;
+        let keys = if self.by_key { 2 * self.walked } else { self.walked };
+        let delta = self.delta(keys + 2 * self.squares + self.x.values);
         self.launch("state_backward", flops, bytes + delta)
     }
 
     /// The values' gradient of the additive write: the output stage with keys for queries.
     fn values_back(&self) -> Launch {
         let flops = self.state + self.lower * self.p[2];
-        let bytes = self.x.keys + 2 * self.x.values + self.x.gates + self.squares + self.states;
+        let gates = if self.by_key { 0 } else { self.x.gates };
+        let bytes = self.walked + 2 * self.x.values + gates + self.squares + self.states;
         self.launch("output (dv)", flops, bytes)
     }
 
@@ -151,7 +173,7 @@ pub fn matrix(p: &MatrixProblem, gate: GateKind, delta: bool, element: usize, pa
     }
     let s = Stages::new(p, gate, delta, element);
     let squares = s.squares + s.delta(s.squares);
-    let kept = squares + s.states + s.delta(s.x.values);
+    let kept = squares + s.states + s.delta(s.x.values) + s.weighted();
     let (launches, tensors, scratch) = match pass {
         Pass::Backward => {
             let mut launches = vec![s.scores(), s.walk(), s.walk_back()];

@@ -5,7 +5,7 @@ use cubecl::ir::features::MmaConfig;
 
 use super::super::buffer::Storage;
 use super::super::tile::{BLOCK, Engine};
-use super::flight::Shape;
+use super::transfer::Shape;
 use crate::matrix::MatrixProblem;
 
 /// What the decay depends on.
@@ -41,7 +41,7 @@ pub(crate) struct WalkBlueprint {
     pub state_blocks: usize,
     /// Value features that it holds.
     pub value_block: usize,
-    /// Whether all keys of a chunk that it needs are in shared memory at once, without decay.
+    /// Whether all keys of a chunk that it needs are in shared memory at once.
     pub resident: bool,
 }
 
@@ -76,6 +76,11 @@ impl WalkBlueprint {
         self.tile(self.chunk.chunk)
     }
 
+    /// Factors of the state's rows that a unit fetches.
+    pub fn ends(&self) -> usize {
+        self.rows().div_ceil(self.chunk.units)
+    }
+
     fn tile(&self, cols: usize) -> Shape {
         Shape { rows: self.chunk.chunk, cols, units: self.chunk.units }
     }
@@ -90,8 +95,8 @@ impl WalkBlueprint {
             + b.operand(c + both, self.key_cols())
             + b.operand(c + b.if_delta(c), d)
             + b.operand(b.if_delta(c), c)
-            + c * 4
-            + b.common_memory()
+            + (c + self.rows()) * 4
+            + b.by_row().common_memory()
     }
 }
 
@@ -165,9 +170,9 @@ impl Blueprint {
         while value_block.is_multiple_of(2 * BLOCK) && cubes(value_block) < processors {
             value_block /= 2;
         }
-        let walk = WalkBlueprint { chunk: *self, state_blocks, value_block, resident: self.gate != GateKind::Key };
+        let walk = WalkBlueprint { chunk: *self, state_blocks, value_block, resident: true };
         let fits = walk.shared_memory() <= client.properties().hardware.max_shared_memory_size;
-        WalkBlueprint { resident: walk.resident && fits, ..walk }
+        WalkBlueprint { resident: fits, ..walk }
     }
 
     fn float(&self, rows: usize, cols: usize) -> usize {
@@ -176,6 +181,12 @@ impl Blueprint {
 
     fn operand(&self, rows: usize, cols: usize) -> usize {
         rows * (cols + self.operand_padding()) * self.operand_size
+    }
+
+    /// For launches whose queries and keys have met a gate per key feature already: what is left to weigh are rows.
+    pub fn by_row(&self) -> Self {
+        let gate = if self.gate == GateKind::Key { GateKind::None } else { self.gate };
+        Self { gate, ..*self }
     }
 
     /// Rows of a tile that only the delta rule needs: without it there is one, as none cannot be.
@@ -198,7 +209,7 @@ impl Blueprint {
         let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
         let scores =
             self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.delta as usize * self.float(BLOCK, c);
-        let output = self.float(c, d) + self.operand(2 * c + d, d) + self.operand(c, c);
+        let output = self.float(c, d) + self.operand(2 * c + d, d) + self.operand(c, c) + self.by_row().common_memory();
         let square = if self.gate == GateKind::Key { c } else { 1 };
         let backward = self.operand(c + delta, c)
             + self.float(square + 3 * c + delta, d)
@@ -206,7 +217,7 @@ impl Blueprint {
             + (2 * c + d + 4 * self.units) * 4;
         let state_blocks = self.state_blocks(key_dim);
         let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false };
-        (scores.max(output).max(backward) + self.common_memory()).max(walk.shared_memory())
+        (scores.max(backward) + self.common_memory()).max(output).max(walk.shared_memory())
     }
 }
 

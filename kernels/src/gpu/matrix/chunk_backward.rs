@@ -17,10 +17,11 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Tile, fill, product, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, load, load_scores, read, scale};
+use super::decay::{Decay, Role, scale};
 use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
 use super::state::load_state;
+use super::transfer::{load, load_scores, read};
 
 /// What the chunk reads.
 #[derive(CubeType, CubeLaunch)]

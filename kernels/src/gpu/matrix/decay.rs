@@ -11,6 +11,7 @@ use cubecl::prelude::*;
 use super::super::tile::{BLOCK, Tile, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
+use super::transfer::read;
 
 /// Where the decay of a row ends or begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -289,44 +290,6 @@ pub(crate) fn key_gate(g: &[f32], place: &Place, sizes: &Sizes, row: usize, k: u
     select(inside, g[select(inside, at + row * stride + k, at)], f32::new(0.0))
 }
 
-/// `N` elements of a row of a tensor, `at` being its first row and the distance of rows; 0 outside of the tensor. Sizes
-/// are multiples of `N`.
-#[cube]
-pub(crate) fn read<I: Float, N: Size>(
-    x: &[Vector<I, N>],
-    at: (usize, usize),
-    rows: usize,
-    row: usize,
-    col: usize,
-    dim: usize,
-) -> Vector<I, N> {
-    let n = N::value().comptime();
-    let mut values = Vector::<I, N>::new(I::new(0.0));
-    if row < rows && col < dim {
-        values = x[(at.0 + row * at.1 + col) / n];
-    }
-    values
-}
-
-/// Fills a tile from the features `col0..` of a tensor.
-#[cube]
-pub(crate) fn load<I: Float, E: Float, N: Size>(
-    x: &[Vector<I, N>],
-    at: (usize, usize),
-    rows: usize,
-    col0: usize,
-    dim: usize,
-    tile: &mut Tile<E>,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(tile.cols / n);
-    for i in range_stepped(unit(), comptime!(tile.rows * cols), units()) {
-        let (row, col) = (i / cols, i % cols * n);
-        let values = read::<I, N>(x, at, rows, row, col0 + col, dim);
-        tile.set_many::<I, N>(row, col, values);
-    }
-}
-
 /// Fills a tile from a block of queries or keys, times their weight in a role that is prepared, times `factor`.
 #[cube]
 pub(crate) fn load_keys<I: Float, E: Float, N: Size>(
@@ -363,57 +326,5 @@ pub(crate) fn scale(
     for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
         let (row, k) = (i / b.block, i % b.block);
         tile.set(row, k, tile.get(row, k) * factor * decay.weight(row, k, role, b));
-    }
-}
-
-/// Writes the rows of a tile to a tensor.
-#[cube]
-pub(crate) fn store<I: Float, E: Float, N: Size>(
-    tile: &Tile<E>,
-    out: &mut [Vector<I, N>],
-    at: (usize, usize),
-    rows: usize,
-    col0: usize,
-    dim: usize,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(tile.cols / n);
-    for i in range_stepped(unit(), comptime!(tile.rows * cols), units()) {
-        let (row, col) = (i / cols, i % cols * n);
-        if row < rows && col0 + col < dim {
-            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(tile.get_many::<N>(row, col));
-        }
-    }
-}
-
-/// Writes `[chunk, chunk]` scores times `factor`.
-#[cube]
-pub(crate) fn store_scores<E: Float, N: Size>(
-    tile: &Tile<f32>,
-    out: &mut [Vector<E, N>],
-    at: usize,
-    factor: f32,
-    #[comptime] b: Blueprint,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(b.chunk / n);
-    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
-        let values = tile.get_many::<N>(i / cols, i % cols * n) * Vector::new(factor);
-        out[at / n + i] = Vector::<E, N>::cast_from(values);
-    }
-}
-
-/// Fills a tile with `[chunk, chunk]` scores.
-#[cube]
-pub(crate) fn load_scores<E: Float, N: Size>(
-    x: &[Vector<E, N>],
-    at: usize,
-    tile: &mut Tile<E>,
-    #[comptime] b: Blueprint,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(b.chunk / n);
-    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
-        tile.set_many::<E, N>(i / cols, i % cols * n, x[at / n + i]);
     }
 }

@@ -65,6 +65,11 @@ pub(crate) struct Launch<'a> {
 pub(crate) struct Scores {
     pub a: Buffer,
     pub t: Buffer,
+    /// Queries and keys for the other launches: weighted, or as they are.
+    q_start: Buffer,
+    k_start: Buffer,
+    k_end: Buffer,
+    ends: Buffer,
 }
 
 /// Stage 2.
@@ -163,6 +168,11 @@ impl<'a> Launch<'a> {
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
         let a = Buffer::output(self.client, self.operand(), squares);
         let t = self.output_if(self.b.delta, self.operand(), squares);
+        let (key_wise, storage) = (self.b.gate == GateKind::Key, self.x.q.storage);
+        let weighted =
+            |wanted| self.output_if(wanted, storage, self.p.batch * self.p.time * self.p.value_heads * self.p.key_dim);
+        let (q_start, k_start, k_end) = (weighted(key_wise), weighted(key_wise && self.b.delta), weighted(key_wise));
+        let ends = self.output_if(key_wise, Storage::F32, self.chunk_heads() * self.p.key_dim);
         launch!(
             self,
             scores::scores_kernel,
@@ -174,11 +184,14 @@ impl<'a> Launch<'a> {
             self.table.arg(),
             a.arg(),
             t.arg(),
+            scores::WeightedLaunch::new(q_start.arg(), k_start.arg(), k_end.arg(), ends.arg()),
             self.sizes(),
             self.b,
             self.types,
         );
-        Ok(Scores { a, t })
+        let or = |weighted, plain: &Buffer| if key_wise { weighted } else { plain.clone() };
+        let (q_start, k_start, k_end) = (or(q_start, self.x.q), or(k_start, self.x.k), or(k_end, self.x.k));
+        Ok(Scores { a, t, q_start, k_start, k_end, ends })
     }
 
     pub fn state(&self, scores: &Scores) -> Result<Walk, Error> {
@@ -190,7 +203,7 @@ impl<'a> Launch<'a> {
             self,
             state::state_kernel,
             self.walks()?,
-            self.x.k.arg(),
+            state::WalkedKeysLaunch::new(scores.k_start.arg(), scores.k_end.arg(), scores.ends.arg()),
             self.x.v.arg(),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
@@ -210,12 +223,12 @@ impl<'a> Launch<'a> {
     }
 
     pub fn output(&self, scores: &Scores, walk: &Walk) -> Result<Buffer, Error> {
-        self.read_out(self.x.q, &walk.x, &scores.a, &walk.states, Direction::Forward)
+        self.read_out(&scores.q_start, &walk.x, &scores.a, &walk.states, Direction::Forward)
     }
 
     /// `dv` of the additive write.
     pub fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Result<Buffer, Error> {
-        self.read_out(self.x.k, d_o, &scores.a, &back.dstates, Direction::Backward)
+        self.read_out(&scores.k_end, d_o, &scores.a, &back.dstates, Direction::Backward)
     }
 
     fn read_out(
@@ -261,8 +274,8 @@ impl<'a> Launch<'a> {
             self,
             state_backward::state_backward_kernel,
             self.walks()?,
-            self.x.q.arg(),
-            self.x.k.arg(),
+            scores.q_start.arg(),
+            state::WalkedKeysLaunch::new(scores.k_end.arg(), scores.k_start.arg(), scores.ends.arg()),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
             scores.a.arg(),
@@ -281,8 +294,8 @@ impl<'a> Launch<'a> {
         Ok(WalkBack { z, dstates, d_initial_state })
     }
 
-    /// The gradients of the scores, in the places of `A` and `T`.
-    fn scores_backward(&self, walk: &Walk, back: &WalkBack, d_o: &Buffer) -> Result<Scores, Error> {
+    /// The gradients of the scores, as `A` and `T` are.
+    fn scores_backward(&self, walk: &Walk, back: &WalkBack, d_o: &Buffer) -> Result<[Buffer; 2], Error> {
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
         let p = Buffer::output(self.client, self.operand(), squares);
         let r = self.output_if(self.b.delta, self.operand(), squares);
@@ -301,7 +314,7 @@ impl<'a> Launch<'a> {
             self.b,
             self.types,
         );
-        Ok(Scores { a: p, t: r })
+        Ok([p, r])
     }
 
     pub fn chunk_backward(
@@ -321,7 +334,7 @@ impl<'a> Launch<'a> {
         let dq = Buffer::output(self.client, part, by_key);
         let dk = Buffer::output(self.client, part, by_key);
         let dv = if delta { back.z.clone() } else { self.values(scores, &back, d_o)? };
-        let pairs = self.scores_backward(walk, &back, d_o)?;
+        let [p_pairs, r_pairs] = self.scores_backward(walk, &back, d_o)?;
         let dg_len = if gate == GateKind::Key { by_key } else { by_head };
         let dg = self.output_if(gate != GateKind::None, Storage::F32, dg_len);
         let dbeta = self.output_if(delta, Storage::F32, by_head);
@@ -337,8 +350,8 @@ impl<'a> Launch<'a> {
                 walk.x.arg(),
                 walk.states.arg(),
             ),
-            pairs.a.arg(),
-            pairs.t.arg(),
+            p_pairs.arg(),
+            r_pairs.arg(),
             d_o.arg(),
             back.z.arg(),
             back.dstates.arg(),

@@ -14,7 +14,6 @@
 mod blueprint;
 mod chunk_backward;
 mod decay;
-mod flight;
 mod launch;
 mod output;
 mod pair_gradients;
@@ -24,6 +23,7 @@ mod scores_backward;
 mod state;
 mod state_backward;
 mod step;
+mod transfer;
 
 use cubecl::client::Client;
 

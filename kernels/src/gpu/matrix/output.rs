@@ -3,15 +3,17 @@
 //! ```text
 //! o = scale (q e^{c}) S + A u          dv = (k e^{c_n - c}) dS' + A^T do
 //! ```
-//! One cube computes one chunk, head and block of value features.
+//! One cube computes one chunk, head and block of value features. Under gates per key feature the queries or keys come
+//! weighted.
 
 use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Tile, fill, fresh, product, unit, units};
-use super::blueprint::Blueprint;
-use super::decay::{Decay, Role, load_keys, load_scores, read, store};
+use super::blueprint::{Blueprint, GateKind};
+use super::decay::{Decay, Role, load_keys};
 use super::place::{Place, Sizes};
 use super::state::load_state;
+use super::transfer::{load_scores, read, store};
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -43,24 +45,23 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     let place = Place::of(cube, sizes, table, b);
     let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
     let c = comptime!(b.chunk);
-    let mut decay = Decay::new(b);
+    let by_row = comptime!(b.by_row());
+    let mut decay = Decay::new(by_row);
     let mut sum = Tile::<f32>::new(c, b.block, padding);
     let mut queries = Tile::<E>::new(c, b.block, operand);
     let mut state = Tile::<E>::new(b.block, b.block, operand);
     let mut scores = Tile::<E>::new(c, c, operand);
     let mut u = Tile::<E>::new(c, b.block, operand);
     fill::<f32>(&mut sum, 0.0);
-    decay.load(g, &place, sizes, b);
+    decay.load(g, &place, sizes, by_row);
     let (role, factor, weigh) = match comptime!(direction) {
-        Direction::Forward => (comptime!(Role::FromStart), sizes.scale, comptime!(true)),
+        Direction::Forward => (comptime!(Role::FromStart), query_scale(sizes, b), comptime!(true)),
         Direction::Backward => (comptime!(Role::ToEnd), f32::new(1.0), comptime!(false)),
     };
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
-        decay.load_block(g, &place, sizes, k0, b);
-        decay.prepare(g, &place, sizes, k0, role, b);
-        let at = place.keys(sizes);
-        load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, b);
+        let at = place.walked_keys(sizes, b);
+        load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, by_row);
         load_state::<E, E, N>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
         sync_cube();
         product::<E>(&queries, &state, &mut sum, comptime!(Form::ab(c, b.block, b.block, Mode::Add)), b.engine);
@@ -82,6 +83,16 @@ fn scores_form(direction: Direction, b: Blueprint) -> Form {
         Direction::Forward => Form::ab(b.chunk, b.block, b.chunk, Mode::Add),
         Direction::Backward => Form::atb(b.chunk, b.block, b.chunk, Mode::Add),
     }
+}
+
+/// What is left to multiply queries with.
+#[cube]
+pub(crate) fn query_scale(sizes: &Sizes, #[comptime] b: Blueprint) -> f32 {
+    let mut scale = f32::new(1.0);
+    if comptime!(b.gate != GateKind::Key) {
+        scale = sizes.scale;
+    }
+    scale
 }
 
 /// What the chunk's tokens write along their keys: `u = beta x`, or `v` without the delta rule.

@@ -6,8 +6,9 @@ use super::super::tile::Tile;
 use super::super::tile::{BLOCK, Corner, Form, Mode, product, product_at, unit, units};
 use super::blueprint::Blueprint;
 use super::chunk_backward::{ByToken, Operands, Pairs, Roles};
-use super::decay::{Decay, Role, load_keys, read};
+use super::decay::{Decay, Role, load_keys};
 use super::place::{Place, Sizes};
+use super::transfer::read;
 
 /// Adds the pairs, whose decay is in `p` and `r` already. Synchronises.
 #[cube]

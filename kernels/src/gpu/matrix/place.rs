@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::Blueprint;
+use super::blueprint::{Blueprint, GateKind};
 use crate::sequences::Sequences;
 
 /// The sizes that are known at launch.
@@ -94,6 +94,16 @@ impl Place {
     /// The same in `[tokens, value_heads, key_dim]`.
     pub fn key_gates(&self, sizes: &Sizes) -> (usize, usize) {
         ((self.token * sizes.value_heads + self.head) * sizes.key_dim, sizes.value_heads * sizes.key_dim)
+    }
+
+    /// Where the keys are that the walks read: with gates per key feature those that the scores' launch has weighted.
+    pub fn walked_keys(&self, sizes: &Sizes, #[comptime] b: Blueprint) -> (usize, usize) {
+        if comptime!(b.gate == GateKind::Key) { self.key_gates(sizes) } else { self.keys(sizes) }
+    }
+
+    /// Where the chunk's row is in `[chunks, value_heads, key_dim]`.
+    pub fn ends(&self, sizes: &Sizes) -> usize {
+        (self.chunk * sizes.value_heads + self.head) * sizes.key_dim
     }
 
     /// The same in `[tokens, value_heads, value_dim]`.

@@ -13,8 +13,20 @@ use cubecl::prelude::*;
 
 use super::super::tile::{BLOCK, Corner, Engine, Form, Mode, Tile, fill, product, product_at, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, load_keys, store_scores};
+use super::decay::{Decay, Role, load_keys};
 use super::place::{Place, Sizes};
+use super::transfer::store_scores;
+
+/// With gates per key feature, queries and keys that have met the decay, for the launches that need no more of it.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Weighted<I: Float, N: Size> {
+    /// `scale q e^{c}`, `k e^{c}` (delta) and `k e^{c_n - c}`, each `[tokens, value_heads, key_dim]`.
+    pub q_start: Box<[Vector<I, N>]>,
+    pub k_start: Box<[Vector<I, N>]>,
+    pub k_end: Box<[Vector<I, N>]>,
+    /// `e^{c_n}`, `[chunks, value_heads, key_dim]`.
+    pub ends: Box<[f32]>,
+}
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
@@ -25,6 +37,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     table: &[u32],
     a_out: &mut [Vector<E, N>],
     t_out: &mut [Vector<E, N>],
+    weighted: &mut Weighted<I, N>,
     sizes: &Sizes,
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
@@ -86,6 +99,19 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
             load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
             sync_cube();
             pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
+            decay.prepare(g, &place, sizes, k0, Role::FromStart, b);
+            weigh_rows::<I, N>(q, &place, sizes, k0, sizes.scale, &decay, &mut weighted.q_start, Role::FromStart, b);
+            if comptime!(b.delta) {
+                weigh_rows::<I, N>(k, &place, sizes, k0, 1.0, &decay, &mut weighted.k_start, Role::FromStart, b);
+            }
+            sync_cube();
+            decay.prepare(g, &place, sizes, k0, Role::ToEnd, b);
+            weigh_rows::<I, N>(k, &place, sizes, k0, 1.0, &decay, &mut weighted.k_end, Role::ToEnd, b);
+            for i in range_stepped(unit(), b.block, units()) {
+                if k0 + i < sizes.key_dim {
+                    weighted.ends[place.ends(sizes) + k0 + i] = decay.end(i, b);
+                }
+            }
         } else {
             load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
             sync_cube();
@@ -123,6 +149,32 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
         invert(&m, &mut a, b);
         store_scores::<E, N>(&a, t_out, out, 1.0, b);
+    }
+}
+
+/// Writes a block of queries or keys times their weight in a role that is prepared.
+#[cube]
+fn weigh_rows<I: Float, N: Size>(
+    x: &[Vector<I, N>],
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    factor: f32,
+    decay: &Decay,
+    out: &mut [Vector<I, N>],
+    #[comptime] role: Role,
+    #[comptime] b: Blueprint,
+) {
+    let n = N::value().comptime();
+    let cols = comptime!(b.block / n);
+    let (at, to) = (place.keys(sizes), place.key_gates(sizes));
+    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
+        let (row, k) = (i / cols, i % cols * n);
+        if row < place.rows && k0 + k < sizes.key_dim {
+            let values = Vector::<f32, N>::cast_from(x[(at.0 + row * at.1 + k0 + k) / n]);
+            let weights = decay.weights::<N>(row, k, role, b) * Vector::new(factor);
+            out[(to.0 + row * to.1 + k0 + k) / n] = Vector::<I, N>::cast_from(values * weights);
+        }
     }
 }
 

@@ -9,8 +9,9 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Tile, fill, product};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, load, store_scores};
+use super::decay::Decay;
 use super::place::{Place, Sizes};
+use super::transfer::{load, store_scores};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(

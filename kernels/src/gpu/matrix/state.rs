@@ -4,8 +4,9 @@
 //! x  = T (v - (k e^{c}) S)      u = Diag(beta) x          (delta;  u = v without it)
 //! S' = e^{c_n} S + (k e^{c_n - c})^T u
 //! ```
-//! Under a scalar gate, or none, the decay belongs to rows, and keys need not meet it: `(k e^{c}) S = e^{c} (k S)`. Then all
-//! of a chunk's keys are `resident`, read once.
+//! The keys come from the scores' launch with the decay of a gate per key feature. A scalar decay belongs to rows and is
+//! left to them, `(k e^{c}) S = e^{c} (k S)`; then both keys are `k`. Where shared memory has room, all keys of a chunk are
+//! in it at once.
 //!
 //! One cube keeps the state of one head and block of value features in shared memory, in f32; without the delta rule
 //! also of only one block of key features, as rows of the state then do not meet.
@@ -14,9 +15,9 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Corner, Form, Mode, Tile, copy, fill, fresh, product, product_at, unit, units};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
-use super::decay::{Decay, Role, head_gate, load_keys, read, step_size, store};
-use super::flight::{fetch, fetch_scores, put};
+use super::decay::{Decay, Role, head_gate, step_size};
 use super::place::{Place, Sizes, Walk};
+use super::transfer::{fetch, fetch_scores, load, put, read, store};
 
 /// The part of the state that a cube holds.
 #[derive(CubeType, Clone, Copy)]
@@ -85,20 +86,17 @@ pub(crate) fn store_state<A: Float, N: Size>(
     store::<A, f32, N>(tile, out, from, sizes.key_dim - k0, v0, sizes.value_dim);
 }
 
-/// `state = e^{c_n} state` for `rows` of its rows, the block of key features that begins at `row0`, or all under a scalar
-/// gate.
+/// `state = e^{c_n} state`; `ends` has the factors of a gate per key feature.
 #[cube]
-pub(crate) fn decay_rows(
-    state: &mut Tile<f32>,
-    row0: usize,
-    decay: &Decay,
-    #[comptime] rows: usize,
-    #[comptime] b: Blueprint,
-) {
+pub(crate) fn decay_rows(state: &mut Tile<f32>, decay: &Decay, ends: &Shared<[f32]>, #[comptime] b: Blueprint) {
     if comptime!(b.gate != GateKind::None) {
-        for i in range_stepped(unit(), comptime!(rows * state.cols), units()) {
+        for i in range_stepped(unit(), comptime!(state.rows * state.cols), units()) {
             let (k, v) = (i / state.cols, i % state.cols);
-            state.set(row0 + k, v, state.get(row0 + k, v) * decay.end(k, b));
+            let mut factor = decay.end(0, b.by_row());
+            if comptime!(b.gate == GateKind::Key) {
+                factor = ends[k];
+            }
+            state.set(k, v, state.get(k, v) * factor);
         }
     }
 }
@@ -127,9 +125,20 @@ pub(crate) fn read_state<E: Float>(
     }
 }
 
+/// The keys of a walk. Under a scalar gate, or none, both are the keys as they are, and rows have the weights.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct WalkedKeys<I: Float, N: Size> {
+    /// They read the state; delta only.
+    pub reading: Box<[Vector<I, N>]>,
+    /// Along them it is written.
+    pub writing: Box<[Vector<I, N>]>,
+    /// `e^{c_n}` of a gate per key feature.
+    pub ends: Box<[f32]>,
+}
+
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
-    k: &[Vector<I, N>],
+    keys: &WalkedKeys<I, N>,
     v: &[Vector<I, N>],
     g: &[f32],
     beta: &[f32],
@@ -154,73 +163,81 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     let part = Part::of(cube, sizes, w);
     let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
     let (c, rows) = comptime!((b.chunk, w.rows()));
-    let mut decay = Decay::new(b);
+    let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::Key));
+    let mut decay = Decay::new(by_row);
     let mut state = Tile::<f32>::new(rows, d, padding);
     let mut narrow = Tile::<E>::new(comptime!(w.narrow_rows()), d, operand);
-    let mut keys = Tile::<E>::new(c, comptime!(w.key_cols()), operand);
+    let mut key_tile = Tile::<E>::new(c, comptime!(w.key_cols()), operand);
     let mut u = Tile::<E>::new(c, d, operand);
     let mut x = Tile::<f32>::new(comptime!(if b.delta { c } else { 1 }), d, padding);
     let mut inverse = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), c, operand);
     let mut steps = Shared::<[f32]>::new_slice(c);
+    let mut ends = Shared::<[f32]>::new_slice(rows);
     load_state::<f32, f32, N>(initial_state, part.state(sizes), part.k0, part.v0, sizes, &mut state, has_initial);
 
     let walk = Walk::of(sizes, table, part.sequence, b);
     let mut next = Next::<I, E, N>::new(w);
-    next.ask(k, v, t, g, beta, &walk.place(sizes, 0, part.head, b), &part, sizes, w);
+    next.ask(keys, v, t, g, beta, &walk.place(sizes, 0, part.head, b), &part, sizes, w);
     for step in 0..walk.chunks {
         let place = walk.place(sizes, step, part.head, b);
+        let key_at = place.walked_keys(sizes, b);
         sync_cube();
         store_state::<E, N>(&state, states, place.state(sizes), part.k0, part.v0, sizes);
-        decay.begin(next.gate, b);
+        decay.begin(next.gate, by_row);
         put::<I, E, N>(&next.values, &mut u, comptime!(w.values()));
-        if comptime!(w.resident) {
-            put::<I, E, N>(&next.keys, &mut keys, comptime!(w.keys()));
+        put_ends(&next.ends, &mut ends, w);
+        if comptime!(w.resident && (b.delta || !key_wise)) {
+            put::<I, E, N>(&next.reading, &mut key_tile, comptime!(w.keys()));
         }
         if comptime!(b.delta) {
             put::<E, E, N>(&next.inverse, &mut inverse, comptime!(w.scores()));
             if unit() < c {
                 steps[unit()] = next.step;
             }
-        }
-        if step + 1 < walk.chunks {
-            next.ask(k, v, t, g, beta, &walk.place(sizes, step + 1, part.head, b), &part, sizes, w);
-        }
-        if comptime!(b.delta) {
             if comptime!(w.resident) {
-                read_state::<E>(&keys, &state, 0, &mut narrow, &mut x, Mode::Set, b);
+                read_state::<E>(&key_tile, &state, 0, &mut narrow, &mut x, Mode::Set, b);
                 sync_cube();
             } else {
                 fill::<f32>(&mut x, 0.0);
                 for block in 0..state_blocks {
                     let k0 = block * b.block;
-                    load_block::<I, E, N>(k, g, &place, sizes, k0, 1.0, &mut decay, &mut keys, Role::FromStart, b);
-                    read_state::<E>(&keys, &state, k0, &mut narrow, &mut x, Mode::Add, b);
+                    load::<I, E, N>(&keys.reading, key_at, place.rows, k0, sizes.key_dim, &mut key_tile);
+                    read_state::<E>(&key_tile, &state, k0, &mut narrow, &mut x, Mode::Add, b);
                     sync_cube();
                 }
             }
-            subtract_read::<E>(&x, &decay, &mut u, w);
+            subtract_read::<E>(&x, &decay, &mut u, by_row);
+        }
+        if comptime!(w.resident && key_wise) {
+            put::<I, E, N>(&next.writing, &mut key_tile, comptime!(w.keys()));
+        }
+        if step + 1 < walk.chunks {
+            next.ask(keys, v, t, g, beta, &walk.place(sizes, step + 1, part.head, b), &part, sizes, w);
+        }
+        if comptime!(b.delta) {
             sync_cube();
             product::<E>(&inverse, &u, &mut x, comptime!(Form::ab(c, d, c, Mode::Set)), b.engine);
             sync_cube();
             store::<I, f32, N>(&x, x_out, place.values(sizes), place.rows, part.v0, sizes.value_dim);
-            write_along_keys::<E>(&x, &steps, &decay, &mut u, w);
-        } else if comptime!(w.resident && b.gate != GateKind::None) {
+            write_along_keys::<E>(&x, &steps, &decay, &mut u, by_row);
+        } else if comptime!(b.gate == GateKind::Head) {
             sync_cube();
-            weigh::<E>(&decay, &mut u, 1.0, Role::ToEnd, b);
+            weigh::<E>(&decay, &mut u, 1.0, Role::ToEnd, by_row);
+        } else {
+            sync_cube();
         }
+        decay_rows(&mut state, &decay, &ends, b);
+        sync_cube();
         if comptime!(w.resident) {
-            decay_rows(&mut state, 0, &decay, rows, b);
-            sync_cube();
-            product::<E>(&keys, &u, &mut state, comptime!(Form::atb(rows, d, c, Mode::Add)), b.engine);
+            product::<E>(&key_tile, &u, &mut state, comptime!(Form::atb(rows, d, c, Mode::Add)), b.engine);
         } else {
             for block in 0..state_blocks {
                 let row0 = block * b.block;
-                load_block::<I, E, N>(k, g, &place, sizes, part.k0 + row0, 1.0, &mut decay, &mut keys, Role::ToEnd, b);
-                decay_rows(&mut state, row0, &decay, b.block, b);
+                load::<I, E, N>(&keys.writing, key_at, place.rows, part.k0 + row0, sizes.key_dim, &mut key_tile);
                 sync_cube();
                 let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: row0 };
                 let form = comptime!(Form::atb(b.block, d, c, Mode::Add));
-                product_at::<E, E>(&keys, &u, &mut state, &corner, form, b.engine);
+                product_at::<E, E>(&key_tile, &u, &mut state, &corner, form, b.engine);
                 sync_cube();
             }
         }
@@ -233,9 +250,12 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
 /// What a chunk reads, on its way.
 #[derive(CubeType)]
 struct Next<I: Float, E: Float, N: Size> {
-    keys: Array<Vector<I, N>>,
+    /// All keys, unless gates are per key feature.
+    reading: Array<Vector<I, N>>,
+    writing: Array<Vector<I, N>>,
     values: Array<Vector<I, N>>,
     inverse: Array<Vector<E, N>>,
+    ends: Array<f32>,
     /// Of token `unit()`.
     gate: f32,
     step: f32,
@@ -245,10 +265,14 @@ struct Next<I: Float, E: Float, N: Size> {
 impl<I: Float, E: Float, N: Size> Next<I, E, N> {
     fn new(#[comptime] w: WalkBlueprint) -> Self {
         let n = N::value().comptime();
+        let keys = comptime!(if w.resident { w.keys().vectors(n) } else { 1 });
+        let key_wise = comptime!(w.chunk.gate == GateKind::Key);
         Next::<I, E, N> {
-            keys: Array::new(comptime!(if w.resident { w.keys().vectors(n) } else { 1 })),
+            reading: Array::new(comptime!(if w.chunk.delta || !key_wise { keys } else { 1 })),
+            writing: Array::new(comptime!(if key_wise { keys } else { 1 })),
             values: Array::new(comptime!(w.values().vectors(n))),
             inverse: Array::new(comptime!(if w.chunk.delta { w.scores().vectors(n) } else { 1 })),
+            ends: Array::new(comptime!(w.ends())),
             gate: f32::new(0.0),
             step: f32::new(0.0),
         }
@@ -256,7 +280,7 @@ impl<I: Float, E: Float, N: Size> Next<I, E, N> {
 
     fn ask(
         &mut self,
-        k: &[Vector<I, N>],
+        keys: &WalkedKeys<I, N>,
         v: &[Vector<I, N>],
         t: &[Vector<E, N>],
         g: &[f32],
@@ -267,11 +291,16 @@ impl<I: Float, E: Float, N: Size> Next<I, E, N> {
         #[comptime] w: WalkBlueprint,
     ) {
         let b = comptime!(w.chunk);
-        let (at, rows) = (place.values(sizes), place.rows);
+        let (at, rows, key_at) = (place.values(sizes), place.rows, place.walked_keys(sizes, b));
+        let (key_wise, shape) = comptime!((b.gate == GateKind::Key, w.keys()));
         fetch::<I, N>(v, at, rows, part.v0, sizes.value_dim, &mut self.values, comptime!(w.values()));
-        if comptime!(w.resident) {
-            fetch::<I, N>(k, place.keys(sizes), rows, part.k0, sizes.key_dim, &mut self.keys, comptime!(w.keys()));
+        if comptime!(w.resident && (b.delta || !key_wise)) {
+            fetch::<I, N>(&keys.reading, key_at, rows, part.k0, sizes.key_dim, &mut self.reading, shape);
         }
+        if comptime!(w.resident && key_wise) {
+            fetch::<I, N>(&keys.writing, key_at, rows, part.k0, sizes.key_dim, &mut self.writing, shape);
+        }
+        fetch_ends(&keys.ends, place, part, sizes, &mut self.ends, w);
         self.gate = head_gate(g, place, sizes, b);
         if comptime!(b.delta) {
             fetch_scores::<E, N>(t, place.scores(sizes, b), &mut self.inverse, comptime!(w.scores()));
@@ -280,54 +309,63 @@ impl<I: Float, E: Float, N: Size> Next<I, E, N> {
     }
 }
 
-/// Fills the tile with a block of keys that meet the decay. Synchronises before.
+/// Asks for the decays of the state's rows over a chunk, under a gate per key feature.
 #[cube]
-pub(crate) fn load_block<I: Float, E: Float, N: Size>(
-    k: &[Vector<I, N>],
-    g: &[f32],
+pub(crate) fn fetch_ends(
+    ends: &[f32],
     place: &Place,
+    part: &Part,
     sizes: &Sizes,
-    k0: usize,
-    factor: f32,
-    decay: &mut Decay,
-    keys: &mut Tile<E>,
-    #[comptime] role: Role,
-    #[comptime] b: Blueprint,
+    flight: &mut Array<f32>,
+    #[comptime] w: WalkBlueprint,
 ) {
-    decay.load_block(g, place, sizes, k0, b);
-    decay.prepare(g, place, sizes, k0, role, b);
-    load_keys::<I, E, N>(k, place.keys(sizes), place.rows, k0, sizes.key_dim, factor, &*decay, keys, role, b);
-}
-
-/// `u -= x`, what the state holds of the values; times the decay if the keys have not met it.
-#[cube]
-fn subtract_read<E: Float>(x: &Tile<f32>, decay: &Decay, u: &mut Tile<E>, #[comptime] w: WalkBlueprint) {
-    for i in range_stepped(unit(), comptime!(u.rows * u.cols), units()) {
-        let (row, col) = (i / u.cols, i % u.cols);
-        let mut held = x.get(row, col);
-        if comptime!(w.resident) {
-            held *= decay.weight(row, 0, Role::FromStart, w.chunk);
+    if comptime!(w.chunk.gate == GateKind::Key) {
+        #[unroll]
+        for j in 0..comptime!(w.ends()) {
+            let k = part.k0 + unit() + j * w.chunk.units;
+            flight[j] = f32::new(0.0);
+            if k < sizes.key_dim {
+                flight[j] = ends[place.ends(sizes) + k];
+            }
         }
-        u.set(row, col, u.get(row, col) - held);
     }
 }
 
-/// `u = beta x`, which is written along the keys; times the decay if they have not met it.
+/// Puts what [`fetch_ends`] has fetched.
+#[cube]
+pub(crate) fn put_ends(flight: &Array<f32>, ends: &mut Shared<[f32]>, #[comptime] w: WalkBlueprint) {
+    if comptime!(w.chunk.gate == GateKind::Key) {
+        #[unroll]
+        for j in 0..comptime!(w.ends()) {
+            let row = unit() + j * w.chunk.units;
+            if row < w.rows() {
+                ends[row] = flight[j];
+            }
+        }
+    }
+}
+
+/// `u -= x`, what the state holds of the values; times the decay where that belongs to rows.
+#[cube]
+fn subtract_read<E: Float>(x: &Tile<f32>, decay: &Decay, u: &mut Tile<E>, #[comptime] b: Blueprint) {
+    for i in range_stepped(unit(), comptime!(u.rows * u.cols), units()) {
+        let (row, col) = (i / u.cols, i % u.cols);
+        u.set(row, col, u.get(row, col) - x.get(row, col) * decay.weight(row, 0, Role::FromStart, b));
+    }
+}
+
+/// `u = beta x`, which is written along the keys; times the decay where that belongs to rows.
 #[cube]
 fn write_along_keys<E: Float>(
     x: &Tile<f32>,
     steps: &Shared<[f32]>,
     decay: &Decay,
     u: &mut Tile<E>,
-    #[comptime] w: WalkBlueprint,
+    #[comptime] b: Blueprint,
 ) {
     for i in range_stepped(unit(), comptime!(u.rows * u.cols), units()) {
         let (row, col) = (i / u.cols, i % u.cols);
-        let mut weight = steps[row];
-        if comptime!(w.resident) {
-            weight *= decay.weight(row, 0, Role::ToEnd, w.chunk);
-        }
-        u.set(row, col, weight * x.get(row, col));
+        u.set(row, col, steps[row] * decay.weight(row, 0, Role::ToEnd, b) * x.get(row, col));
     }
 }
 
