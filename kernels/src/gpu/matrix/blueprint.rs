@@ -76,6 +76,11 @@ impl WalkBlueprint {
         self.tile(self.chunk.chunk)
     }
 
+    /// Vectors of `n` keys that a unit fetches ahead, if any are wanted.
+    pub fn keys_ahead(&self, wanted: bool, n: usize) -> usize {
+        if wanted && self.resident { self.keys().vectors(n) } else { 1 }
+    }
+
     /// Factors of the state's rows that a unit fetches.
     pub fn ends(&self) -> usize {
         self.rows().div_ceil(self.chunk.units)
@@ -170,8 +175,12 @@ impl Blueprint {
         while value_block.is_multiple_of(2 * BLOCK) && cubes(value_block) < processors {
             value_block /= 2;
         }
-        let walk = WalkBlueprint { chunk: *self, state_blocks, value_block, resident: true };
-        let fits = walk.shared_memory() <= client.properties().hardware.max_shared_memory_size;
+        // Twice the units for wide keys, which are on their way in registers.
+        let hardware = &client.properties().hardware;
+        let wide = if state_blocks * self.block > 128 { 2 } else { 1 };
+        let units = (wide * self.units).min(hardware.max_units_per_cube as usize);
+        let walk = WalkBlueprint { chunk: Self { units, ..*self }, state_blocks, value_block, resident: true };
+        let fits = walk.shared_memory() <= hardware.max_shared_memory_size;
         WalkBlueprint { resident: fits, ..walk }
     }
 

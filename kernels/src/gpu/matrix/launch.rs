@@ -15,7 +15,7 @@ use super::{Inputs, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
 
-use super::{Gate, Gradients, chunk_backward, output, scores, scores_backward, state, state_backward};
+use super::{Gate, Gradients, ahead, chunk_backward, output, scores, scores_backward, state, state_backward};
 
 /// Elements of a tensor that stands for none: at least one vector.
 const ABSENT: usize = 8;
@@ -32,13 +32,14 @@ pub(crate) struct WalkBack {
 /// Launches a kernel on `$cubes` cubes. Software drivers compile the checked kernels faster; elsewhere a check at every
 /// access would cost.
 macro_rules! launch {
-    ($on:ident, $($kernel:ident)::+, $cubes:expr, $($arg:expr),+ $(,)?) => {
+    ($on:ident, $blueprint:expr, $($kernel:ident)::+, $cubes:expr, $($arg:expr),+ $(,)?) => {
+        let units = CubeDim::new_1d($blueprint.units as u32);
         if $on.b.engine.in_software() {
-            $($kernel)::+::launch($on.client, $cubes, $on.units(), $on.address, $on.vector, $($arg),+);
+            $($kernel)::+::launch($on.client, $cubes, units, $on.address, $on.vector, $($arg),+);
         } else {
             // Safety: the kernels stay within the rows, features and states that the sizes describe, and the buffers
             // have those sizes.
-            unsafe { $($kernel)::+::launch_unchecked($on.client, $cubes, $on.units(), $on.address, $on.vector, $($arg),+) };
+            unsafe { $($kernel)::+::launch_unchecked($on.client, $cubes, units, $on.address, $on.vector, $($arg),+) };
         }
     };
 }
@@ -145,10 +146,6 @@ impl<'a> Launch<'a> {
         grid(self.client, count)
     }
 
-    fn units(&self) -> CubeDim {
-        CubeDim::new_1d(self.b.units as u32)
-    }
-
     fn walks(&self) -> Result<CubeCount, Error> {
         let key_parts = self.p.key_dim.div_ceil(self.b.block) / self.w.state_blocks;
         let parts = key_parts * self.p.value_dim.div_ceil(self.w.value_block);
@@ -175,6 +172,7 @@ impl<'a> Launch<'a> {
         let ends = self.output_if(key_wise, Storage::F32, self.chunk_heads() * self.p.key_dim);
         launch!(
             self,
+            self.b,
             scores::scores_kernel,
             self.cubes(self.chunk_heads())?,
             self.x.q.arg(),
@@ -201,9 +199,10 @@ impl<'a> Launch<'a> {
         let final_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
         launch!(
             self,
+            self.w.chunk,
             state::state_kernel,
             self.walks()?,
-            state::WalkedKeysLaunch::new(scores.k_start.arg(), scores.k_end.arg(), scores.ends.arg()),
+            ahead::WalkedKeysLaunch::new(scores.k_start.arg(), scores.k_end.arg(), scores.ends.arg()),
             self.x.v.arg(),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
@@ -242,6 +241,7 @@ impl<'a> Launch<'a> {
         let o = Buffer::output(self.client, self.x.q.storage, self.x.v.len);
         launch!(
             self,
+            self.b,
             output::output_kernel,
             self.cubes(self.chunk_heads() * self.value_blocks())?,
             keys.arg(),
@@ -272,10 +272,11 @@ impl<'a> Launch<'a> {
         let d_initial_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
         launch!(
             self,
+            self.w.chunk,
             state_backward::state_backward_kernel,
             self.walks()?,
             scores.q_start.arg(),
-            state::WalkedKeysLaunch::new(scores.k_end.arg(), scores.k_start.arg(), scores.ends.arg()),
+            ahead::WalkedKeysLaunch::new(scores.k_end.arg(), scores.k_start.arg(), scores.ends.arg()),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
             scores.a.arg(),
@@ -301,6 +302,7 @@ impl<'a> Launch<'a> {
         let r = self.output_if(self.b.delta, self.operand(), squares);
         launch!(
             self,
+            self.b,
             scores_backward::scores_backward_kernel,
             self.cubes(self.chunk_heads())?,
             walk.x.arg(),
@@ -340,6 +342,7 @@ impl<'a> Launch<'a> {
         let dbeta = self.output_if(delta, Storage::F32, by_head);
         launch!(
             self,
+            self.b,
             chunk_backward::chunk_backward_kernel,
             self.cubes(self.chunk_heads())?,
             chunk_backward::OperandsLaunch::new(

@@ -11,6 +11,7 @@
 // In a kernel, a condition at compile time must not be merged with one at run time.
 #![allow(clippy::collapsible_if)]
 
+mod ahead;
 mod blueprint;
 mod chunk_backward;
 mod decay;

@@ -37,7 +37,7 @@ pub(crate) fn table(sequences: &Sequences, chunk: usize) -> (Vec<u32>, usize) {
     (table, chunks)
 }
 
-/// The chunks of one sequence.
+/// The chunks of one sequence, of which there is at least one.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Walk {
     pub first_token: usize,

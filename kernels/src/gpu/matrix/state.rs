@@ -14,10 +14,11 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Corner, Form, Mode, Tile, copy, fill, fresh, product, product_at, unit, units};
+use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
-use super::decay::{Decay, Role, head_gate, step_size};
-use super::place::{Place, Sizes, Walk};
-use super::transfer::{fetch, fetch_scores, load, put, read, store};
+use super::decay::{Decay, Role};
+use super::place::{Sizes, Walk};
+use super::transfer::{load, read, store};
 
 /// The part of the state that a cube holds.
 #[derive(CubeType, Clone, Copy)]
@@ -86,15 +87,15 @@ pub(crate) fn store_state<A: Float, N: Size>(
     store::<A, f32, N>(tile, out, from, sizes.key_dim - k0, v0, sizes.value_dim);
 }
 
-/// `state = e^{c_n} state`; `ends` has the factors of a gate per key feature.
+/// `state = e^{c_n} state`.
 #[cube]
-pub(crate) fn decay_rows(state: &mut Tile<f32>, decay: &Decay, ends: &Shared<[f32]>, #[comptime] b: Blueprint) {
+pub(crate) fn decay_rows(state: &mut Tile<f32>, by: &Rows, #[comptime] b: Blueprint) {
     if comptime!(b.gate != GateKind::None) {
         for i in range_stepped(unit(), comptime!(state.rows * state.cols), units()) {
             let (k, v) = (i / state.cols, i % state.cols);
-            let mut factor = decay.end(0, b.by_row());
+            let mut factor = by.decay.end(0, b.by_row());
             if comptime!(b.gate == GateKind::Key) {
-                factor = ends[k];
+                factor = by.ends[k];
             }
             state.set(k, v, state.get(k, v) * factor);
         }
@@ -125,17 +126,6 @@ pub(crate) fn read_state<E: Float>(
     }
 }
 
-/// The keys of a walk. Under a scalar gate, or none, both are the keys as they are, and rows have the weights.
-#[derive(CubeType, CubeLaunch)]
-pub(crate) struct WalkedKeys<I: Float, N: Size> {
-    /// They read the state; delta only.
-    pub reading: Box<[Vector<I, N>]>,
-    /// Along them it is written.
-    pub writing: Box<[Vector<I, N>]>,
-    /// `e^{c_n}` of a gate per key feature.
-    pub ends: Box<[f32]>,
-}
-
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     keys: &WalkedKeys<I, N>,
@@ -164,36 +154,36 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
     let (c, rows) = comptime!((b.chunk, w.rows()));
     let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::Key));
-    let mut decay = Decay::new(by_row);
+    let mut by = Rows::new(w);
     let mut state = Tile::<f32>::new(rows, d, padding);
     let mut narrow = Tile::<E>::new(comptime!(w.narrow_rows()), d, operand);
     let mut key_tile = Tile::<E>::new(c, comptime!(w.key_cols()), operand);
     let mut u = Tile::<E>::new(c, d, operand);
     let mut x = Tile::<f32>::new(comptime!(if b.delta { c } else { 1 }), d, padding);
     let mut inverse = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), c, operand);
-    let mut steps = Shared::<[f32]>::new_slice(c);
-    let mut ends = Shared::<[f32]>::new_slice(rows);
     load_state::<f32, f32, N>(initial_state, part.state(sizes), part.k0, part.v0, sizes, &mut state, has_initial);
 
+    let n = N::value().comptime();
     let walk = Walk::of(sizes, table, part.sequence, b);
-    let mut next = Next::<I, E, N>::new(w);
-    next.ask(keys, v, t, g, beta, &walk.place(sizes, 0, part.head, b), &part, sizes, w);
+    // With gates per key feature the additive write has no keys that read.
+    let reads = comptime!(b.delta || !key_wise);
+    let mut next_writing = Array::<Vector<I, N>>::new(comptime!(w.keys_ahead(key_wise, n)));
+    let mut next = Ahead::<I, E, N>::new(w, reads);
+    let place = walk.place(sizes, 0, part.head, b);
+    next.ask(keys, v, t, g, beta, &place, &part, sizes, w, reads);
+    if comptime!(key_wise) {
+        fetch_keys::<I, N>(&keys.writing, &place, &part, sizes, &mut next_writing, w);
+    }
     for step in 0..walk.chunks {
         let place = walk.place(sizes, step, part.head, b);
         let key_at = place.walked_keys(sizes, b);
         sync_cube();
         store_state::<E, N>(&state, states, place.state(sizes), part.k0, part.v0, sizes);
-        decay.begin(next.gate, by_row);
-        put::<I, E, N>(&next.values, &mut u, comptime!(w.values()));
-        put_ends(&next.ends, &mut ends, w);
-        if comptime!(w.resident && (b.delta || !key_wise)) {
-            put::<I, E, N>(&next.reading, &mut key_tile, comptime!(w.keys()));
+        next.begin(&mut by, &mut u, &mut inverse, w);
+        if comptime!(reads) {
+            put_keys::<I, E, N>(&next.reading, &mut key_tile, w);
         }
         if comptime!(b.delta) {
-            put::<E, E, N>(&next.inverse, &mut inverse, comptime!(w.scores()));
-            if unit() < c {
-                steps[unit()] = next.step;
-            }
             if comptime!(w.resident) {
                 read_state::<E>(&key_tile, &state, 0, &mut narrow, &mut x, Mode::Set, b);
                 sync_cube();
@@ -206,27 +196,31 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
                     sync_cube();
                 }
             }
-            subtract_read::<E>(&x, &decay, &mut u, by_row);
+            subtract_read::<E>(&x, &by.decay, &mut u, by_row);
         }
-        if comptime!(w.resident && key_wise) {
-            put::<I, E, N>(&next.writing, &mut key_tile, comptime!(w.keys()));
+        if comptime!(key_wise) {
+            put_keys::<I, E, N>(&next_writing, &mut key_tile, w);
         }
         if step + 1 < walk.chunks {
-            next.ask(keys, v, t, g, beta, &walk.place(sizes, step + 1, part.head, b), &part, sizes, w);
+            let place = walk.place(sizes, step + 1, part.head, b);
+            next.ask(keys, v, t, g, beta, &place, &part, sizes, w, reads);
+            if comptime!(key_wise) {
+                fetch_keys::<I, N>(&keys.writing, &place, &part, sizes, &mut next_writing, w);
+            }
         }
         if comptime!(b.delta) {
             sync_cube();
             product::<E>(&inverse, &u, &mut x, comptime!(Form::ab(c, d, c, Mode::Set)), b.engine);
             sync_cube();
             store::<I, f32, N>(&x, x_out, place.values(sizes), place.rows, part.v0, sizes.value_dim);
-            write_along_keys::<E>(&x, &steps, &decay, &mut u, by_row);
+            write_along_keys::<E>(&x, &by, &mut u, by_row);
         } else if comptime!(b.gate == GateKind::Head) {
             sync_cube();
-            weigh::<E>(&decay, &mut u, 1.0, Role::ToEnd, by_row);
+            weigh::<E>(&by.decay, &mut u, 1.0, Role::ToEnd, by_row);
         } else {
             sync_cube();
         }
-        decay_rows(&mut state, &decay, &ends, b);
+        decay_rows(&mut state, &by, b);
         sync_cube();
         if comptime!(w.resident) {
             product::<E>(&key_tile, &u, &mut state, comptime!(Form::atb(rows, d, c, Mode::Add)), b.engine);
@@ -247,104 +241,6 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     store_state::<f32, N>(&state, final_state, part.state(sizes), part.k0, part.v0, sizes);
 }
 
-/// What a chunk reads, on its way.
-#[derive(CubeType)]
-struct Next<I: Float, E: Float, N: Size> {
-    /// All keys, unless gates are per key feature.
-    reading: Array<Vector<I, N>>,
-    writing: Array<Vector<I, N>>,
-    values: Array<Vector<I, N>>,
-    inverse: Array<Vector<E, N>>,
-    ends: Array<f32>,
-    /// Of token `unit()`.
-    gate: f32,
-    step: f32,
-}
-
-#[cube]
-impl<I: Float, E: Float, N: Size> Next<I, E, N> {
-    fn new(#[comptime] w: WalkBlueprint) -> Self {
-        let n = N::value().comptime();
-        let keys = comptime!(if w.resident { w.keys().vectors(n) } else { 1 });
-        let key_wise = comptime!(w.chunk.gate == GateKind::Key);
-        Next::<I, E, N> {
-            reading: Array::new(comptime!(if w.chunk.delta || !key_wise { keys } else { 1 })),
-            writing: Array::new(comptime!(if key_wise { keys } else { 1 })),
-            values: Array::new(comptime!(w.values().vectors(n))),
-            inverse: Array::new(comptime!(if w.chunk.delta { w.scores().vectors(n) } else { 1 })),
-            ends: Array::new(comptime!(w.ends())),
-            gate: f32::new(0.0),
-            step: f32::new(0.0),
-        }
-    }
-
-    fn ask(
-        &mut self,
-        keys: &WalkedKeys<I, N>,
-        v: &[Vector<I, N>],
-        t: &[Vector<E, N>],
-        g: &[f32],
-        beta: &[f32],
-        place: &Place,
-        part: &Part,
-        sizes: &Sizes,
-        #[comptime] w: WalkBlueprint,
-    ) {
-        let b = comptime!(w.chunk);
-        let (at, rows, key_at) = (place.values(sizes), place.rows, place.walked_keys(sizes, b));
-        let (key_wise, shape) = comptime!((b.gate == GateKind::Key, w.keys()));
-        fetch::<I, N>(v, at, rows, part.v0, sizes.value_dim, &mut self.values, comptime!(w.values()));
-        if comptime!(w.resident && (b.delta || !key_wise)) {
-            fetch::<I, N>(&keys.reading, key_at, rows, part.k0, sizes.key_dim, &mut self.reading, shape);
-        }
-        if comptime!(w.resident && key_wise) {
-            fetch::<I, N>(&keys.writing, key_at, rows, part.k0, sizes.key_dim, &mut self.writing, shape);
-        }
-        fetch_ends(&keys.ends, place, part, sizes, &mut self.ends, w);
-        self.gate = head_gate(g, place, sizes, b);
-        if comptime!(b.delta) {
-            fetch_scores::<E, N>(t, place.scores(sizes, b), &mut self.inverse, comptime!(w.scores()));
-            self.step = step_size(beta, place, sizes);
-        }
-    }
-}
-
-/// Asks for the decays of the state's rows over a chunk, under a gate per key feature.
-#[cube]
-pub(crate) fn fetch_ends(
-    ends: &[f32],
-    place: &Place,
-    part: &Part,
-    sizes: &Sizes,
-    flight: &mut Array<f32>,
-    #[comptime] w: WalkBlueprint,
-) {
-    if comptime!(w.chunk.gate == GateKind::Key) {
-        #[unroll]
-        for j in 0..comptime!(w.ends()) {
-            let k = part.k0 + unit() + j * w.chunk.units;
-            flight[j] = f32::new(0.0);
-            if k < sizes.key_dim {
-                flight[j] = ends[place.ends(sizes) + k];
-            }
-        }
-    }
-}
-
-/// Puts what [`fetch_ends`] has fetched.
-#[cube]
-pub(crate) fn put_ends(flight: &Array<f32>, ends: &mut Shared<[f32]>, #[comptime] w: WalkBlueprint) {
-    if comptime!(w.chunk.gate == GateKind::Key) {
-        #[unroll]
-        for j in 0..comptime!(w.ends()) {
-            let row = unit() + j * w.chunk.units;
-            if row < w.rows() {
-                ends[row] = flight[j];
-            }
-        }
-    }
-}
-
 /// `u -= x`, what the state holds of the values; times the decay where that belongs to rows.
 #[cube]
 fn subtract_read<E: Float>(x: &Tile<f32>, decay: &Decay, u: &mut Tile<E>, #[comptime] b: Blueprint) {
@@ -356,16 +252,10 @@ fn subtract_read<E: Float>(x: &Tile<f32>, decay: &Decay, u: &mut Tile<E>, #[comp
 
 /// `u = beta x`, which is written along the keys; times the decay where that belongs to rows.
 #[cube]
-fn write_along_keys<E: Float>(
-    x: &Tile<f32>,
-    steps: &Shared<[f32]>,
-    decay: &Decay,
-    u: &mut Tile<E>,
-    #[comptime] b: Blueprint,
-) {
+fn write_along_keys<E: Float>(x: &Tile<f32>, by: &Rows, u: &mut Tile<E>, #[comptime] b: Blueprint) {
     for i in range_stepped(unit(), comptime!(u.rows * u.cols), units()) {
         let (row, col) = (i / u.cols, i % u.cols);
-        u.set(row, col, steps[row] * decay.weight(row, 0, Role::ToEnd, b) * x.get(row, col));
+        u.set(row, col, by.steps[row] * by.decay.weight(row, 0, Role::ToEnd, b) * x.get(row, col));
     }
 }
 

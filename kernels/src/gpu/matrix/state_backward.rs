@@ -9,11 +9,12 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Corner, Form, Mode, Tile, fill, fresh, product, product_at, unit, units};
+use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{GateKind, WalkBlueprint};
-use super::decay::{Decay, Role, head_gate, step_size};
+use super::decay::Role;
 use super::place::{Place, Sizes, Walk};
-use super::state::{Part, WalkedKeys, decay_rows, fetch_ends, load_state, put_ends, read_state, store_state, weigh};
-use super::transfer::{fetch, fetch_scores, load, put, store};
+use super::state::{Part, decay_rows, load_state, read_state, store_state, weigh};
+use super::transfer::{fetch_scores, load, put, store};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
@@ -46,7 +47,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     let (c, rows) = comptime!((b.chunk, w.rows()));
     let (delta_rows, both) = comptime!((if b.delta { c } else { 1 }, b.delta && w.resident));
     let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::Key));
-    let mut decay = Decay::new(by_row);
+    let mut by = Rows::new(w);
     let mut dstate = Tile::<f32>::new(rows, d, padding);
     let mut narrow = Tile::<E>::new(comptime!(w.narrow_rows()), d, operand);
     // Queries, and keys too unless both are resident.
@@ -57,33 +58,27 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     let mut z = Tile::<E>::new(delta_rows, d, operand);
     let mut du = Tile::<f32>::new(delta_rows, d, padding);
     let mut square = Tile::<E>::new(delta_rows, c, operand);
-    let mut steps = Shared::<[f32]>::new_slice(c);
-    let mut ends = Shared::<[f32]>::new_slice(rows);
     load_state::<f32, f32, N>(d_final, part.state(sizes), part.k0, part.v0, sizes, &mut dstate, has_final);
 
     let walk = Walk::of(sizes, table, part.sequence, b);
-    let mut next = Next::<I, E, N>::new(w);
-    next.ask_first(keys, do_, a, g, beta, &walk.place(sizes, walk.chunks - 1, part.head, b), &part, sizes, w);
+    let mut next = Ahead::<I, E, N>::new(w, b.delta);
+    let mut here = Here::<I, E, N>::new(w);
+    let place = walk.place(sizes, walk.chunks - 1, part.head, b);
+    next.ask(keys, do_, a, g, beta, &place, &part, sizes, w, b.delta);
     for step in 0..walk.chunks {
         let place = walk.place(sizes, walk.chunks - 1 - step, part.head, b);
         let key_at = place.walked_keys(sizes, b);
         sync_cube();
         store_state::<E, N>(&dstate, dstates, place.state(sizes), part.k0, part.v0, sizes);
         if comptime!(b.delta) {
-            next.ask_second(keys, t, &place, &part, sizes, w);
+            here.ask(keys, t, &place, &part, sizes, w);
         } else {
-            next.ask_queries(q, &place, &part, sizes, w);
+            fetch_keys::<I, N>(q, &place, &part, sizes, &mut here.queries, w);
         }
-        decay.begin(next.gate, by_row);
-        put::<I, E, N>(&next.d_out, &mut d_out, comptime!(w.values()));
-        put_ends(&next.ends, &mut ends, w);
+        next.begin(&mut by, &mut d_out, &mut square, w);
         if comptime!(b.delta) {
-            put::<E, E, N>(&next.square, &mut square, comptime!(w.scores()));
-            if unit() < c {
-                steps[unit()] = next.step;
-            }
             if comptime!(w.resident) {
-                put::<I, E, N>(&next.keys, &mut key_tile, comptime!(w.keys()));
+                put_keys::<I, E, N>(&next.reading, &mut key_tile, w);
                 read_state::<E>(&key_tile, &dstate, 0, &mut narrow, &mut du, Mode::Set, b);
                 sync_cube();
             } else {
@@ -96,38 +91,36 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
                 }
             }
             if comptime!(b.gate == GateKind::Head) {
-                weigh::<f32>(&decay, &mut du, 1.0, Role::ToEnd, by_row);
+                weigh::<f32>(&by.decay, &mut du, 1.0, Role::ToEnd, by_row);
                 sync_cube();
             }
             product::<E>(&square, &d_out, &mut du, comptime!(Form::atb(c, d, c, Mode::Add)), b.engine);
             sync_cube();
-            put::<E, E, N>(&next.inverse, &mut square, comptime!(w.scores()));
-            if comptime!(w.resident && key_wise) {
-                put::<I, E, N>(&next.late_keys, &mut key_tile, comptime!(w.keys()));
+            put::<E, E, N>(&here.inverse, &mut square, comptime!(w.scores()));
+            if comptime!(key_wise) {
+                put_keys::<I, E, N>(&here.writing, &mut key_tile, w);
             }
-            next.ask_queries(q, &place, &part, sizes, w);
-            scale_rows::<E>(&du, &steps, &mut z);
+            fetch_keys::<I, N>(q, &place, &part, sizes, &mut here.queries, w);
+            scale_rows::<E>(&du, &by.steps, &mut z);
             sync_cube();
             product::<E>(&square, &z, &mut du, comptime!(Form::atb(c, d, c, Mode::Set)), b.engine);
             sync_cube();
             store::<I, f32, N>(&du, dv, place.values(sizes), place.rows, part.v0, sizes.value_dim);
             for i in range_stepped(unit(), comptime!(c * d), units()) {
                 let (row, col) = (i / d, i % d);
-                z.set(row, col, -du.get(row, col) * decay.weight(row, 0, Role::FromStart, by_row));
+                z.set(row, col, -du.get(row, col) * by.decay.weight(row, 0, Role::FromStart, by_row));
             }
         }
-        if comptime!(w.resident) {
-            put::<I, E, N>(&next.queries, &mut queries, comptime!(w.keys()));
-        }
+        put_keys::<I, E, N>(&here.queries, &mut queries, w);
         if step + 1 < walk.chunks {
-            let later = walk.place(sizes, walk.chunks - 2 - step, part.head, b);
-            next.ask_first(keys, do_, a, g, beta, &later, &part, sizes, w);
+            let place = walk.place(sizes, walk.chunks - 2 - step, part.head, b);
+            next.ask(keys, do_, a, g, beta, &place, &part, sizes, w, b.delta);
         }
         sync_cube();
         if comptime!(!key_wise) {
-            weigh::<E>(&decay, &mut d_out, sizes.scale, Role::FromStart, by_row);
+            weigh::<E>(&by.decay, &mut d_out, sizes.scale, Role::FromStart, by_row);
         }
-        decay_rows(&mut dstate, &decay, &ends, b);
+        decay_rows(&mut dstate, &by, b);
         sync_cube();
         let form = comptime!(Form::atb(w.key_cols(), d, c, Mode::Add));
         if comptime!(w.resident) {
@@ -159,72 +152,28 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     store_state::<f32, N>(&dstate, d_initial, part.state(sizes), part.k0, part.v0, sizes);
 }
 
-/// What a chunk reads, on its way: `first` while the chunk after it is computed, `second` from the beginning of its own,
-/// and the queries, which are needed last, when there are registers for them.
+/// What a chunk reads besides, on its way from its own beginning: what is needed late, and the queries, which are needed
+/// last, when there are registers for them.
 #[derive(CubeType)]
-struct Next<I: Float, E: Float, N: Size> {
-    d_out: Array<Vector<I, N>>,
-    keys: Array<Vector<I, N>>,
-    /// For the second product with keys, under gates per key feature.
-    late_keys: Array<Vector<I, N>>,
+struct Here<I: Float, E: Float, N: Size> {
+    /// Under gates per key feature, as the other keys are in their place until then.
+    writing: Array<Vector<I, N>>,
     queries: Array<Vector<I, N>>,
-    square: Array<Vector<E, N>>,
     inverse: Array<Vector<E, N>>,
-    ends: Array<f32>,
-    /// Of token `unit()`.
-    gate: f32,
-    step: f32,
 }
 
 #[cube]
-impl<I: Float, E: Float, N: Size> Next<I, E, N> {
+impl<I: Float, E: Float, N: Size> Here<I, E, N> {
     fn new(#[comptime] w: WalkBlueprint) -> Self {
         let n = N::value().comptime();
-        let (keys, squares) = comptime!((
-            if w.resident { w.keys().vectors(n) } else { 1 },
-            if w.chunk.delta { w.scores().vectors(n) } else { 1 },
-        ));
-        Next::<I, E, N> {
-            d_out: Array::new(comptime!(w.values().vectors(n))),
-            keys: Array::new(comptime!(if w.chunk.delta { keys } else { 1 })),
-            late_keys: Array::new(comptime!(if w.chunk.delta && w.chunk.gate == GateKind::Key { keys } else { 1 })),
-            queries: Array::new(keys),
-            square: Array::new(squares),
-            inverse: Array::new(squares),
-            ends: Array::new(comptime!(w.ends())),
-            gate: f32::new(0.0),
-            step: f32::new(0.0),
+        Here::<I, E, N> {
+            writing: Array::new(comptime!(w.keys_ahead(w.chunk.delta && w.chunk.gate == GateKind::Key, n))),
+            queries: Array::new(comptime!(w.keys_ahead(true, n))),
+            inverse: Array::new(comptime!(if w.chunk.delta { w.scores().vectors(n) } else { 1 })),
         }
     }
 
-    fn ask_first(
-        &mut self,
-        keys: &WalkedKeys<I, N>,
-        do_: &[Vector<I, N>],
-        a: &[Vector<E, N>],
-        g: &[f32],
-        beta: &[f32],
-        place: &Place,
-        part: &Part,
-        sizes: &Sizes,
-        #[comptime] w: WalkBlueprint,
-    ) {
-        let b = comptime!(w.chunk);
-        let (at, rows) = (place.values(sizes), place.rows);
-        fetch::<I, N>(do_, at, rows, part.v0, sizes.value_dim, &mut self.d_out, comptime!(w.values()));
-        self.gate = head_gate(g, place, sizes, b);
-        fetch_ends(&keys.ends, place, part, sizes, &mut self.ends, w);
-        if comptime!(b.delta) {
-            fetch_scores::<E, N>(a, place.scores(sizes, b), &mut self.square, comptime!(w.scores()));
-            self.step = step_size(beta, place, sizes);
-            if comptime!(w.resident) {
-                let (at, shape) = (place.walked_keys(sizes, b), comptime!(w.keys()));
-                fetch::<I, N>(&keys.reading, at, rows, part.k0, sizes.key_dim, &mut self.keys, shape);
-            }
-        }
-    }
-
-    fn ask_second(
+    fn ask(
         &mut self,
         keys: &WalkedKeys<I, N>,
         t: &[Vector<E, N>],
@@ -235,23 +184,8 @@ impl<I: Float, E: Float, N: Size> Next<I, E, N> {
     ) {
         let b = comptime!(w.chunk);
         fetch_scores::<E, N>(t, place.scores(sizes, b), &mut self.inverse, comptime!(w.scores()));
-        if comptime!(w.resident && b.gate == GateKind::Key) {
-            let (at, shape) = (place.walked_keys(sizes, b), comptime!(w.keys()));
-            fetch::<I, N>(&keys.writing, at, place.rows, part.k0, sizes.key_dim, &mut self.late_keys, shape);
-        }
-    }
-
-    fn ask_queries(
-        &mut self,
-        q: &[Vector<I, N>],
-        place: &Place,
-        part: &Part,
-        sizes: &Sizes,
-        #[comptime] w: WalkBlueprint,
-    ) {
-        if comptime!(w.resident) {
-            let (at, shape) = (place.walked_keys(sizes, w.chunk), comptime!(w.keys()));
-            fetch::<I, N>(q, at, place.rows, part.k0, sizes.key_dim, &mut self.queries, shape);
+        if comptime!(b.gate == GateKind::Key) {
+            fetch_keys::<I, N>(&keys.writing, place, part, sizes, &mut self.writing, w);
         }
     }
 }
