@@ -99,9 +99,9 @@ impl Stages {
         if self.delta { amount } else { 0 }
     }
 
-    /// What launches read of the gates that get weighted keys.
-    fn row_gates(&self) -> usize {
-        if self.by_key { self.ends } else { self.x.gates }
+    /// The gates that weighted queries and keys have not met.
+    fn scalar_gates(&self) -> usize {
+        if self.by_key { 0 } else { self.x.gates }
     }
 
     /// Queries and keys that the scores' launch weighs for the others.
@@ -120,20 +120,22 @@ impl Stages {
     fn walk(&self) -> Launch {
         let flops = self.state + self.delta(self.state + self.lower * self.p[2]);
         let second = if self.by_key { self.delta(self.walked) } else { 0 };
-        let bytes = self.walked + second + self.x.values + self.row_gates() + self.states + self.x.states;
+        let gates = self.scalar_gates() + self.ends;
+        let bytes = self.walked + second + self.x.values + gates + self.states + self.x.states;
         self.launch("state", flops, bytes + self.x.writes + self.delta(self.squares + self.x.values))
     }
 
     fn output(&self) -> Launch {
         let flops = self.state + self.lower * self.p[2];
-        let gates = if self.by_key { 0 } else { self.x.gates };
+        let gates = self.scalar_gates();
         let bytes = self.walked + 2 * self.x.values + gates + self.x.writes + self.squares + self.states;
         self.launch("output", flops, bytes)
     }
 
     fn walk_back(&self) -> Launch {
         let flops = self.state + self.delta(2 * self.state + 2 * self.lower * self.p[2]);
-        let bytes = self.walked + self.x.values + self.row_gates() + self.x.writes + self.states + self.x.states;
+        let gates = self.scalar_gates() + self.ends;
+        let bytes = self.walked + self.x.values + gates + self.x.writes + self.states + self.x.states;
         let keys = if self.by_key { 2 * self.walked } else { self.walked };
         let delta = self.delta(keys + 2 * self.squares + self.x.values);
         self.launch("state_backward", flops, bytes + delta)
@@ -142,16 +144,14 @@ impl Stages {
     /// The values' gradient of the additive write: the output stage with keys for queries.
     fn values_back(&self) -> Launch {
         let flops = self.state + self.lower * self.p[2];
-        let gates = if self.by_key { 0 } else { self.x.gates };
-        let bytes = self.walked + 2 * self.x.values + gates + self.squares + self.states;
+        let bytes = self.walked + 2 * self.x.values + self.scalar_gates() + self.squares + self.states;
         self.launch("output (dv)", flops, bytes)
     }
 
     fn scores_back(&self) -> Launch {
         let flops = (self.lower + self.delta(self.strict)) * self.p[2];
         // A gate per key feature meets the pairs in the next stage.
-        let gates = if self.by_key { 0 } else { self.x.gates };
-        let bytes = 2 * self.x.values + gates + self.squares + self.delta(self.x.values + self.squares);
+        let bytes = 2 * self.x.values + self.scalar_gates() + self.squares + self.delta(self.x.values + self.squares);
         self.launch("scores_backward", flops, bytes)
     }
 

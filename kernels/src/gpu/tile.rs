@@ -93,6 +93,7 @@ impl<E: Float> Tile<E> {
         values
     }
 
+    /// Sets `N` elements of a row.
     pub fn set_many<A: Float, N: Size>(&mut self, row: usize, col: usize, values: Vector<A, N>) {
         let at = self.at(row, col);
         let values = Vector::<E, N>::cast_from(values);

@@ -144,9 +144,9 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     tokens.ending[unit()] = 0.0;
     decay.load(&x.g, &place, sizes, b);
     let squares = place.scores(sizes, b);
-    load_scores::<E, N>(p, squares, &mut pairs.p, b);
+    load_scores::<E, N>(p, squares, &mut pairs.p);
     if comptime!(b.delta) {
-        load_scores::<E, N>(r, squares, &mut pairs.r, b);
+        load_scores::<E, N>(r, squares, &mut pairs.r);
     }
     sync_cube();
     for i in range_stepped(unit(), c, units()) {

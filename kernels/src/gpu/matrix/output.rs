@@ -70,7 +70,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     // The place again: kept, it would take the registers of the loop.
     let cube = fresh(CUBE_POS as u32) as usize;
     let (place, v0) = (Place::of(cube / sizes.value_blocks, sizes, table, b), cube % sizes.value_blocks * b.block);
-    load_scores::<E, N>(a, place.scores(sizes, b), &mut scores, b);
+    load_scores::<E, N>(a, place.scores(sizes, b), &mut scores);
     load_written::<I, E, N>(x, beta, &place, sizes, v0, &mut u, weigh, b);
     sync_cube();
     product::<E>(&scores, &u, &mut sum, comptime!(scores_form(direction, b)), b.engine);

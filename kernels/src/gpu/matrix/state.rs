@@ -213,7 +213,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
             product::<E>(&inverse, &u, &mut x, comptime!(Form::ab(c, d, c, Mode::Set)), b.engine);
             sync_cube();
             store::<I, f32, N>(&x, x_out, place.values(sizes), place.rows, part.v0, sizes.value_dim);
-            write_along_keys::<E>(&x, &by, &mut u, by_row);
+            take_steps::<E>(&x, &by, &mut u, Role::ToEnd, by_row);
         } else if comptime!(b.gate == GateKind::Head) {
             sync_cube();
             weigh::<E>(&by.decay, &mut u, 1.0, Role::ToEnd, by_row);
@@ -250,12 +250,18 @@ fn subtract_read<E: Float>(x: &Tile<f32>, decay: &Decay, u: &mut Tile<E>, #[comp
     }
 }
 
-/// `u = beta x`, which is written along the keys; times the decay where that belongs to rows.
+/// `u_i = beta_i x_i` times the weight of the row in a role.
 #[cube]
-fn write_along_keys<E: Float>(x: &Tile<f32>, by: &Rows, u: &mut Tile<E>, #[comptime] b: Blueprint) {
+pub(crate) fn take_steps<E: Float>(
+    x: &Tile<f32>,
+    by: &Rows,
+    u: &mut Tile<E>,
+    #[comptime] role: Role,
+    #[comptime] b: Blueprint,
+) {
     for i in range_stepped(unit(), comptime!(u.rows * u.cols), units()) {
         let (row, col) = (i / u.cols, i % u.cols);
-        u.set(row, col, by.steps[row] * by.decay.weight(row, 0, Role::ToEnd, b) * x.get(row, col));
+        u.set(row, col, by.steps[row] * by.decay.weight(row, 0, role, b) * x.get(row, col));
     }
 }
 

@@ -13,7 +13,7 @@ use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{GateKind, WalkBlueprint};
 use super::decay::Role;
 use super::place::{Place, Sizes, Walk};
-use super::state::{Part, decay_rows, load_state, read_state, store_state, weigh};
+use super::state::{Part, decay_rows, load_state, read_state, store_state, take_steps, weigh};
 use super::transfer::{fetch_scores, load, put, store};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
@@ -101,7 +101,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
                 put_keys::<I, E, N>(&here.writing, &mut key_tile, w);
             }
             fetch_keys::<I, N>(q, &place, &part, sizes, &mut here.queries, w);
-            scale_rows::<E>(&du, &by.steps, &mut z);
+            take_steps::<E>(&du, &by, &mut z, Role::Plain, by_row);
             sync_cube();
             product::<E>(&square, &z, &mut du, comptime!(Form::atb(c, d, c, Mode::Set)), b.engine);
             sync_cube();
@@ -187,14 +187,5 @@ impl<I: Float, E: Float, N: Size> Here<I, E, N> {
         if comptime!(b.gate == GateKind::Key) {
             fetch_keys::<I, N>(&keys.writing, place, part, sizes, &mut self.writing, w);
         }
-    }
-}
-
-/// `to_i = beta_i from_i`.
-#[cube]
-fn scale_rows<E: Float>(from: &Tile<f32>, steps: &Shared<[f32]>, to: &mut Tile<E>) {
-    for i in range_stepped(unit(), comptime!(to.rows * to.cols), units()) {
-        let (row, col) = (i / to.cols, i % to.cols);
-        to.set(row, col, steps[row] * from.get(row, col));
     }
 }

@@ -81,19 +81,11 @@ pub(crate) fn store_scores<E: Float, N: Size>(
     }
 }
 
-/// Fills a tile with `[chunk, chunk]` scores.
+/// Fills a tile with a chunk's scores, `[chunk, chunk]` at `at`.
 #[cube]
-pub(crate) fn load_scores<E: Float, N: Size>(
-    x: &[Vector<E, N>],
-    at: usize,
-    tile: &mut Tile<E>,
-    #[comptime] b: Blueprint,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(b.chunk / n);
-    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
-        tile.set_many::<E, N>(i / cols, i % cols * n, x[at / n + i]);
-    }
+pub(crate) fn load_scores<E: Float, N: Size>(x: &[Vector<E, N>], at: usize, tile: &mut Tile<E>) {
+    let side = comptime!(tile.rows).runtime();
+    load::<E, E, N>(x, (at, side), side, 0, side, tile);
 }
 
 /// The shape of a tile and the units that fill it.

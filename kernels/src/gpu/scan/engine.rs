@@ -35,7 +35,7 @@ use cubecl::prelude::*;
 
 use super::map::{ElementMap, Inputs, Outputs, Plan};
 
-/// Lanes divide by it: so many numbers of maps are fetched from shared memory before the carry needs the first.
+/// Lanes divide by it: at most so many maps are fetched from shared memory before the carry needs the first.
 pub(crate) const GROUP: usize = 8;
 
 /// What a unit owns: a vector of channels of one sequence.

@@ -66,7 +66,7 @@ impl Plan {
     }
 
     /// 32-bit registers that hold a unit's tokens, those under way, and the maps that the first lane hands on, all alive
-    /// at the same time. Elements of `size` bytes, in vectors.
+    /// at the same time. Elements of `size` bytes, in vectors. More than enough where maps are not fetched by the group.
     pub fn registers(&self, vector: usize, size: usize) -> usize {
         let raw = (vector * size).div_ceil(4);
         self.tokens * (self.kept * vector + self.inputs * raw) + 2 * GROUP * self.planes * vector
