@@ -13,7 +13,7 @@ use thalweg_kernels::gpu::{Buffer, Storage};
 use thalweg_kernels::matrix::MatrixProblem;
 use thalweg_nvrtc::Recorder;
 
-/// All cases.
+/// All cases but those of [`tf32`].
 pub fn all(recorder: &Recorder) {
     let scan = ScanProblem::new(2, 4096, 2048);
     for storage in [Storage::Bf16, Storage::F16, Storage::F32] {
@@ -24,6 +24,16 @@ pub fn all(recorder: &Recorder) {
     scans(recorder, "packed", &ScanProblem::packed(2048, vec![0, 70, 4096]), Storage::Bf16);
     scans(recorder, "64-bit", &ScanProblem::new(8, 1 << 18, 2048), Storage::Bf16);
     matrices(recorder);
+}
+
+/// Matrix units with f32 tensors: what [`matrix::allow_tf32`] changes.
+pub fn tf32(recorder: &Recorder) {
+    let p = MatrixProblem::new(16, 1000, 16, 128, 128);
+    for gate in ["none", "head", "key"] {
+        for delta in [false, true] {
+            matrix(recorder, "tf32", &p, Storage::F32, gate, delta);
+        }
+    }
 }
 
 /// Every scan, forward and backward.

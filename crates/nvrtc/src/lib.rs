@@ -1,17 +1,22 @@
-//! Compiles GPU kernels for CUDA on a machine that has no GPU.
+//! Compiles GPU kernels for CUDA, and runs them, on a machine that has no GPU.
 //!
 //! A `Recorder` is a CubeCL device that claims to be an A100 or an H100. What is launched on it is not run but taken
 //! through CubeCL's CUDA C++, NVRTC and `ptxas`, as the real runtime and driver would, and recorded: whoever calls the
 //! library's public functions with its client learns whether every kernel that they select compiles, and what it takes.
-//! What a kernel computes is not seen here.
+//!
+//! What a kernel computes is seen on an [`emulator()`]: the same device, whose kernels the machine's C++ compiler turns
+//! into code for the CPU.
 #![cfg(feature = "check")]
 
 mod device;
+mod emulator;
 mod nvrtc;
 mod ptxas;
 mod server;
+mod transpile;
 
 pub use device::Arch;
+pub use emulator::emulator;
 pub use ptxas::Resources;
 pub use server::Recorder;
 

@@ -9,6 +9,7 @@ mod cases;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use thalweg_kernels::gpu::matrix;
 use thalweg_nvrtc::{Arch, Kernel, Recorder, Toolchain, table};
 
 fn main() -> ExitCode {
@@ -32,21 +33,18 @@ fn main() -> ExitCode {
         }
     };
     eprintln!("compiling for {}, which takes some minutes", Arch::ALL.map(Arch::target).join(" and "));
-    let compile = |arch| {
+    let recorders = Arch::ALL.map(|arch| {
         let mut recorder = Recorder::new(arch, toolchain.clone());
         recorder.only.clone_from(&only);
-        cases::all(&recorder);
-        recorder.kernels()
-    };
-    let kernels: Vec<Kernel> = std::thread::scope(|scope| {
-        let devices = Arch::ALL.map(|arch| {
-            scope.spawn({
-                let compile = &compile;
-                move || compile(arch)
-            })
-        });
-        devices.into_iter().flat_map(|device| device.join().expect("cases do not panic")).collect()
+        recorder
     });
+    let compile = |cases: fn(&Recorder)| {
+        std::thread::scope(|scope| recorders.iter().for_each(|device| drop(scope.spawn(|| cases(device)))));
+    };
+    compile(cases::all);
+    matrix::allow_tf32(true);
+    compile(cases::tf32);
+    let kernels: Vec<Kernel> = recorders.iter().flat_map(Recorder::kernels).collect();
     if let Some(folder) = folder
         && let Err(error) = keep(folder.as_ref(), &kernels)
     {

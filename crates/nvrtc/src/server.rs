@@ -1,6 +1,7 @@
 //! A CubeCL server whose launches compile and do not run.
 
 use crate::device::{Arch, target_properties};
+use crate::transpile::transpile;
 use crate::{Kernel, Toolchain};
 use cubecl::bytes::Bytes;
 use cubecl::client::Client;
@@ -8,12 +9,10 @@ use cubecl::future::DynFut;
 use cubecl::prelude::{CubeCount, CubeKernel, KernelId};
 use cubecl::profile::ProfileDuration;
 use cubecl_common::device::{DeviceId, DeviceService, ServerUtilitiesHandle, ServiceId};
-use cubecl_cpp::shared::{CompilationOptions, CppCompiler};
-use cubecl_cpp::target::Cuda;
+use cubecl_cpp::shared::CompilationOptions;
 use cubecl_environment::stream::StreamId;
 use cubecl_server::allocator::PitchedMemoryLayoutPolicy;
 use cubecl_server::dry_run::LaunchMode;
-use cubecl_server::kernel::{CompiledKernel, define_kernel};
 use cubecl_server::logging::ServerLogger;
 use cubecl_server::memory_management::{ManagedMemoryHandle, MemoryAllocationMode, StreamMemoryReport};
 use cubecl_server::server::{
@@ -22,7 +21,6 @@ use cubecl_server::server::{
 };
 use cubecl_server::storage::{BytesResource, BytesStorage, ManagedResource};
 use cubecl_server::timestamp_profiler::TimestampProfiler;
-use cubecl_server::validation::{validate_cube_dim, validate_units};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -112,15 +110,6 @@ impl CompileServer {
             timestamps: TimestampProfiler::default(),
         }
     }
-
-    /// The steps of `CudaContext::compile_kernel` in `cubecl-cuda`, to CUDA C++.
-    fn transpile(&self, id: &KernelId, kernel: &dyn CubeKernel) -> Result<CompiledKernel<CppCompiler<Cuda>>, String> {
-        validate_cube_dim(&self.utilities.properties, id).map_err(|e| e.to_string())?;
-        validate_units(&self.utilities.properties, id).map_err(|e| e.to_string())?;
-        let definition = define_kernel(kernel).map_err(|e| e.to_string())?;
-        CompiledKernel::compile(kernel, definition, &mut CppCompiler::default(), &self.options)
-            .map_err(|e| e.to_string())
-    }
 }
 
 impl Server for CompileServer {
@@ -146,7 +135,7 @@ impl Server for CompileServer {
             ptx: String::new(),
             outcome: Err(String::new()),
         };
-        record.outcome = self.transpile(&id, &*kernel).and_then(|compiled| {
+        record.outcome = transpile(&self.utilities.properties, &self.options, &*kernel).and_then(|compiled| {
             // Without the hash that tells instances apart.
             record.name =
                 compiled.entrypoint_name.rsplit_once("_").map_or("", |(name, _)| name).trim_end_matches("_").into();

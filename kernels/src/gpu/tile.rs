@@ -18,10 +18,12 @@ pub enum Engine {
         /// 4 on a GPU.
         side: usize,
     },
-    /// Each plane computes 16 x 16 blocks on matrix units (tensor cores): operands of the storage type, sums in f32.
+    /// Each plane computes 16 x 16 blocks on matrix units (tensor cores): operands of 16 bits or tf32, sums in f32.
     Matrix {
         /// Units of a plane.
         plane: usize,
+        /// Operands are f32, of which the matrix unit reads the leading 19 bits.
+        tf32: bool,
     },
 }
 
@@ -225,7 +227,10 @@ pub(crate) fn product_at<A: Float, B: Float>(
 ) {
     match comptime!(engine) {
         Engine::Registers { side } => in_registers::<A, B>(a, b, out, corner, form, side),
-        Engine::Matrix { plane } => on_matrix_units::<A, B>(a, b, out, corner, form, plane),
+        Engine::Matrix { plane, tf32 } => {
+            let depth = comptime!(if tf32 { BLOCK / 2 } else { BLOCK });
+            on_matrix_units::<A, B>(a, b, out, corner, form, plane, depth);
+        }
     }
 }
 
@@ -295,6 +300,7 @@ fn on_matrix_units<A: Float, B: Float>(
     corner: &Corner,
     #[comptime] form: Form,
     #[comptime] plane: usize,
+    #[comptime] depth: usize,
 ) {
     comptime!(assert!(form.mode != Mode::SetNegative, "matrix units only add"));
     let (rows, cols) = comptime!((form.m / BLOCK, form.n / BLOCK));
@@ -307,14 +313,14 @@ fn on_matrix_units<A: Float, B: Float>(
             MatrixIdent::Accumulator,
             BLOCK,
             BLOCK,
-            BLOCK,
+            depth,
             MatrixLayout::Undefined,
             f32::new(0.0),
         );
         if comptime!(form.mode == Mode::Add) {
             cmma::load_with_layout(&mut sum, &out.data[at..out.data.len()], out_stride, MatrixLayout::RowMajor);
         }
-        for k in range_stepped(0usize, form.depth, BLOCK) {
+        for k in range_stepped(0usize, form.depth, depth) {
             let x_at = if comptime!(form.a_transposed) {
                 a.at(corner.a_row + k, corner.a_col + row)
             } else {
@@ -326,7 +332,7 @@ fn on_matrix_units<A: Float, B: Float>(
                 MatrixIdent::A,
                 BLOCK,
                 BLOCK,
-                BLOCK,
+                depth,
                 a_layout,
                 &a.data[x_at..a.data.len()],
                 a_stride,
@@ -335,7 +341,7 @@ fn on_matrix_units<A: Float, B: Float>(
                 MatrixIdent::B,
                 BLOCK,
                 BLOCK,
-                BLOCK,
+                depth,
                 b_layout,
                 &b.data[y_at..b.data.len()],
                 b_stride,

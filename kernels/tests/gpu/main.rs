@@ -3,6 +3,7 @@
 #![cfg(any(feature = "wgpu", feature = "cuda", feature = "rocm"))]
 
 mod matrix;
+mod matrix_check;
 mod scan;
 
 use thalweg_kernels::gpu::{self, Client};

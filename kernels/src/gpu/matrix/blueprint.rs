@@ -1,7 +1,11 @@
 //! What the kernels of a matrix recurrence know when they are compiled, and how it is chosen from the device.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use cubecl::client::Client;
+use cubecl::ir::ElemType;
 use cubecl::ir::features::MmaConfig;
+use cubecl::prelude::{Scalar, tf32};
 
 use super::super::buffer::Storage;
 use super::super::tile::{BLOCK, Engine};
@@ -123,7 +127,10 @@ impl Blueprint {
                 let block = widest.min(block);
                 let units = match engine {
                     Engine::Registers { .. } => (chunk * block / 8).min(256),
-                    Engine::Matrix { plane } => plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8),
+                    // A unit for each token at least.
+                    Engine::Matrix { plane, .. } => {
+                        plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8).max(chunk / plane)
+                    }
                 };
                 let units = units.min(hardware.max_units_per_cube as usize);
                 Self { gate, delta, chunk, block, units, engine, operand_size }
@@ -136,6 +143,15 @@ impl Blueprint {
         let most = if self.engine.on_matrix_units() { 16 / storage.size() } else { 4 };
         let fits = |n: &usize| *n <= most && p.key_dim.is_multiple_of(*n) && p.value_dim.is_multiple_of(*n);
         [8, 4, 2].into_iter().find(fits).unwrap_or(1)
+    }
+
+    /// How operands of products are kept in memory, and their type in kernels.
+    pub fn operands(&self, storage: Storage) -> (Storage, ElemType) {
+        match self.engine {
+            Engine::Registers { .. } => (Storage::F32, Storage::F32.elem_type()),
+            Engine::Matrix { tf32: true, .. } => (Storage::F32, tf32::elem_type_native()),
+            Engine::Matrix { .. } => (storage, storage.elem_type()),
+        }
     }
 
     /// Sub-blocks of a chunk.
@@ -175,9 +191,10 @@ impl Blueprint {
         while value_block.is_multiple_of(2 * BLOCK) && cubes(value_block) < processors {
             value_block /= 2;
         }
-        // Twice the units for wide keys, which are on their way in registers.
+        // Twice the units for keys that would fill too many registers while they are on their way.
         let hardware = &client.properties().hardware;
-        let wide = if state_blocks * self.block > 128 { 2 } else { 1 };
+        let registers = self.chunk * state_blocks * self.block * self.operand_size / (4 * self.units);
+        let wide = if registers > 32 { 2 } else { 1 };
         let units = (wide * self.units).min(hardware.max_units_per_cube as usize);
         let walk = WalkBlueprint { chunk: Self { units, ..*self }, state_blocks, value_block, resident: true };
         let fits = walk.shared_memory() <= hardware.max_shared_memory_size;
@@ -230,22 +247,35 @@ impl Blueprint {
     }
 }
 
-/// Matrix units compute with operands of 16 bits; f32 tensors keep their precision in registers.
+/// Matrix units compute with operands of 16 bits, or with tf32 where it is allowed; f32 tensors else keep their precision
+/// in registers.
 fn engine(client: &Client, storage: Storage) -> Engine {
     let properties = client.properties();
+    let (plane_min, plane) = (properties.hardware.plane_size_min, properties.hardware.plane_size_max);
+    let tf32 = storage == Storage::F32;
+    let operand = if tf32 { tf32::elem_type_native() } else { storage.elem_type() };
     let wanted = MmaConfig {
-        a_type: storage.elem_type(),
-        b_type: storage.elem_type(),
+        a_type: operand,
+        b_type: operand,
         cd_type: Storage::F32.elem_type(),
         m: BLOCK as u32,
         n: BLOCK as u32,
-        k: BLOCK as u32,
+        k: if tf32 { BLOCK as u32 / 2 } else { BLOCK as u32 },
     };
-    let (plane_min, plane) = (properties.hardware.plane_size_min, properties.hardware.plane_size_max);
-    if storage != Storage::F32 && plane_min == plane && properties.features.matmul.cmma.contains(&wanted) {
-        Engine::Matrix { plane: plane as usize }
+    let narrow = !tf32 || TF32.load(Ordering::Relaxed);
+    if narrow && plane_min == plane && properties.features.matmul.cmma.contains(&wanted) {
+        Engine::Matrix { plane: plane as usize, tf32 }
     } else {
         // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
         Engine::Registers { side: if plane > 8 { 4 } else { 1 } }
     }
+}
+
+static TF32: AtomicBool = AtomicBool::new(false);
+
+/// Whether products of f32 tensors may round their operands to tf32, which has 10 bits after the leading one, on devices
+/// with matrix units for it: faster, with errors of 1e-3 in the place of 1e-6. For all of the process; off until it is
+/// called.
+pub fn allow_tf32(allowed: bool) {
+    TF32.store(allowed, Ordering::Relaxed);
 }

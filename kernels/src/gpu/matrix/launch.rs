@@ -95,7 +95,6 @@ impl<'a> Launch<'a> {
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
         let w = b.walk(client, p, sequences);
         let nothing = Buffer::from_slice(client, &[0.0f32; ABSENT]);
-        let operand = if b.engine.on_matrix_units() { storage } else { Storage::F32 };
         let chunk_heads = chunks * p.value_heads;
         let lengths = [
             chunk_heads * p.key_dim * p.value_dim,
@@ -104,7 +103,7 @@ impl<'a> Launch<'a> {
             x.v.len,
         ];
         let address = address_type(client, storage, lengths)?;
-        let types = [storage.elem_type(), operand.elem_type()];
+        let types = [storage.elem_type(), b.operands(storage).1];
         let vector = b.vector(p, storage);
         Ok(Self { client, p, x, b, w, chunks, sequences, table, nothing, address, vector, types })
     }
@@ -130,7 +129,7 @@ impl<'a> Launch<'a> {
     }
 
     fn operand(&self) -> Storage {
-        if self.b.engine.on_matrix_units() { self.x.q.storage } else { Storage::F32 }
+        self.b.operands(self.x.q.storage).0
     }
 
     /// An output that only exists if `wanted`.

@@ -32,6 +32,7 @@ use super::buffer::{Buffer, Storage};
 use crate::error::Error;
 use crate::matrix::{MatrixProblem, check_step, validate_sizes};
 use blueprint::GateKind;
+pub use blueprint::allow_tf32;
 use launch::Launch;
 
 /// The natural-log decay `g <= 0` of the state, f32.

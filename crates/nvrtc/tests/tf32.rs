@@ -1,0 +1,21 @@
+//! f32 tensors on matrix units: a process of its own, as [`allow_tf32`](matrix::allow_tf32) is for all of one.
+
+#[path = "../../../kernels/tests/gpu/matrix_check.rs"]
+mod matrix_check;
+
+use matrix_check::{FORMS, Sizes, check};
+use thalweg_kernels::gpu::{self, matrix};
+use thalweg_nvrtc::{Arch, emulator};
+use thalweg_reference::cases::{Gates, Precision};
+
+/// Tensors of 8 significant bits are exact in tf32; what the products make of them has 11.
+#[test]
+fn every_form_on_matrix_units() {
+    gpu::poison_outputs();
+    matrix::allow_tf32(true);
+    let client = emulator(Arch::Sm80).expect("a folder for compiled kernels");
+    for (i, form) in FORMS.into_iter().enumerate() {
+        let sizes = Sizes { time: 150, heads: 1, value_heads: 1, key_dim: 128, value_dim: 64, cu_seqlens: None };
+        check::<f32>(&client, &sizes, form, Precision::Bf16, Gates::Mean(0.05), i as u64);
+    }
+}
