@@ -4,7 +4,7 @@
 //! through CubeCL's CUDA C++, NVRTC and `ptxas`, as the real runtime and driver would, and recorded: whoever calls the
 //! library's public functions with its client learns whether every kernel that they select compiles, and what it takes.
 //!
-//! What a kernel computes is seen on an [`emulator()`]: the same device, whose kernels the machine's C++ compiler turns
+//! What a kernel computes is seen on an `emulator`: the same device, whose kernels the machine's C++ compiler turns
 //! into code for the CPU.
 #![cfg(feature = "check")]
 
