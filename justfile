@@ -19,6 +19,10 @@ test-gpu:
 check-cuda:
     .ci/cuda
 
+# Run the GPU kernels' CUDA C++ on the CPU, as an H100 and an A100 would be given it (needs g++)
+test-cuda:
+    cargo test --release -p thalweg-nvrtc --features check --test emulated --test tf32
+
 # Format, lints, documentation, dependency arrows
 check:
     cargo fmt --all -- --check
