@@ -85,6 +85,8 @@ impl Emulator {
         // A name that promises no PTX.
         let name = format!("compute capability {}.{}, emulated", arch.version() / 10, arch.version() % 10);
         properties.identity = DeviceIdentity { fingerprint: name.clone(), name, physical: None };
+        // A short axis: a CPU tells soon what happens beyond its end.
+        properties.hardware.max_cube_count.0 = 1024;
         let alignment = properties.memory.alignment as usize;
         let (utilities, _) = ServerUtilities::init(
             ServiceId::of::<Self>(device),
