@@ -22,10 +22,6 @@ pub enum Engine {
     Matrix {
         /// Units of a plane.
         plane: usize,
-        /// Planes of a cube.
-        planes: usize,
-        /// Blocks that a plane computes at once, at most: it has to have the registers.
-        blocks: usize,
         /// Operands are f32, of which the matrix unit reads the leading 19 bits.
         tf32: bool,
     },
@@ -34,14 +30,6 @@ pub enum Engine {
 impl Engine {
     pub(crate) fn on_matrix_units(self) -> bool {
         matches!(self, Engine::Matrix { .. })
-    }
-
-    /// For cubes of so many units, whose planes have registers for so many blocks.
-    pub(crate) fn with_units(self, units: usize, blocks: usize) -> Self {
-        match self {
-            Engine::Matrix { plane, tf32, .. } => Engine::Matrix { plane, planes: units / plane, blocks, tf32 },
-            Engine::Registers { .. } => self,
-        }
     }
 
     /// Whether the device is a CPU behind a driver for GPUs.
@@ -239,10 +227,9 @@ pub(crate) fn product_at<A: Float, B: Float>(
 ) {
     match comptime!(engine) {
         Engine::Registers { side } => in_registers::<A, B>(a, b, out, corner, form, side),
-        Engine::Matrix { plane, planes, blocks, tf32 } => {
-            let patch = comptime!(patch(form, planes, blocks));
+        Engine::Matrix { plane, tf32 } => {
             let depth = comptime!(if tf32 { BLOCK / 2 } else { BLOCK });
-            on_matrix_units::<A, B>(a, b, out, corner, form, plane, planes, patch, depth);
+            on_matrix_units::<A, B>(a, b, out, corner, form, plane, depth);
         }
     }
 }
@@ -305,7 +292,6 @@ fn in_registers<A: Float, B: Float>(
     }
 }
 
-/// Each plane computes patches of blocks.
 #[cube]
 fn on_matrix_units<A: Float, B: Float>(
     a: &Tile<A>,
@@ -314,81 +300,57 @@ fn on_matrix_units<A: Float, B: Float>(
     corner: &Corner,
     #[comptime] form: Form,
     #[comptime] plane: usize,
-    #[comptime] planes: usize,
-    #[comptime] patch: (usize, usize),
     #[comptime] depth: usize,
 ) {
     comptime!(assert!(form.mode != Mode::SetNegative, "matrix units only add"));
-    let (down, across) = comptime!(patch);
-    let (rows, cols) = comptime!((form.m / (BLOCK * down), form.n / (BLOCK * across)));
+    let (rows, cols) = comptime!((form.m / BLOCK, form.n / BLOCK));
     let (a_layout, b_layout) = comptime!((layout(form.a_transposed), layout(form.b_transposed)));
     let (a_stride, b_stride, out_stride) = comptime!((a.stride as u32, b.stride as u32, out.stride as u32));
-    for patch in range_stepped(unit() / plane, rows * cols, planes) {
-        let (row, col) = ((patch / cols) * comptime!(down * BLOCK), (patch % cols) * comptime!(across * BLOCK));
-        let end = out.data.len();
-        let mut sums = Sequence::<cmma::Matrix<f32>>::new();
-        #[unroll]
-        for i in 0..comptime!(down * across) {
-            let mut sum = cmma::Matrix::<f32>::from_value(
-                MatrixIdent::Accumulator,
+    for block in range_stepped(unit() / plane, rows * cols, units() / plane) {
+        let (row, col) = ((block / cols) * BLOCK, (block % cols) * BLOCK);
+        let at = out.at(corner.out_row + row, col);
+        let mut sum = cmma::Matrix::<f32>::from_value(
+            MatrixIdent::Accumulator,
+            BLOCK,
+            BLOCK,
+            depth,
+            MatrixLayout::Undefined,
+            f32::new(0.0),
+        );
+        if comptime!(form.mode == Mode::Add) {
+            cmma::load_with_layout(&mut sum, &out.data[at..out.data.len()], out_stride, MatrixLayout::RowMajor);
+        }
+        for k in range_stepped(0usize, form.depth, depth) {
+            let x_at = if comptime!(form.a_transposed) {
+                a.at(corner.a_row + k, corner.a_col + row)
+            } else {
+                a.at(corner.a_row + row, corner.a_col + k)
+            };
+            let y_at =
+                if comptime!(form.b_transposed) { b.at(corner.b_row + col, k) } else { b.at(corner.b_row + k, col) };
+            let x = cmma::Matrix::<A>::from_slice(
+                MatrixIdent::A,
                 BLOCK,
                 BLOCK,
                 depth,
-                MatrixLayout::Undefined,
-                f32::new(0.0),
+                a_layout,
+                &a.data[x_at..a.data.len()],
+                a_stride,
             );
-            if comptime!(form.mode == Mode::Add) {
-                let (r, c) = comptime!((i / across * BLOCK, i % across * BLOCK));
-                let at = out.at(corner.out_row + row + r, col + c);
-                cmma::load_with_layout(&mut sum, &out.data[at..end], out_stride, MatrixLayout::RowMajor);
-            }
-            sums.push(sum);
+            let y = cmma::Matrix::<B>::from_slice(
+                MatrixIdent::B,
+                BLOCK,
+                BLOCK,
+                depth,
+                b_layout,
+                &b.data[y_at..b.data.len()],
+                b_stride,
+            );
+            cmma::execute(&x, &y, &sum, &sum);
         }
-        for k in range_stepped(0usize, form.depth, depth) {
-            let mut lefts = Sequence::<cmma::Matrix<A>>::new();
-            #[unroll]
-            for i in 0..down {
-                let r = row + comptime!(i * BLOCK);
-                let at = if comptime!(form.a_transposed) {
-                    a.at(corner.a_row + k, corner.a_col + r)
-                } else {
-                    a.at(corner.a_row + r, corner.a_col + k)
-                };
-                let x = &a.data[at..a.data.len()];
-                lefts.push(cmma::Matrix::<A>::from_slice(MatrixIdent::A, BLOCK, BLOCK, depth, a_layout, x, a_stride));
-            }
-            #[unroll]
-            for j in 0..across {
-                let c = col + comptime!(j * BLOCK);
-                let at =
-                    if comptime!(form.b_transposed) { b.at(corner.b_row + c, k) } else { b.at(corner.b_row + k, c) };
-                let x = &b.data[at..b.data.len()];
-                let right = cmma::Matrix::<B>::from_slice(MatrixIdent::B, BLOCK, BLOCK, depth, b_layout, x, b_stride);
-                #[unroll]
-                for i in 0..down {
-                    let sum = &sums[comptime!(i * across + j)];
-                    cmma::execute(&lefts[i], &right, sum, sum);
-                }
-            }
-        }
-        #[unroll]
-        for i in 0..comptime!(down * across) {
-            let (r, c) = comptime!((i / across * BLOCK, i % across * BLOCK));
-            let at = out.at(corner.out_row + row + r, col + c);
-            cmma::store(&mut out.data[at..end], &sums[i], out_stride, MatrixLayout::RowMajor);
-        }
+        let end = out.data.len();
+        cmma::store(&mut out.data[at..end], &sum, out_stride, MatrixLayout::RowMajor);
     }
-}
-
-/// Blocks, down and across, that a plane computes at once: an operand is loaded once for two of them. As many as leave no
-/// plane idle, since loads from shared memory take longer than the matrix units do.
-fn patch(form: Form, planes: usize, blocks: usize) -> (usize, usize) {
-    let (rows, cols) = (form.m / BLOCK, form.n / BLOCK);
-    let fits = |&(down, across): &(usize, usize)| {
-        let all_busy = rows * cols >= planes * down * across;
-        down * across <= blocks && all_busy && rows.is_multiple_of(down) && cols.is_multiple_of(across)
-    };
-    [(2, 2), (1, 2), (2, 1)].into_iter().find(fits).unwrap_or((1, 1))
 }
 
 fn layout(transposed: bool) -> MatrixLayout {

@@ -133,7 +133,7 @@ impl Blueprint {
                     }
                 };
                 let units = units.min(hardware.max_units_per_cube as usize);
-                Self { gate, delta, chunk, block, units, engine: engine.with_units(units, 4), operand_size }
+                Self { gate, delta, chunk, block, units, engine, operand_size }
             })
             .find(|blueprint| blueprint.shared_memory(p.key_dim) <= room)
     }
@@ -196,10 +196,7 @@ impl Blueprint {
         let registers = self.chunk * state_blocks * self.block * self.operand_size / (4 * self.units);
         let wide = if registers > 32 { 2 } else { 1 };
         let units = (wide * self.units).min(hardware.max_units_per_cube as usize);
-        // Their registers are for what is on its way: under gates per key feature, two rows of keys for a token.
-        let blocks = if self.delta && self.gate == GateKind::Key { 1 } else { 2 };
-        let chunk = Self { units, engine: self.engine.with_units(units, blocks), ..*self };
-        let walk = WalkBlueprint { chunk, state_blocks, value_block, resident: true };
+        let walk = WalkBlueprint { chunk: Self { units, ..*self }, state_blocks, value_block, resident: true };
         let fits = walk.shared_memory() <= hardware.max_shared_memory_size;
         WalkBlueprint { resident: fits, ..walk }
     }
@@ -267,7 +264,7 @@ fn engine(client: &Client, storage: Storage) -> Engine {
     };
     let narrow = !tf32 || TF32.load(Ordering::Relaxed);
     if narrow && plane_min == plane && properties.features.matmul.cmma.contains(&wanted) {
-        Engine::Matrix { plane: plane as usize, planes: 1, blocks: 1, tf32 }
+        Engine::Matrix { plane: plane as usize, tf32 }
     } else {
         // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
         Engine::Registers { side: if plane > 8 { 4 } else { 1 } }
