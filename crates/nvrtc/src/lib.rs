@@ -12,13 +12,14 @@ mod device;
 mod emulator;
 mod nvrtc;
 mod ptxas;
+mod recorder;
 mod server;
 mod transpile;
 
 pub use device::Arch;
 pub use emulator::emulator;
 pub use ptxas::Resources;
-pub use server::Recorder;
+pub use recorder::Recorder;
 
 use std::env;
 use std::fmt::Write;

@@ -228,8 +228,7 @@ pub(crate) fn product_at<A: Float, B: Float>(
     match comptime!(engine) {
         Engine::Registers { side } => in_registers::<A, B>(a, b, out, corner, form, side),
         Engine::Matrix { plane, tf32 } => {
-            let depth = comptime!(if tf32 { BLOCK / 2 } else { BLOCK });
-            on_matrix_units::<A, B>(a, b, out, corner, form, plane, depth);
+            on_matrix_units::<A, B>(a, b, out, corner, form, plane, comptime!(depth(tf32)));
         }
     }
 }
@@ -351,6 +350,11 @@ fn on_matrix_units<A: Float, B: Float>(
         let end = out.data.len();
         cmma::store(&mut out.data[at..end], &sum, out_stride, MatrixLayout::RowMajor);
     }
+}
+
+/// Products of an element of a block that one instruction of a matrix unit sums.
+pub(crate) const fn depth(tf32: bool) -> usize {
+    if tf32 { BLOCK / 2 } else { BLOCK }
 }
 
 fn layout(transposed: bool) -> MatrixLayout {

@@ -8,7 +8,7 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::prelude::{Scalar, tf32};
 
 use super::super::buffer::Storage;
-use super::super::tile::{BLOCK, Engine};
+use super::super::tile::{BLOCK, Engine, depth};
 use super::transfer::Shape;
 use crate::matrix::MatrixProblem;
 
@@ -118,7 +118,7 @@ impl Blueprint {
         let hardware = &client.properties().hardware;
         let engine = engine(client, storage);
         let room = hardware.max_shared_memory_size.min(SHARED_MEMORY);
-        let operand_size = if engine.on_matrix_units() { storage.size() } else { 4 };
+        let operand_size = operands(engine, storage).0.size();
         let sizes = [(64, 64), (64, 32), (32, 32), (32, 16), (16, 16)];
         let widest = p.key_dim.max(p.value_dim).next_multiple_of(BLOCK);
         sizes
@@ -139,19 +139,10 @@ impl Blueprint {
     }
 
     /// Elements of a row that a unit reads or writes at a time: 16 bytes, and less where rows are no multiple of it.
-    pub fn vector(&self, p: &MatrixProblem, storage: Storage) -> usize {
-        let most = if self.engine.on_matrix_units() { 16 / storage.size() } else { 4 };
+    pub fn vector(&self, p: &MatrixProblem) -> usize {
+        let most = 16 / self.operand_size;
         let fits = |n: &usize| *n <= most && p.key_dim.is_multiple_of(*n) && p.value_dim.is_multiple_of(*n);
         [8, 4, 2].into_iter().find(fits).unwrap_or(1)
-    }
-
-    /// How operands of products are kept in memory, and their type in kernels.
-    pub fn operands(&self, storage: Storage) -> (Storage, ElemType) {
-        match self.engine {
-            Engine::Registers { .. } => (Storage::F32, Storage::F32.elem_type()),
-            Engine::Matrix { tf32: true, .. } => (Storage::F32, tf32::elem_type_native()),
-            Engine::Matrix { .. } => (storage, storage.elem_type()),
-        }
     }
 
     /// Sub-blocks of a chunk.
@@ -260,7 +251,7 @@ fn engine(client: &Client, storage: Storage) -> Engine {
         cd_type: Storage::F32.elem_type(),
         m: BLOCK as u32,
         n: BLOCK as u32,
-        k: if tf32 { BLOCK as u32 / 2 } else { BLOCK as u32 },
+        k: depth(tf32) as u32,
     };
     let narrow = !tf32 || TF32.load(Ordering::Relaxed);
     if narrow && plane_min == plane && properties.features.matmul.cmma.contains(&wanted) {
@@ -268,6 +259,15 @@ fn engine(client: &Client, storage: Storage) -> Engine {
     } else {
         // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
         Engine::Registers { side: if plane > 8 { 4 } else { 1 } }
+    }
+}
+
+/// How operands of products are kept in memory, and their type in kernels.
+pub(crate) fn operands(engine: Engine, storage: Storage) -> (Storage, ElemType) {
+    match engine {
+        Engine::Registers { .. } => (Storage::F32, Storage::F32.elem_type()),
+        Engine::Matrix { tf32: true, .. } => (Storage::F32, tf32::elem_type_native()),
+        Engine::Matrix { .. } => (storage, storage.elem_type()),
     }
 }
 

@@ -7,7 +7,7 @@ use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use super::super::buffer::{Buffer, Storage};
 use super::super::device::{address_type, grid};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
+use super::blueprint::{Blueprint, GateKind, WalkBlueprint, operands};
 use super::output::Direction;
 use super::place::{SizesLaunch, table};
 use super::step::{COLUMNS, StepBlueprint, StepSizesLaunch, step_kernel};
@@ -103,8 +103,8 @@ impl<'a> Launch<'a> {
             x.v.len,
         ];
         let address = address_type(client, storage, lengths)?;
-        let types = [storage.elem_type(), b.operands(storage).1];
-        let vector = b.vector(p, storage);
+        let types = [storage.elem_type(), operands(b.engine, storage).1];
+        let vector = b.vector(p);
         Ok(Self { client, p, x, b, w, chunks, sequences, table, nothing, address, vector, types })
     }
 
@@ -129,7 +129,7 @@ impl<'a> Launch<'a> {
     }
 
     fn operand(&self) -> Storage {
-        self.b.operands(self.x.q.storage).0
+        operands(self.b.engine, self.x.q.storage).0
     }
 
     /// An output that only exists if `wanted`.
