@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """flash-linear-attention and Mamba-2 on a CUDA device, at the shapes of fla's own benchmark and at long sequences.
 
-usage: gpu_peers.py [--only SUBSTRING] [--seconds 1] [--json FILE] [--ours target/release/thalweg] [--ours-json FILE]
+usage: gpu_peers.py [--only SUBSTRING] [--shapes 1x8192x16x128,...] [--seconds 1] [--json FILE]
+                    [--ours target/release/thalweg] [--ours-json FILE]
 
 With `--ours`, a `thalweg` built with `--features cuda`, each benchmark of ours with the same name, passes and shape runs first,
 on the same device in the same session, and one markdown table of both is printed, by operation, pass, shape and element type.
@@ -159,12 +160,12 @@ def measure(run, seconds):
     return samples, peak
 
 
-def cases():
+def cases(shapes):
     """`(benchmark, peer, pass, shape, function that makes the run)` of all."""
     import torch
 
     found = operations()
-    for shape in SHAPES:
+    for shape in shapes:
         batch, length, heads, dim = shape
         for name, peer, takes, chunked, _ in found:
             for what in (FORWARD, TRAIN):
@@ -200,7 +201,7 @@ def report(options):
     from importlib.metadata import version
 
     rows = []
-    for name, peer, what, shape, make in cases():
+    for name, peer, what, shape, make in cases(options.shapes):
         label = f"{name}/{what} {shape} {peer}"
         if options.only not in label:
             continue
@@ -222,12 +223,12 @@ def report(options):
     return {"machine": machine, "rows": rows}
 
 
-def ours(binary, only):
+def ours(binary, only, shapes):
     """The rows of our benchmark at the same shapes; each shape in a process of its own."""
     rows, seen = [], set()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "ours.json"
-        for name, peer, what, shape, _ in cases():
+        for name, peer, what, shape, _ in cases(shapes):
             # A filter that contains "forward" also takes "forward+backward".
             part = f"ops/{name}/{STEP if what == STEP else FORWARD}"
             if only not in f"{name}/{what} {shape} {peer}" or (part, *shape) in seen:
@@ -264,16 +265,21 @@ def joined(theirs, ours):
     return "\n".join(lines)
 
 
+def sizes(text):
+    return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only what contains this in `name/pass shape peer`")
+    parser.add_argument("--shapes", type=sizes, default=SHAPES, metavar="BxTxHxD,...", help="in place of all sequences")
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples for each row")
     parser.add_argument("--json", help="writes the report to this file instead of standard output")
     parser.add_argument("--ours", metavar="THALWEG", help="runs our benchmarks too and prints one table of both")
     parser.add_argument("--ours-json", metavar="FILE", help="writes our rows to this file")
     options = parser.parse_args()
     need_device()
-    mine = ours(options.ours, options.only) if options.ours else None
+    mine = ours(options.ours, options.only, options.shapes) if options.ours else None
     if options.ours_json and mine:
         pathlib.Path(options.ours_json).write_text(json.dumps(mine, indent=2) + "\n")
     theirs = report(options)

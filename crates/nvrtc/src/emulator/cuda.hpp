@@ -5,7 +5,9 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -54,54 +56,137 @@ static void fail(const char* why) {
     if (!failure) failure = why;
 }
 
+enum State { RUNS, AT_BARRIER, AT_WARP, DONE };
+
 // A thread of the block.
 struct Fiber {
-    ucontext_t context;
-    bool done;
+    void* context;
+    State state;
 };
 
 static std::vector<Fiber> fibers;
-static std::vector<void*> stacks;
-static ucontext_t scheduler;
+static std::vector<char*> stacks;
+static void* scheduler;
 static unsigned current;
 static char* shared;
 static void (*kernel)(void**);
 static void** arguments;
 
 constexpr size_t STACK = 1 << 20, PAGE = 4096;
-
-static void enter() {
-    kernel(arguments);
-    fibers[current].done = true;
-}
+constexpr unsigned WARP = 32;
 
 static void* pages(size_t bytes) {
     return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
 
+// To another thread: `from` is where this one goes on, `to` where that one did.
+#if defined(__x86_64__)
+extern "C" void emulator_switch(void** from, void* to);
+// What a call keeps is on the stacks. A thread that begins returns into `enter`.
+asm(R"(
+    .text
+    .local emulator_switch
+    .type emulator_switch, @function
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size emulator_switch, . - emulator_switch
+)");
+
+static void begin(unsigned i, void (*enter)()) {
+    void** top = reinterpret_cast<void**>(stacks[i] + STACK) - 1;
+    *--top = reinterpret_cast<void*>(enter);
+    fibers[i].context = top - 6;
+}
+#else
+static std::vector<ucontext_t> contexts;
+static ucontext_t main_context;
+
+static void emulator_switch(void** from, void* to) {
+    ucontext_t* here = from == &scheduler ? &main_context : &contexts[current];
+    *from = here;
+    swapcontext(here, static_cast<ucontext_t*>(to));
+}
+
+static void begin(unsigned i, void (*enter)()) {
+    if (contexts.size() < stacks.size()) contexts.resize(stacks.size());
+    getcontext(&contexts[i]);
+    contexts[i].uc_stack.ss_sp = stacks[i];
+    contexts[i].uc_stack.ss_size = STACK;
+    makecontext(&contexts[i], enter, 0);
+    fibers[i].context = &contexts[i];
+}
+#endif
+
+// Lets the others run until what is waited for is there.
+static void wait(State state) {
+    Fiber& fiber = fibers[current];
+    fiber.state = state;
+    emulator_switch(&fiber.context, scheduler);
+}
+
+static void enter() {
+    kernel(arguments);
+    wait(DONE);
+}
+
 static void resume(unsigned i) {
     current = i;
     threadIdx = {i, 0, 0};
-    swapcontext(&scheduler, &fibers[i].context);
+    emulator_switch(&scheduler, fibers[i].context);
+}
+
+// Lets all of `first..end` go on if they wait for each other.
+static bool release(State state, unsigned first, unsigned end) {
+    for (unsigned i = first; i < end; i++)
+        if (fibers[i].state != state) return false;
+    for (unsigned i = first; i < end; i++) fibers[i].state = RUNS;
+    return true;
 }
 
 static void run_block(unsigned threads) {
     for (unsigned i = 0; i < threads; i++) {
-        Fiber& fiber = fibers[i];
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = stacks[i];
-        fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = &scheduler;
-        makecontext(&fiber.context, enter, 0);
+        fibers[i].state = RUNS;
+        begin(i, enter);
     }
-    for (unsigned round = 0;; round++) {
-        for (unsigned i = 0; i < threads; i++) resume(round % 2 ? threads - 1 - i : i);
-        unsigned done = 0;
-        for (const Fiber& fiber : fibers) done += fiber.done;
-        if (done == threads) return;
-        if (done > 0) return fail("some threads end where others wait at a barrier");
+    for (unsigned round = 0;;) {
+        for (unsigned j = 0; j < threads; j++) {
+            const unsigned i = round % 2 ? threads - 1 - j : j;
+            if (fibers[i].state == RUNS) resume(i);
+        }
+        bool more = false;
+        for (unsigned i = 0; i < threads; i += WARP) more |= release(AT_WARP, i, i + WARP < threads ? i + WARP : threads);
+        if (more) continue;
+        round++;
+        if (release(AT_BARRIER, 0, threads)) continue;
+        if (!release(DONE, 0, threads)) fail("some threads end where others wait at a barrier");
+        return;
     }
+}
+
+// What each lane of a warp hands to all of them.
+template <typename T> static const T* exchange(const T& mine) {
+    static std::vector<T> handed[2];
+    static std::vector<unsigned char> turns;
+    for (auto& h : handed) h.resize(fibers.size());
+    turns.resize(fibers.size());
+    const unsigned i = current, turn = turns[i]++ % 2;
+    handed[turn][i] = mine;
+    wait(AT_WARP);
+    return &handed[turn][i / WARP * WARP];
 }
 
 // Shared memory ends where no access is allowed, and begins as NaN.
@@ -110,7 +195,7 @@ static const char* launch(void (*entry)(void**), void** args, const unsigned* gr
     kernel = entry;
     arguments = args;
     fibers.assign(threads, Fiber());
-    while (stacks.size() < threads) stacks.push_back(pages(STACK));
+    while (stacks.size() < threads) stacks.push_back(static_cast<char*>(pages(STACK)));
     const size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
     char* memory = static_cast<char*>(pages(room + PAGE));
     mprotect(memory + room, PAGE, PROT_NONE);
@@ -139,10 +224,62 @@ template <typename... A> static void call(void (*entry)(A...), void** args) {
 
 }  // namespace emulator
 
-static void __syncthreads() {
-    using namespace emulator;
-    swapcontext(&fibers[current].context, &scheduler);
+static void __syncthreads() { emulator::wait(emulator::AT_BARRIER); }
+
+static void __syncwarp() { emulator::wait(emulator::AT_WARP); }
+
+static uint32_t __cvta_generic_to_shared(const void* p) {
+    return static_cast<const char*>(p) - emulator::shared;
 }
+
+// Instructions that kernels have in PTX.
+namespace emulator::ptx {
+
+// `N` matrices of 8 x 8 elements of 16 bits, a row at the address of each lane: lane `8 m + i` has row `i` of matrix `m`.
+// A lane gets two neighbours of a row or, transposed, of a column.
+template <int N, bool TRANSPOSED> static void ldmatrix(uint32_t* out, uint32_t address) {
+    if (address % 16) fail("a matrix is not aligned");
+    const uint32_t* rows = exchange(address);
+    const unsigned lane = current % WARP, i = lane / 4, j = lane % 4 * 2;
+    for (unsigned m = 0; m < N; m++) {
+        uint16_t pair[2];
+        for (unsigned n = 0; n < 2; n++) {
+            const unsigned row = TRANSPOSED ? j + n : i, col = TRANSPOSED ? i : j + n;
+            memcpy(&pair[n], shared + rows[8 * m + row] + 2 * col, 2);
+        }
+        memcpy(&out[m], pair, 4);
+    }
+}
+
+template <typename T> static float element(const uint32_t* registers, unsigned i) {
+    if constexpr (std::is_same_v<T, float>) return bits_of<float>(registers[i] & ~0x1fffu);
+    else return bits_of<T>(static_cast<uint16_t>(registers[i / 2] >> 16 * (i % 2)));
+}
+
+// `d = a b + c`, 16 x K times K x 8, in the layout of `mma.sync`.
+template <typename T, int K> static void mma(float* d, const uint32_t* a, const uint32_t* b, const float* c) {
+    struct Operands {
+        uint32_t a[4], b[2];
+    } mine;
+    memcpy(mine.a, a, sizeof mine.a);
+    memcpy(mine.b, b, sizeof mine.b);
+    const Operands* lanes = exchange(mine);
+    // Of 32 bits, a register has one element; of 16 bits, two of neighbouring k.
+    constexpr unsigned wide = sizeof(T) == 2 ? 2 : 1;
+    const unsigned lane = current % WARP;
+    for (unsigned r = 0; r < 4; r++) {
+        const unsigned row = lane / 4 + r / 2 * 8, col = lane % 4 * 2 + r % 2;
+        float sum = c[r];
+        for (unsigned k = 0; k < K; k++) {
+            const unsigned group = k / (4 * wide), quad = k % (4 * wide) / wide, n = k % wide;
+            const Operands &x = lanes[row % 8 * 4 + quad], &y = lanes[col * 4 + quad];
+            sum += element<T>(x.a, (row / 8 + 2 * group) * wide + n) * element<T>(y.b, group * wide + n);
+        }
+        d[r] = sum;
+    }
+}
+
+}  // namespace emulator::ptx
 
 // Matrix units. A lane holds half a row of the result, and what it needs for it.
 namespace nvcuda::wmma {

@@ -5,6 +5,7 @@
 //! must be aligned as the hardware wants them. What is not seen: PTX, the order of a warp's threads, and time.
 
 mod memory;
+mod ptx;
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
@@ -124,6 +125,7 @@ impl Emulator {
 /// CUDA C++ as C++ for the CPU, with a function `run`.
 fn host_source(source: &str, kernel: &str) -> Result<String, String> {
     let mut out = String::from(include_str!("cuda.hpp"));
+    let source = ptx::replace(source)?;
     // The names of integers and the headers are the machine's own.
     let kept = source.lines().filter(|line| {
         let integer = line.starts_with("typedef") && line.ends_with("_t;");

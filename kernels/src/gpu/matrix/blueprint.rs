@@ -8,7 +8,7 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::prelude::{Scalar, tf32};
 
 use super::super::buffer::Storage;
-use super::super::tile::{BLOCK, Engine, depth};
+use super::super::tile::{BLOCK, Engine, Spread, WARP, depth};
 use super::transfer::Shape;
 use crate::matrix::MatrixProblem;
 
@@ -60,9 +60,20 @@ impl WalkBlueprint {
         if self.resident { self.rows() } else { self.chunk.block }
     }
 
-    /// Rows of the state in the element type of the keys.
+    /// The state.
+    pub fn state(&self) -> Spread {
+        self.chunk.spread(self.rows(), self.value_block)
+    }
+
+    /// What is computed of a chunk's values with the delta rule.
+    pub fn written(&self) -> Spread {
+        self.chunk.spread(self.chunk.if_delta(self.chunk.chunk), self.value_block)
+    }
+
+    /// Rows of the state in the element type of the keys; one if it is read as it is.
     pub fn narrow_rows(&self) -> usize {
-        if self.chunk.delta && self.chunk.engine.on_matrix_units() { self.key_cols() } else { 1 }
+        let as_it_is = self.state().in_memory() && !(self.chunk.delta && self.chunk.engine.on_matrix_units());
+        if as_it_is { 1 } else { self.rows() }
     }
 
     /// The tile of keys.
@@ -98,9 +109,10 @@ impl WalkBlueprint {
     pub fn shared_memory(&self) -> usize {
         let (b, c, d) = (&self.chunk, self.chunk.chunk, self.value_block);
         let both = if self.resident && b.delta { c } else { 1 };
-        b.float(self.rows(), d)
-            + b.float(b.if_delta(c), d)
+        b.sums(self.state())
+            + b.sums(self.written())
             + b.operand(self.narrow_rows(), d)
+            + b.operand(b.if_delta(self.written().stage()), d)
             + b.operand(c + both, self.key_cols())
             + b.operand(c + b.if_delta(c), d)
             + b.operand(b.if_delta(c), c)
@@ -127,10 +139,8 @@ impl Blueprint {
                 let block = widest.min(block);
                 let units = match engine {
                     Engine::Registers { .. } => (chunk * block / 8).min(256),
-                    // A unit for each token at least.
-                    Engine::Matrix { plane, .. } => {
-                        plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8).max(chunk / plane)
-                    }
+                    Engine::Matrix { plane, .. } => planes(plane, chunk, block),
+                    Engine::Mma => planes(WARP, chunk, block),
                 };
                 let units = units.min(hardware.max_units_per_cube as usize);
                 Self { gate, delta, chunk, block, units, engine, operand_size }
@@ -192,6 +202,16 @@ impl Blueprint {
         WalkBlueprint { resident: fits, ..walk }
     }
 
+    /// A matrix of sums.
+    pub fn spread(&self, rows: usize, cols: usize) -> Spread {
+        Spread { rows, cols, units: self.units, engine: self.engine }
+    }
+
+    /// Shared memory of sums.
+    fn sums(&self, spread: Spread) -> usize {
+        if spread.in_memory() { self.float(spread.rows.max(1), spread.cols) } else { self.float(1, 1) }
+    }
+
     fn float(&self, rows: usize, cols: usize) -> usize {
         rows * (cols + self.padding()) * 4
     }
@@ -226,7 +246,10 @@ impl Blueprint {
         let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
         let scores =
             self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.delta as usize * self.float(BLOCK, c);
-        let output = self.float(c, d) + self.operand(2 * c + d, d) + self.operand(c, c) + self.by_row().common_memory();
+        let output = self.sums(self.spread(c, d))
+            + self.operand(2 * c + d, d)
+            + self.operand(c, c)
+            + self.by_row().common_memory();
         let square = if self.gate == GateKind::Key { c } else { 1 };
         let backward = self.operand(c + delta, c)
             + self.float(square + 3 * c + delta, d)
@@ -236,6 +259,11 @@ impl Blueprint {
         let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false };
         (scores.max(backward) + self.common_memory()).max(output).max(walk.shared_memory())
     }
+}
+
+/// Units of planes on matrix units: one for each token at least.
+fn planes(plane: usize, chunk: usize, block: usize) -> usize {
+    plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8).max(chunk / plane)
 }
 
 /// Matrix units compute with operands of 16 bits, or with tf32 where it is allowed; f32 tensors else keep their precision
@@ -254,7 +282,12 @@ fn engine(client: &Client, storage: Storage) -> Engine {
         k: depth(tf32) as u32,
     };
     let narrow = !tf32 || TF32.load(Ordering::Relaxed);
-    if narrow && plane_min == plane && properties.features.matmul.cmma.contains(&wanted) {
+    let known = MmaConfig { n: 8, ..wanted };
+    let matmul = &properties.features.matmul;
+    let warps = plane_min == plane && plane as usize == WARP;
+    if !tf32 && warps && matmul.mma.contains(&known) && matmul.ldmatrix.contains(&operand) {
+        Engine::Mma
+    } else if narrow && plane_min == plane && matmul.cmma.contains(&wanted) {
         Engine::Matrix { plane: plane as usize, tf32 }
     } else {
         // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
@@ -267,7 +300,7 @@ pub(crate) fn operands(engine: Engine, storage: Storage) -> (Storage, ElemType) 
     match engine {
         Engine::Registers { .. } => (Storage::F32, Storage::F32.elem_type()),
         Engine::Matrix { tf32: true, .. } => (Storage::F32, tf32::elem_type_native()),
-        Engine::Matrix { .. } => (storage, storage.elem_type()),
+        Engine::Matrix { .. } | Engine::Mma => (storage, storage.elem_type()),
     }
 }
 

@@ -285,7 +285,7 @@ fn through_state<I: Float, E: Float, N: Size>(
         load::<I, E, N>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
         load_state::<E, E, N>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
-        product::<E>(&pairs.one, &pairs.state, &mut roles.q_left, form, b.engine);
+        product::<E>(&pairs.one, &pairs.state, &mut roles.q_left, form, b.units, b.engine);
         if carry_row < b.block {
             for i in range_stepped(column, comptime!(b.block / n), columns) {
                 let (rows, v) = ((state_at, sizes.value_dim), v0 + i * n);
@@ -302,13 +302,13 @@ fn through_state<I: Float, E: Float, N: Size>(
         if comptime!(b.delta) {
             load::<I, E, N>(z, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
             sync_cube();
-            product::<E>(&pairs.one, &pairs.state, &mut roles.k_left, form, b.engine);
+            product::<E>(&pairs.one, &pairs.state, &mut roles.k_left, form, b.units, b.engine);
             sync_cube();
         }
         load::<I, E, N>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
         load_state::<E, E, N>(dstates, state_at, k0, v0, sizes, &mut pairs.state, true);
         sync_cube();
-        product::<E>(&pairs.one, &pairs.state, &mut roles.k_end, form, b.engine);
+        product::<E>(&pairs.one, &pairs.state, &mut roles.k_end, form, b.units, b.engine);
         sync_cube();
     }
     tokens.carries[unit()] = carry;

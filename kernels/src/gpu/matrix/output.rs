@@ -8,12 +8,12 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Tile, fill, fresh, product, unit, units};
+use super::super::tile::{Form, Mode, Sums, Tile, fresh, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, load_keys};
 use super::place::{Place, Sizes};
-use super::state::load_state;
-use super::transfer::{load_scores, read, store};
+use super::state::{load_state, store_sums};
+use super::transfer::{load_scores, read};
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -43,16 +43,15 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
         terminate!();
     }
     let place = Place::of(cube, sizes, table, b);
-    let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
-    let c = comptime!(b.chunk);
+    let (c, operand) = comptime!((b.chunk, b.operand_padding()));
     let by_row = comptime!(b.by_row());
     let mut decay = Decay::new(by_row);
-    let mut sum = Tile::<f32>::new(c, b.block, padding);
+    let mut sum = Sums::new(comptime!(b.spread(c, b.block)));
     let mut queries = Tile::<E>::new(c, b.block, operand);
     let mut state = Tile::<E>::new(b.block, b.block, operand);
     let mut scores = Tile::<E>::new(c, c, operand);
     let mut u = Tile::<E>::new(c, b.block, operand);
-    fill::<f32>(&mut sum, 0.0);
+    sum.clear();
     decay.load(g, &place, sizes, by_row);
     let (role, factor, weigh) = match comptime!(direction) {
         Direction::Forward => (comptime!(Role::FromStart), query_scale(sizes, b), comptime!(true)),
@@ -64,7 +63,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
         load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, by_row);
         load_state::<E, E, N>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
         sync_cube();
-        product::<E>(&queries, &state, &mut sum, comptime!(Form::ab(c, b.block, b.block, Mode::Add)), b.engine);
+        sum.product::<E, E>(&queries, &state, comptime!(Form::ab(c, b.block, b.block, Mode::Add)));
         sync_cube();
     }
     // The place again: kept, it would take the registers of the loop.
@@ -73,9 +72,11 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     load_scores::<E, N>(a, place.scores(sizes, b), &mut scores);
     load_written::<I, E, N>(x, beta, &place, sizes, v0, &mut u, weigh, b);
     sync_cube();
-    product::<E>(&scores, &u, &mut sum, comptime!(scores_form(direction, b)), b.engine);
+    sum.product::<E, E>(&scores, &u, comptime!(scores_form(direction, b)));
+    // The queries are not needed any more.
+    sum.put::<E>(&mut queries);
     sync_cube();
-    store::<I, f32, N>(&sum, o, place.values(sizes), place.rows, v0, sizes.value_dim);
+    store_sums::<I, E, N>(&sum, &queries, o, place.values(sizes), place.rows, v0, sizes.value_dim);
 }
 
 fn scores_form(direction: Direction, b: Blueprint) -> Form {

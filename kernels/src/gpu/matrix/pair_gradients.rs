@@ -29,14 +29,14 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
     load_stepped::<I, E, N>(&x.k, place, sizes, k0, decay, tokens, &mut pairs.one, Role::Plain, b);
     load_keys::<I, E, N>(&x.q, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.two, Role::Plain, b);
     sync_cube();
-    product::<E>(&pairs.p, &pairs.one, &mut roles.q_left, left, b.engine);
-    product::<E>(&pairs.p, &pairs.two, &mut roles.k_right, right, b.engine);
+    product::<E>(&pairs.p, &pairs.one, &mut roles.q_left, left, b.units, b.engine);
+    product::<E>(&pairs.p, &pairs.two, &mut roles.k_right, right, b.units, b.engine);
     if comptime!(b.delta) {
-        product::<E>(&pairs.r, &pairs.one, &mut roles.k_left, left, b.engine);
+        product::<E>(&pairs.r, &pairs.one, &mut roles.k_left, left, b.units, b.engine);
         sync_cube();
         load_keys::<I, E, N>(&x.k, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.one, Role::Plain, b);
         sync_cube();
-        product::<E>(&pairs.r, &pairs.one, &mut roles.k_right, right, b.engine);
+        product::<E>(&pairs.r, &pairs.one, &mut roles.k_right, right, b.units, b.engine);
     }
     sync_cube();
 }
@@ -91,10 +91,10 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
         load_stepped::<I, E, N>(&x.k, place, sizes, k0, &*decay, tokens, &mut pairs.one, toward, b);
         sync_cube();
         let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
-        product_at::<E, E>(&pairs.p, &pairs.one, &mut pairs.square, &corner, left, b.engine);
+        product_at::<E, E>(&pairs.p, &pairs.one, &mut pairs.square, &corner, left, b.units, b.engine);
         if comptime!(b.delta) {
             let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: comptime!(BLOCK).runtime() };
-            product_at::<E, E>(&pairs.r, &pairs.one, &mut pairs.square, &corner, left, b.engine);
+            product_at::<E, E>(&pairs.r, &pairs.one, &mut pairs.square, &corner, left, b.units, b.engine);
         }
         sync_cube();
         decay.prepare(&x.g, place, sizes, k0, Role::Within, b);
@@ -124,11 +124,11 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
         sync_cube();
         // Right: of the earlier keys.
         let corner = Corner { a_row: row, a_col: 0usize, b_row: row, out_row: 0usize };
-        product_at::<E, E>(&pairs.p, &pairs.two, &mut pairs.square, &corner, right, b.engine);
+        product_at::<E, E>(&pairs.p, &pairs.two, &mut pairs.square, &corner, right, b.units, b.engine);
         if comptime!(b.delta) {
             sync_cube();
             let add = comptime!(Form { mode: Mode::Add, ..right });
-            product_at::<E, E>(&pairs.r, &pairs.one, &mut pairs.square, &corner, add, b.engine);
+            product_at::<E, E>(&pairs.r, &pairs.one, &mut pairs.square, &corner, add, b.units, b.engine);
         }
         sync_cube();
         decay.prepare(&x.g, place, sizes, k0, toward, b);

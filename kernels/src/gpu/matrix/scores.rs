@@ -11,7 +11,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Corner, Engine, Form, Mode, Tile, fill, product, product_at, unit, units};
+use super::super::tile::{BLOCK, Corner, Engine, Form, Mode, Sums, Tile, fill, product_at, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, load_keys};
 use super::place::{Place, Sizes};
@@ -49,10 +49,17 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     let place = Place::of(cube, sizes, table, b);
     let mut decay = Decay::new(b);
     let c = comptime!(b.chunk);
-    let mut a = Tile::<f32>::new(c, c, comptime!(b.padding()));
-    let mut m = Tile::<f32>::new(comptime!(if b.delta { c } else { 1 }), c, comptime!(b.padding()));
-    fill::<f32>(&mut a, 0.0);
-    fill::<f32>(&mut m, 0.0);
+    // Summed in registers where gates are scalars, then tiles.
+    let mut query_sums = Sums::new(comptime!(b.spread(c, c)));
+    let mut key_sums = Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, c)));
+    let (mut a, mut m) = (query_sums.whole(), key_sums.whole());
+    if comptime!(b.gate == GateKind::Key) {
+        fill::<f32>(&mut a, 0.0);
+        fill::<f32>(&mut m, 0.0);
+    } else {
+        query_sums.clear();
+        key_sums.clear();
+    }
     decay.load(g, &place, sizes, b);
 
     let mut q_left = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
@@ -88,9 +95,9 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 let row = comptime!(later * BLOCK).runtime();
                 let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
                 let form = comptime!(Form::abt(BLOCK, later * BLOCK, b.block, Mode::Add));
-                product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.engine);
+                product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.units, b.engine);
                 if comptime!(b.delta) {
-                    product_at::<E, E>(&k_left, &right, &mut m, &corner, form, b.engine);
+                    product_at::<E, E>(&k_left, &right, &mut m, &corner, form, b.units, b.engine);
                 }
             }
             sync_cube();
@@ -116,14 +123,19 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
             load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
             sync_cube();
             let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
-            product::<E>(&q_left, &right, &mut a, form, b.engine);
+            query_sums.product::<E, E>(&q_left, &right, form);
             if comptime!(b.delta) {
-                product::<E>(&k_left, &right, &mut m, form, b.engine);
+                key_sums.product::<E, E>(&k_left, &right, form);
             }
         }
         sync_cube();
     }
     if comptime!(b.gate != GateKind::Key) {
+        query_sums.put::<f32>(&mut a);
+        if comptime!(b.delta) {
+            key_sums.put::<f32>(&mut m);
+        }
+        sync_cube();
         decay.multiply_lower(&mut a, false, b);
         if comptime!(b.delta) {
             decay.multiply_lower(&mut m, true, b);
@@ -272,11 +284,19 @@ fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
         let row = comptime!(block * BLOCK).runtime();
         let n = comptime!(block * BLOCK);
         let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
-        product_at::<f32, f32>(l, &solved, &mut w, &corner, comptime!(Form::ab(BLOCK, n, n, Mode::Set)), registers);
+        product_at::<f32, f32>(
+            l,
+            &solved,
+            &mut w,
+            &corner,
+            comptime!(Form::ab(BLOCK, n, n, Mode::Set)),
+            b.units,
+            registers,
+        );
         sync_cube();
         let corner = Corner { a_row: row, a_col: row, b_row: 0usize, out_row: row };
         let form = comptime!(Form::ab(BLOCK, n, BLOCK, Mode::SetNegative));
-        product_at::<f32, f32>(&solved, &w, t, &corner, form, registers);
+        product_at::<f32, f32>(&solved, &w, t, &corner, form, b.units, registers);
         sync_cube();
     }
 }

@@ -7,7 +7,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Tile, fill, product};
+use super::super::tile::{Form, Mode, Sums, Tile};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::Decay;
 use super::place::{Place, Sizes};
@@ -35,13 +35,42 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     if comptime!(b.gate == GateKind::Head) {
         decay.load(g, &place, sizes, b);
     }
-    let mut square = Tile::<f32>::new(b.chunk, b.chunk, comptime!(b.padding()));
+    let mut sums = Sums::new(comptime!(b.spread(b.chunk, b.chunk)));
+    let mut square = sums.whole();
     let mut left = Tile::<E>::new(b.chunk, b.block, comptime!(b.operand_padding()));
     let mut right = Tile::<E>::new(b.chunk, b.block, comptime!(b.operand_padding()));
-    outer::<I, E, N>(do_, x, p_out, sizes.scale, &place, sizes, &decay, &mut square, &mut left, &mut right, false, b);
+    outer::<I, E, N>(
+        do_,
+        x,
+        p_out,
+        sizes.scale,
+        &place,
+        sizes,
+        &decay,
+        &mut sums,
+        &mut square,
+        &mut left,
+        &mut right,
+        false,
+        b,
+    );
     if comptime!(b.delta) {
         sync_cube();
-        outer::<I, E, N>(z, x, r_out, -1.0, &place, sizes, &decay, &mut square, &mut left, &mut right, true, b);
+        outer::<I, E, N>(
+            z,
+            x,
+            r_out,
+            -1.0,
+            &place,
+            sizes,
+            &decay,
+            &mut sums,
+            &mut square,
+            &mut left,
+            &mut right,
+            true,
+            b,
+        );
     }
 }
 
@@ -55,6 +84,7 @@ fn outer<I: Float, E: Float, N: Size>(
     place: &Place,
     sizes: &Sizes,
     decay: &Decay,
+    sums: &mut Sums,
     square: &mut Tile<f32>,
     left: &mut Tile<E>,
     right: &mut Tile<E>,
@@ -62,14 +92,16 @@ fn outer<I: Float, E: Float, N: Size>(
     #[comptime] b: Blueprint,
 ) {
     let (c, at) = (comptime!(b.chunk), place.values(sizes));
-    fill::<f32>(square, 0.0);
+    sums.clear();
     for part in 0..sizes.value_blocks {
         load::<I, E, N>(y, at, place.rows, part * b.block, sizes.value_dim, left);
         load::<I, E, N>(x, at, place.rows, part * b.block, sizes.value_dim, right);
         sync_cube();
-        product::<E>(&*left, &*right, square, comptime!(Form::abt(c, c, b.block, Mode::Add)), b.engine);
+        sums.product::<E, E>(&*left, &*right, comptime!(Form::abt(c, c, b.block, Mode::Add)));
         sync_cube();
     }
+    sums.put::<f32>(square);
+    sync_cube();
     decay.multiply_lower(square, strict, b);
     sync_cube();
     store_scores::<E, N>(&*square, out, place.scores(sizes, b), factor, b);

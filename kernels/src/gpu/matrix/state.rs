@@ -8,12 +8,13 @@
 //! left to them, `(k e^{c}) S = e^{c} (k S)`; then both keys are `k`. Where shared memory has room, all keys of a chunk are
 //! in it at once.
 //!
-//! One cube keeps the state of one head and block of value features in shared memory, in f32; without the delta rule
-//! also of only one block of key features, as rows of the state then do not meet.
+//! One cube keeps the state of one head and block of value features in f32, in registers where it can; without the delta
+//! rule also of only one block of key features, as rows of the state then do not meet. Products read it in the element
+//! type of the keys, `narrow`.
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Corner, Form, Mode, Tile, copy, fill, fresh, product, product_at, unit, units};
+use super::super::tile::{Corner, Form, Mode, Sums, Tile, fresh, unit, units};
 use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role};
@@ -73,56 +74,124 @@ pub(crate) fn load_state<A: Float, E: Float, N: Size>(
     }
 }
 
-/// Writes a state, or a block of it.
+/// Takes a state, or a block of it; zero where `present` is not.
 #[cube]
-pub(crate) fn store_state<A: Float, N: Size>(
-    tile: &Tile<f32>,
-    out: &mut [Vector<A, N>],
-    at: usize,
-    k0: usize,
-    v0: usize,
-    sizes: &Sizes,
-) {
-    let from = (at + k0 * sizes.value_dim, sizes.value_dim);
-    store::<A, f32, N>(tile, out, from, sizes.key_dim - k0, v0, sizes.value_dim);
-}
-
-/// `state = e^{c_n} state`.
-#[cube]
-pub(crate) fn decay_rows(state: &mut Tile<f32>, by: &Rows, #[comptime] b: Blueprint) {
-    if comptime!(b.gate != GateKind::None) {
-        for i in range_stepped(unit(), comptime!(state.rows * state.cols), units()) {
-            let (k, v) = (i / state.cols, i % state.cols);
-            let mut factor = by.decay.end(0, b.by_row());
-            if comptime!(b.gate == GateKind::Key) {
-                factor = by.ends[k];
+pub(crate) fn take_state(x: &[f32], part: &Part, sizes: &Sizes, state: &mut Sums, #[comptime] present: bool) {
+    let (unit, at) = (unit(), part.state(sizes));
+    #[unroll]
+    for j in 0..comptime!(state.spread.len()) {
+        if state.has(unit, j) {
+            let place = state.place(unit, j);
+            let (k, v) = (part.k0 + place.0, part.v0 + place.1);
+            let mut value = f32::new(0.0);
+            if comptime!(present) {
+                if k < sizes.key_dim && v < sizes.value_dim {
+                    value = x[at + k * sizes.value_dim + v];
+                }
             }
-            state.set(k, v, state.get(k, v) * factor);
+            state.set(place, j, value);
         }
     }
 }
 
-/// `out = keys state`, or `+=`. Matrix units want the state in the element type of the keys: `narrow`, which is filled.
-/// Synchronises before the product.
+/// Writes a state, or a block of it.
+#[cube]
+pub(crate) fn leave_state(state: &Sums, out: &mut [f32], part: &Part, sizes: &Sizes) {
+    let (unit, at) = (unit(), part.state(sizes));
+    #[unroll]
+    for j in 0..comptime!(state.spread.len()) {
+        if state.has(unit, j) {
+            let place = state.place(unit, j);
+            let (k, v) = (part.k0 + place.0, part.v0 + place.1);
+            if k < sizes.key_dim && v < sizes.value_dim {
+                out[at + k * sizes.value_dim + v] = state.get(place, j);
+            }
+        }
+    }
+}
+
+/// The state as products read it.
+#[cube]
+pub(crate) fn narrow_state<E: Float>(state: &Sums, narrow: &mut Tile<E>, #[comptime] w: WalkBlueprint) {
+    if comptime!(w.narrow_rows() > 1) {
+        state.put_at::<E>(narrow, 0);
+    }
+}
+
+/// Writes the state for the launches that read it.
+#[cube]
+pub(crate) fn store_state<E: Float, N: Size>(
+    state: &Sums,
+    narrow: &Tile<E>,
+    out: &mut [Vector<E, N>],
+    at: usize,
+    part: &Part,
+    sizes: &Sizes,
+    #[comptime] w: WalkBlueprint,
+) {
+    let from = (at + part.k0 * sizes.value_dim, sizes.value_dim);
+    let rows = sizes.key_dim - part.k0;
+    if comptime!(w.narrow_rows() > 1) {
+        store::<E, E, N>(narrow, out, from, rows, part.v0, sizes.value_dim);
+    } else {
+        store::<E, f32, N>(&state.memory, out, from, rows, part.v0, sizes.value_dim);
+    }
+}
+
+/// `state = e^{c_n} state`.
+#[cube]
+pub(crate) fn decay_rows(state: &mut Sums, by: &Rows, #[comptime] b: Blueprint) {
+    if comptime!(b.gate != GateKind::None) {
+        let unit = unit();
+        #[unroll]
+        for j in 0..comptime!(state.spread.len()) {
+            if state.has(unit, j) {
+                let place = state.place(unit, j);
+                let mut factor = by.decay.end(0, b.by_row());
+                if comptime!(b.gate == GateKind::Key) {
+                    factor = by.ends[place.0];
+                }
+                state.set(place, j, state.get(place, j) * factor);
+            }
+        }
+    }
+}
+
+/// `out (+)= keys state`, of the state's rows from `row0` on.
 #[cube]
 pub(crate) fn read_state<E: Float>(
     keys: &Tile<E>,
-    state: &Tile<f32>,
+    state: &Sums,
+    narrow: &Tile<E>,
     row0: usize,
-    narrow: &mut Tile<E>,
-    out: &mut Tile<f32>,
+    out: &mut Sums,
     #[comptime] mode: Mode,
-    #[comptime] b: Blueprint,
+    #[comptime] w: WalkBlueprint,
 ) {
-    let form = comptime!(Form::ab(b.chunk, state.cols, keys.cols, mode));
-    if comptime!(b.engine.on_matrix_units()) {
-        copy::<f32, E>(state, row0, narrow);
-        sync_cube();
-        product::<E>(keys, &*narrow, out, form, b.engine);
+    let form = comptime!(Form::ab(w.chunk.chunk, w.value_block, keys.cols, mode));
+    let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: row0, out_row: 0usize };
+    if comptime!(w.narrow_rows() > 1) {
+        out.product_at::<E, E>(keys, narrow, &corner, form);
     } else {
-        sync_cube();
-        let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: row0, out_row: 0usize };
-        product_at::<E, f32>(keys, state, out, &corner, form, b.engine);
+        out.product_at::<E, f32>(keys, &state.memory, &corner, form);
+    }
+}
+
+/// Writes sums to a tensor: through `stage`, where they have been put, if they are no tile.
+#[cube]
+pub(crate) fn store_sums<I: Float, E: Float, N: Size>(
+    sums: &Sums,
+    stage: &Tile<E>,
+    out: &mut [Vector<I, N>],
+    at: (usize, usize),
+    rows: usize,
+    col0: usize,
+    dim: usize,
+) {
+    if comptime!(sums.spread.in_memory()) {
+        store::<I, f32, N>(&sums.memory, out, at, rows, col0, dim);
+    } else {
+        store::<I, E, N>(stage, out, at, rows, col0, dim);
     }
 }
 
@@ -133,11 +202,11 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     g: &[f32],
     beta: &[f32],
     t: &[Vector<E, N>],
-    initial_state: &[Vector<f32, N>],
+    initial_state: &[f32],
     table: &[u32],
     x_out: &mut [Vector<I, N>],
     states: &mut [Vector<E, N>],
-    final_state: &mut [Vector<f32, N>],
+    final_state: &mut [f32],
     sizes: &Sizes,
     #[comptime] has_initial: bool,
     #[comptime] w: WalkBlueprint,
@@ -151,17 +220,18 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
         terminate!();
     }
     let part = Part::of(cube, sizes, w);
-    let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
+    let operand = comptime!(b.operand_padding());
     let (c, rows) = comptime!((b.chunk, w.rows()));
     let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::Key));
     let mut by = Rows::new(w);
-    let mut state = Tile::<f32>::new(rows, d, padding);
+    let mut state = Sums::new(comptime!(w.state()));
     let mut narrow = Tile::<E>::new(comptime!(w.narrow_rows()), d, operand);
     let mut key_tile = Tile::<E>::new(c, comptime!(w.key_cols()), operand);
     let mut u = Tile::<E>::new(c, d, operand);
-    let mut x = Tile::<f32>::new(comptime!(if b.delta { c } else { 1 }), d, padding);
+    let mut x = Sums::new(comptime!(w.written()));
+    let mut stage = Tile::<E>::new(comptime!(if b.delta { w.written().stage() } else { 1 }), d, operand);
     let mut inverse = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), c, operand);
-    load_state::<f32, f32, N>(initial_state, part.state(sizes), part.k0, part.v0, sizes, &mut state, has_initial);
+    take_state(initial_state, &part, sizes, &mut state, has_initial);
 
     let n = N::value().comptime();
     let walk = Walk::of(sizes, table, part.sequence, b);
@@ -178,27 +248,33 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
         let place = walk.place(sizes, step, part.head, b);
         let key_at = place.walked_keys(sizes, b);
         sync_cube();
-        store_state::<E, N>(&state, states, place.state(sizes), part.k0, part.v0, sizes);
+        narrow_state::<E>(&state, &mut narrow, w);
         next.begin(&mut by, &mut u, &mut inverse, w);
         if comptime!(reads) {
             put_keys::<I, E, N>(&next.reading, &mut key_tile, w);
         }
+        sync_cube();
+        store_state::<E, N>(&state, &narrow, states, place.state(sizes), &part, sizes, w);
         if comptime!(b.delta) {
             if comptime!(w.resident) {
-                read_state::<E>(&key_tile, &state, 0, &mut narrow, &mut x, Mode::Set, b);
-                sync_cube();
+                read_state::<E>(&key_tile, &state, &narrow, 0, &mut x, Mode::Set, w);
+                x.settle();
             } else {
-                fill::<f32>(&mut x, 0.0);
+                x.clear();
                 for block in 0..state_blocks {
                     let k0 = block * b.block;
                     load::<I, E, N>(&keys.reading, key_at, place.rows, k0, sizes.key_dim, &mut key_tile);
-                    read_state::<E>(&key_tile, &state, k0, &mut narrow, &mut x, Mode::Add, b);
+                    sync_cube();
+                    read_state::<E>(&key_tile, &state, &narrow, k0, &mut x, Mode::Add, w);
                     sync_cube();
                 }
             }
             subtract_read::<E>(&x, &by.decay, &mut u, by_row);
         }
         if comptime!(key_wise) {
+            if comptime!(b.delta) {
+                sync_cube();
+            }
             put_keys::<I, E, N>(&next_writing, &mut key_tile, w);
         }
         if step + 1 < walk.chunks {
@@ -208,60 +284,69 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
                 fetch_keys::<I, N>(&keys.writing, &place, &part, sizes, &mut next_writing, w);
             }
         }
+        sync_cube();
         if comptime!(b.delta) {
+            x.product::<E, E>(&inverse, &u, comptime!(Form::ab(c, d, c, Mode::Set)));
             sync_cube();
-            product::<E>(&inverse, &u, &mut x, comptime!(Form::ab(c, d, c, Mode::Set)), b.engine);
-            sync_cube();
-            store::<I, f32, N>(&x, x_out, place.values(sizes), place.rows, part.v0, sizes.value_dim);
+            x.put::<E>(&mut stage);
             take_steps::<E>(&x, &by, &mut u, Role::ToEnd, by_row);
-        } else if comptime!(b.gate == GateKind::Head) {
             sync_cube();
+            store_sums::<I, E, N>(&x, &stage, x_out, place.values(sizes), place.rows, part.v0, sizes.value_dim);
+        } else if comptime!(b.gate == GateKind::Head) {
             weigh::<E>(&by.decay, &mut u, 1.0, Role::ToEnd, by_row);
-        } else {
             sync_cube();
         }
         decay_rows(&mut state, &by, b);
-        sync_cube();
+        state.settle();
         if comptime!(w.resident) {
-            product::<E>(&key_tile, &u, &mut state, comptime!(Form::atb(rows, d, c, Mode::Add)), b.engine);
+            state.product::<E, E>(&key_tile, &u, comptime!(Form::atb(rows, d, c, Mode::Add)));
         } else {
             for block in 0..state_blocks {
                 let row0 = block * b.block;
                 load::<I, E, N>(&keys.writing, key_at, place.rows, part.k0 + row0, sizes.key_dim, &mut key_tile);
                 sync_cube();
                 let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: row0 };
-                let form = comptime!(Form::atb(b.block, d, c, Mode::Add));
-                product_at::<E, E>(&key_tile, &u, &mut state, &corner, form, b.engine);
+                state.product_at::<E, E>(&key_tile, &u, &corner, comptime!(Form::atb(b.block, d, c, Mode::Add)));
                 sync_cube();
             }
         }
     }
-    sync_cube();
+    state.settle();
     let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
-    store_state::<f32, N>(&state, final_state, part.state(sizes), part.k0, part.v0, sizes);
+    leave_state(&state, final_state, &part, sizes);
 }
 
 /// `u -= x`, what the state holds of the values; times the decay where that belongs to rows.
 #[cube]
-fn subtract_read<E: Float>(x: &Tile<f32>, decay: &Decay, u: &mut Tile<E>, #[comptime] b: Blueprint) {
-    for i in range_stepped(unit(), comptime!(u.rows * u.cols), units()) {
-        let (row, col) = (i / u.cols, i % u.cols);
-        u.set(row, col, u.get(row, col) - x.get(row, col) * decay.weight(row, 0, Role::FromStart, b));
+fn subtract_read<E: Float>(x: &Sums, decay: &Decay, u: &mut Tile<E>, #[comptime] b: Blueprint) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(x.spread.len()) {
+        if x.has(unit, j) {
+            let place = x.place(unit, j);
+            let read = x.get(place, j) * decay.weight(place.0, 0, Role::FromStart, b);
+            u.set(place.0, place.1, u.get(place.0, place.1) - read);
+        }
     }
 }
 
 /// `u_i = beta_i x_i` times the weight of the row in a role.
 #[cube]
 pub(crate) fn take_steps<E: Float>(
-    x: &Tile<f32>,
+    x: &Sums,
     by: &Rows,
     u: &mut Tile<E>,
     #[comptime] role: Role,
     #[comptime] b: Blueprint,
 ) {
-    for i in range_stepped(unit(), comptime!(u.rows * u.cols), units()) {
-        let (row, col) = (i / u.cols, i % u.cols);
-        u.set(row, col, by.steps[row] * by.decay.weight(row, 0, role, b) * x.get(row, col));
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(x.spread.len()) {
+        if x.has(unit, j) {
+            let place = x.place(unit, j);
+            let weight = by.steps[place.0] * by.decay.weight(place.0, 0, role, b);
+            u.set(place.0, place.1, weight * x.get(place, j));
+        }
     }
 }
 

@@ -8,13 +8,15 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Corner, Form, Mode, Tile, fill, fresh, product, product_at, unit, units};
+use super::super::tile::{Corner, Form, Mode, Sums, Tile, fresh, unit};
 use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
-use super::blueprint::{GateKind, WalkBlueprint};
-use super::decay::Role;
+use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
+use super::decay::{Decay, Role};
 use super::place::{Place, Sizes, Walk};
-use super::state::{Part, decay_rows, load_state, read_state, store_state, take_steps, weigh};
-use super::transfer::{fetch_scores, load, put, store};
+use super::state::{
+    Part, decay_rows, leave_state, narrow_state, read_state, store_state, store_sums, take_state, take_steps, weigh,
+};
+use super::transfer::{fetch_scores, load, put};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
@@ -25,11 +27,11 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     a: &[Vector<E, N>],
     t: &[Vector<E, N>],
     do_: &[Vector<I, N>],
-    d_final: &[Vector<f32, N>],
+    d_final: &[f32],
     table: &[u32],
     dv: &mut [Vector<I, N>],
     dstates: &mut [Vector<E, N>],
-    d_initial: &mut [Vector<f32, N>],
+    d_initial: &mut [f32],
     sizes: &Sizes,
     #[comptime] has_final: bool,
     #[comptime] w: WalkBlueprint,
@@ -43,12 +45,12 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
         terminate!();
     }
     let part = Part::of(cube, sizes, w);
-    let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
-    let (c, rows) = comptime!((b.chunk, w.rows()));
+    let operand = comptime!(b.operand_padding());
+    let c = comptime!(b.chunk);
     let (delta_rows, both) = comptime!((if b.delta { c } else { 1 }, b.delta && w.resident));
     let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::Key));
     let mut by = Rows::new(w);
-    let mut dstate = Tile::<f32>::new(rows, d, padding);
+    let mut dstate = Sums::new(comptime!(w.state()));
     let mut narrow = Tile::<E>::new(comptime!(w.narrow_rows()), d, operand);
     // Queries, and keys too unless both are resident.
     let mut queries = Tile::<E>::new(c, comptime!(w.key_cols()), operand);
@@ -56,9 +58,10 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     let mut d_out = Tile::<E>::new(c, d, operand);
     // `-z`, and before it what `T` is applied to.
     let mut z = Tile::<E>::new(delta_rows, d, operand);
-    let mut du = Tile::<f32>::new(delta_rows, d, padding);
+    let mut du = Sums::new(comptime!(w.written()));
+    let mut stage = Tile::<E>::new(comptime!(if b.delta { w.written().stage() } else { 1 }), d, operand);
     let mut square = Tile::<E>::new(delta_rows, c, operand);
-    load_state::<f32, f32, N>(d_final, part.state(sizes), part.k0, part.v0, sizes, &mut dstate, has_final);
+    take_state(d_final, &part, sizes, &mut dstate, has_final);
 
     let walk = Walk::of(sizes, table, part.sequence, b);
     let mut next = Ahead::<I, E, N>::new(w, b.delta);
@@ -69,7 +72,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
         let place = walk.place(sizes, walk.chunks - 1 - step, part.head, b);
         let key_at = place.walked_keys(sizes, b);
         sync_cube();
-        store_state::<E, N>(&dstate, dstates, place.state(sizes), part.k0, part.v0, sizes);
+        narrow_state::<E>(&dstate, &mut narrow, w);
         if comptime!(b.delta) {
             here.ask(keys, t, &place, &part, sizes, w);
         } else {
@@ -77,24 +80,29 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
         }
         next.begin(&mut by, &mut d_out, &mut square, w);
         if comptime!(b.delta) {
+            put_keys::<I, E, N>(&next.reading, &mut key_tile, w);
+        }
+        sync_cube();
+        store_state::<E, N>(&dstate, &narrow, dstates, place.state(sizes), &part, sizes, w);
+        if comptime!(b.delta) {
             if comptime!(w.resident) {
-                put_keys::<I, E, N>(&next.reading, &mut key_tile, w);
-                read_state::<E>(&key_tile, &dstate, 0, &mut narrow, &mut du, Mode::Set, b);
-                sync_cube();
+                read_state::<E>(&key_tile, &dstate, &narrow, 0, &mut du, Mode::Set, w);
+                du.settle();
             } else {
-                fill::<f32>(&mut du, 0.0);
+                du.clear();
                 for block in 0..state_blocks {
                     let k0 = block * b.block;
                     load::<I, E, N>(&keys.reading, key_at, place.rows, k0, sizes.key_dim, &mut queries);
-                    read_state::<E>(&queries, &dstate, k0, &mut narrow, &mut du, Mode::Add, b);
+                    sync_cube();
+                    read_state::<E>(&queries, &dstate, &narrow, k0, &mut du, Mode::Add, w);
                     sync_cube();
                 }
             }
             if comptime!(b.gate == GateKind::Head) {
-                weigh::<f32>(&by.decay, &mut du, 1.0, Role::ToEnd, by_row);
-                sync_cube();
+                weigh_sums(&by.decay, &mut du, Role::ToEnd, by_row);
+                du.settle();
             }
-            product::<E>(&square, &d_out, &mut du, comptime!(Form::atb(c, d, c, Mode::Add)), b.engine);
+            du.product::<E, E>(&square, &d_out, comptime!(Form::atb(c, d, c, Mode::Add)));
             sync_cube();
             put::<E, E, N>(&here.inverse, &mut square, comptime!(w.scores()));
             if comptime!(key_wise) {
@@ -103,12 +111,17 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
             fetch_keys::<I, N>(q, &place, &part, sizes, &mut here.queries, w);
             take_steps::<E>(&du, &by, &mut z, Role::Plain, by_row);
             sync_cube();
-            product::<E>(&square, &z, &mut du, comptime!(Form::atb(c, d, c, Mode::Set)), b.engine);
+            du.product::<E, E>(&square, &z, comptime!(Form::atb(c, d, c, Mode::Set)));
             sync_cube();
-            store::<I, f32, N>(&du, dv, place.values(sizes), place.rows, part.v0, sizes.value_dim);
-            for i in range_stepped(unit(), comptime!(c * d), units()) {
-                let (row, col) = (i / d, i % d);
-                z.set(row, col, -du.get(row, col) * by.decay.weight(row, 0, Role::FromStart, by_row));
+            du.put::<E>(&mut stage);
+            let unit = unit();
+            #[unroll]
+            for j in 0..comptime!(du.spread.len()) {
+                if du.has(unit, j) {
+                    let place = du.place(unit, j);
+                    let weight = by.decay.weight(place.0, 0, Role::FromStart, by_row);
+                    z.set(place.0, place.1, -du.get(place, j) * weight);
+                }
             }
         }
         put_keys::<I, E, N>(&here.queries, &mut queries, w);
@@ -117,6 +130,9 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
             next.ask(keys, do_, a, g, beta, &place, &part, sizes, w, b.delta);
         }
         sync_cube();
+        if comptime!(b.delta) {
+            store_sums::<I, E, N>(&du, &stage, dv, place.values(sizes), place.rows, part.v0, sizes.value_dim);
+        }
         if comptime!(!key_wise) {
             weigh::<E>(&by.decay, &mut d_out, sizes.scale, Role::FromStart, by_row);
         }
@@ -124,10 +140,10 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
         let form = comptime!(Form::atb(w.key_cols(), d, c, Mode::Add));
         if comptime!(w.resident) {
-            product::<E>(&queries, &d_out, &mut dstate, form, b.engine);
+            dstate.product::<E, E>(&queries, &d_out, form);
             if comptime!(b.delta) {
-                sync_cube();
-                product::<E>(&key_tile, &z, &mut dstate, form, b.engine);
+                dstate.settle();
+                dstate.product::<E, E>(&key_tile, &z, form);
             }
         } else {
             for block in 0..state_blocks {
@@ -136,20 +152,33 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
                 load::<I, E, N>(q, key_at, place.rows, k0, sizes.key_dim, &mut queries);
                 sync_cube();
                 let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: row0 };
-                product_at::<E, E>(&queries, &d_out, &mut dstate, &corner, form, b.engine);
+                dstate.product_at::<E, E>(&queries, &d_out, &corner, form);
                 sync_cube();
                 if comptime!(b.delta) {
                     load::<I, E, N>(&keys.writing, key_at, place.rows, k0, sizes.key_dim, &mut queries);
                     sync_cube();
-                    product_at::<E, E>(&queries, &z, &mut dstate, &corner, form, b.engine);
+                    dstate.product_at::<E, E>(&queries, &z, &corner, form);
                     sync_cube();
                 }
             }
         }
     }
-    sync_cube();
+    dstate.settle();
     let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
-    store_state::<f32, N>(&dstate, d_initial, part.state(sizes), part.k0, part.v0, sizes);
+    leave_state(&dstate, d_initial, &part, sizes);
+}
+
+/// `sums *=` the weight of their row in a role.
+#[cube]
+fn weigh_sums(decay: &Decay, sums: &mut Sums, #[comptime] role: Role, #[comptime] b: Blueprint) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let place = sums.place(unit, j);
+            sums.set(place, j, sums.get(place, j) * decay.weight(place.0, 0, role, b));
+        }
+    }
 }
 
 /// What a chunk reads besides, on its way from its own beginning: what is needed late, and the queries, which are needed
