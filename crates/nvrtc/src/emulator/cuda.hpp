@@ -228,6 +228,26 @@ static void __syncthreads() { emulator::wait(emulator::AT_BARRIER); }
 
 static void __syncwarp() { emulator::wait(emulator::AT_WARP); }
 
+constexpr unsigned warpSize = 32;
+
+static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+
+static unsigned __activemask() { return ~0u; }
+
+template <typename T> static T __shfl_sync(unsigned, T x, unsigned lane) {
+    return emulator::exchange(x)[lane % emulator::WARP];
+}
+
+template <typename T> static T __shfl_up_sync(unsigned, T x, unsigned by) {
+    const T* lanes = emulator::exchange(x);
+    const unsigned lane = emulator::current % emulator::WARP;
+    return lane < by ? x : lanes[lane - by];
+}
+
+template <typename T> static T __shfl_xor_sync(unsigned, T x, unsigned mask) {
+    return emulator::exchange(x)[emulator::current % emulator::WARP ^ mask];
+}
+
 static uint32_t __cvta_generic_to_shared(const void* p) {
     return static_cast<const char*>(p) - emulator::shared;
 }

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Tile, unit};
 use super::blueprint::{GateKind, WalkBlueprint};
-use super::decay::{Decay, head_gate, step_size};
+use super::decay::{Decay, RowGates, step_size};
 use super::place::{Place, Sizes};
 use super::state::Part;
 use super::transfer::{fetch, fetch_scores, put};
@@ -28,8 +28,8 @@ pub(crate) struct Ahead<I: Float, E: Float, N: Size> {
     /// A chunk's scores, for the delta rule.
     square: Array<Vector<E, N>>,
     ends: Array<f32>,
+    gates: RowGates,
     /// Of token `unit()`.
-    gate: f32,
     step: f32,
 }
 
@@ -62,7 +62,7 @@ impl<I: Float, E: Float, N: Size> Ahead<I, E, N> {
             values: Array::new(comptime!(w.values().vectors(n))),
             square: Array::new(comptime!(if w.chunk.delta { w.scores().vectors(n) } else { 1 })),
             ends: Array::new(comptime!(w.ends())),
-            gate: f32::new(0.0),
+            gates: RowGates::new(comptime!(w.chunk.by_row())),
             step: f32::new(0.0),
         }
     }
@@ -88,17 +88,17 @@ impl<I: Float, E: Float, N: Size> Ahead<I, E, N> {
             fetch_keys::<I, N>(&keys.reading, place, part, sizes, &mut self.reading, w);
         }
         fetch_ends(&keys.ends, place, part, sizes, &mut self.ends, w);
-        self.gate = head_gate(g, place, sizes, b);
+        self.gates.ask(g, place, sizes, comptime!(b.by_row()));
         if comptime!(b.delta) {
             fetch_scores::<E, N>(square, place.scores(sizes, b), &mut self.square, comptime!(w.scores()));
             self.step = step_size(beta, place, sizes);
         }
     }
 
-    /// Puts all but the keys, and begins the chunk's decay. Synchronises before it puts tiles, not after.
+    /// Puts all but the keys, and begins the chunk's decay. What is put can be read after the next barrier.
     pub fn begin(&self, rows: &mut Rows, values: &mut Tile<E>, square: &mut Tile<E>, #[comptime] w: WalkBlueprint) {
         let b = comptime!(w.chunk);
-        rows.decay.begin(self.gate, comptime!(b.by_row()));
+        rows.decay.begin_rows(&self.gates, comptime!(b.by_row()));
         put::<I, E, N>(&self.values, values, comptime!(w.values()));
         put_ends(&self.ends, &mut rows.ends, w);
         if comptime!(b.delta) {

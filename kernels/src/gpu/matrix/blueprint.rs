@@ -137,15 +137,27 @@ impl Blueprint {
             .into_iter()
             .map(|(chunk, block)| {
                 let block = widest.min(block);
-                let units = match engine {
-                    Engine::Registers { .. } => (chunk * block / 8).min(256),
-                    Engine::Matrix { plane, .. } => planes(plane, chunk, block),
-                    Engine::Mma => planes(WARP, chunk, block),
-                };
-                let units = units.min(hardware.max_units_per_cube as usize);
-                Self { gate, delta, chunk, block, units, engine, operand_size }
+                Self { gate, delta, chunk, block, units: 0, engine, operand_size }.with_block(client, block)
             })
-            .find(|blueprint| blueprint.shared_memory(p.key_dim) <= room)
+            .find(|b| b.shared_memory(p.key_dim) <= room && b.for_gradients(client).is_some())
+    }
+
+    /// The same with other blocks of features.
+    fn with_block(self, client: &Client, block: usize) -> Self {
+        let units = match self.engine {
+            Engine::Registers { .. } => (self.chunk * block / 8).min(256),
+            Engine::Matrix { plane, .. } => planes(plane, self.chunk, block),
+            // As many for narrow blocks, which fit where there is little room: they hide more of what they wait for.
+            Engine::Mma => planes(WARP, self.chunk, self.chunk),
+        };
+        Self { block, units: units.min(client.properties().hardware.max_units_per_cube as usize), ..self }
+    }
+
+    /// For the launch that computes the gradients of queries and keys, which has the most in shared memory.
+    pub fn for_gradients(&self, client: &Client) -> Option<Self> {
+        let room = client.properties().hardware.max_shared_memory_size.min(SHARED_MEMORY);
+        let blocks = [self.block, 64, 32, 16].into_iter().filter(|block| *block <= self.block);
+        blocks.map(|block| self.with_block(client, block)).find(|b| b.gradients_memory() <= room)
     }
 
     /// Elements of a row that a unit reads or writes at a time: 16 bytes, and less where rows are no multiple of it.
@@ -168,11 +180,6 @@ impl Blueprint {
     /// Padding of operand tiles.
     pub fn operand_padding(&self) -> usize {
         self.engine.padding(self.operand_size)
-    }
-
-    /// Side of a unit's blocks in products that are f32 on every device.
-    pub fn side(&self) -> usize {
-        if let Engine::Registers { side } = self.engine { side } else { 4 }
     }
 
     /// Blocks of key features that one cube of a state pass holds: all of them if the write reads the state, else one,
@@ -245,19 +252,25 @@ impl Blueprint {
     pub fn shared_memory(&self, key_dim: usize) -> usize {
         let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
         let scores =
-            self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.delta as usize * self.float(BLOCK, c);
+            self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.delta as usize * self.float(c / 2, c / 2);
         let output = self.sums(self.spread(c, d))
             + self.operand(2 * c + d, d)
             + self.operand(c, c)
             + self.by_row().common_memory();
-        let square = if self.gate == GateKind::Key { c } else { 1 };
-        let backward = self.operand(c + delta, c)
-            + self.float(square + 3 * c + delta, d)
-            + self.operand(2 * c + d, d)
-            + (2 * c + d + 4 * self.units) * 4;
         let state_blocks = self.state_blocks(key_dim);
         let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false };
-        (scores.max(backward) + self.common_memory()).max(output).max(walk.shared_memory())
+        (scores + self.common_memory()).max(output).max(walk.shared_memory())
+    }
+
+    /// What the gradients of queries and keys need, in bytes.
+    fn gradients_memory(&self) -> usize {
+        let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
+        let square = if self.gate == GateKind::Key { c } else { 1 };
+        self.operand(c + delta, c)
+            + self.float(square + 3 * c + delta, d)
+            + self.operand(2 * c + d, d)
+            + (2 * c + d + 4 * self.units) * 4
+            + self.common_memory()
     }
 }
 

@@ -142,7 +142,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     tokens.d_beta[unit()] = 0.0;
     tokens.dc[unit()] = 0.0;
     tokens.ending[unit()] = 0.0;
-    decay.load(&x.g, &place, sizes, b);
+    decay.load_rows(&x.g, &place, sizes, b);
     let squares = place.scores(sizes, b);
     load_scores::<E, N>(p, squares, &mut pairs.p);
     if comptime!(b.delta) {

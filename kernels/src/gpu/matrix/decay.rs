@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Tile, unit, units};
+use super::super::tile::{BLOCK, Engine, Tile, WARP, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
 use super::transfer::read;
@@ -99,6 +99,49 @@ impl Decay {
                 self.from_start[i] = before.exp();
                 self.to_end[i] = after.exp();
             }
+            sync_cube();
+        }
+    }
+
+    /// Begins a chunk of whose scalar gates only the weights of rows are wanted, from what [`RowGates`] has read. They are
+    /// there after the next barrier.
+    pub fn begin_rows(&mut self, gates: &RowGates, #[comptime] b: Blueprint) {
+        if comptime!(b.gate == GateKind::Head) {
+            if comptime!(b.engine == Engine::Mma) {
+                let (plane, lane) = (unit() / WARP, unit() % WARP);
+                if plane < comptime!(b.chunk.div_ceil(WARP)) {
+                    // Of the plane's own tokens; of all before them; of all after them.
+                    let (mut own, mut before, mut after) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
+                    #[unroll]
+                    for j in 0..comptime!(b.chunk.div_ceil(WARP)) {
+                        let gate = gates.gates[j];
+                        let total = plane_sum(gate);
+                        own = select(j.runtime() == plane, gate, own);
+                        before += select(j.runtime() < plane, total, f32::new(0.0));
+                        after += select(j.runtime() > plane, total, f32::new(0.0));
+                    }
+                    let last = comptime!(WARP - 1).runtime();
+                    let reversed = plane_shuffle(own, (last - lane) as u32);
+                    let from_end = plane_inclusive_sum(reversed);
+                    let later = plane_shuffle(from_end, select(lane == last, 0usize.runtime(), last - 1 - lane) as u32);
+                    let from_start = plane_inclusive_sum(own) + before;
+                    if unit() < b.chunk {
+                        self.from_start[unit()] = from_start.exp();
+                        self.to_end[unit()] = (select(lane == last, f32::new(0.0), later) + after).exp();
+                    }
+                }
+            } else {
+                self.begin(gates.gates[0], b);
+            }
+        }
+    }
+
+    /// Reads and begins a chunk of whose scalar gates only the weights of rows are wanted. Synchronises.
+    pub fn load_rows(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
+        let mut gates = RowGates::new(b);
+        gates.ask(g, place, sizes, b);
+        self.begin_rows(&gates, b);
+        if comptime!(b.gate == GateKind::Head) {
             sync_cube();
         }
     }
@@ -222,9 +265,9 @@ impl Decay {
         weight
     }
 
-    /// `p_ij *= e^{c_i - c_j}` for `i >= j`, and zero above the diagonal, or from it on if `strict`. Scalar gates, or
-    /// none.
-    pub fn multiply_lower(&self, p: &mut Tile<f32>, #[comptime] strict: bool, #[comptime] b: Blueprint) {
+    /// `p_ij *= e^{c_i - c_j}` for `i >= j`, and zero above the diagonal; with the delta rule the same of `r`, which is zero
+    /// from the diagonal on. Scalar gates, or none.
+    pub fn multiply_lower(&self, p: &mut Tile<f32>, r: &mut Tile<f32>, #[comptime] b: Blueprint) {
         for item in range_stepped(unit(), comptime!(b.segments() * b.chunk), units()) {
             let (segment, j) = (item / b.chunk, item % b.chunk);
             let first = segment * BLOCK;
@@ -238,22 +281,48 @@ impl Decay {
                 }
             }
             for i in first..first + BLOCK {
-                let mut value = f32::new(0.0);
+                let mut weight = f32::new(1.0);
                 if comptime!(b.gate == GateKind::Head) {
                     if i > j {
                         sum += self.g[i];
                     }
+                    weight = sum.exp();
                 }
-                if i > j {
-                    value = p.get(i, j) * sum.exp();
+                p.set(i, j, select(i >= j, p.get(i, j) * weight, f32::new(0.0)));
+                if comptime!(b.delta) {
+                    r.set(i, j, select(i > j, r.get(i, j) * weight, f32::new(0.0)));
                 }
-                if comptime!(!strict) {
-                    if i == j {
-                        value = p.get(i, j);
-                    }
-                }
-                p.set(i, j, value);
             }
+        }
+    }
+}
+
+/// The scalar gates of a chunk on their way to [`Decay::begin_rows`]: of token `unit()`, or with planes that sum of tokens
+/// `lane`, `lane + 32` and so on.
+#[derive(CubeType)]
+pub(crate) struct RowGates {
+    gates: Array<f32>,
+}
+
+#[cube]
+impl RowGates {
+    pub fn new(#[comptime] b: Blueprint) -> RowGates {
+        RowGates { gates: Array::new(comptime!(if b.engine == Engine::Mma { b.chunk.div_ceil(WARP) } else { 1 })) }
+    }
+
+    /// Asks for the gates of a chunk.
+    pub fn ask(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
+        if comptime!(b.gate == GateKind::Head && b.engine == Engine::Mma) {
+            #[unroll]
+            for j in 0..comptime!(b.chunk.div_ceil(WARP)) {
+                let token = unit() % WARP + comptime!(j * WARP);
+                self.gates[j] = f32::new(0.0);
+                if unit() < comptime!(b.chunk.next_multiple_of(WARP)) && token < place.rows {
+                    self.gates[j] = g[(place.token + token) * sizes.gate_stride + place.head];
+                }
+            }
+        } else {
+            self.gates[0] = head_gate(g, place, sizes, b);
         }
     }
 }

@@ -50,6 +50,7 @@ pub(crate) struct Launch<'a> {
     pub p: &'a MatrixProblem,
     x: &'a Inputs<'a>,
     b: Blueprint,
+    gradients: Blueprint,
     w: WalkBlueprint,
     chunks: usize,
     sequences: usize,
@@ -86,7 +87,8 @@ impl<'a> Launch<'a> {
         let sequences = validate(p, x)?;
         let storage = x.q.storage;
         let delta = x.write.beta().is_some();
-        let Some(b) = Blueprint::select(client, p, storage, x.gate.kind(), delta) else {
+        let b = Blueprint::select(client, p, storage, x.gate.kind(), delta);
+        let Some((b, gradients)) = b.and_then(|b| Some((b, b.for_gradients(client)?))) else {
             let room = client.properties().hardware.max_shared_memory_size;
             let reason = format!("{room} bytes of shared memory are too few for `key_dim` {}", p.key_dim);
             return Err(Error::Device { reason });
@@ -105,10 +107,10 @@ impl<'a> Launch<'a> {
         let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operands(b.engine, storage).1];
         let vector = b.vector(p);
-        Ok(Self { client, p, x, b, w, chunks, sequences, table, nothing, address, vector, types })
+        Ok(Self { client, p, x, b, gradients, w, chunks, sequences, table, nothing, address, vector, types })
     }
 
-    fn sizes(&self) -> SizesLaunch {
+    fn sizes(&self, b: &Blueprint) -> SizesLaunch {
         let gate_stride = if let Gate::Constant(_) = self.x.gate { 0 } else { self.p.value_heads };
         SizesLaunch::new(
             self.chunks,
@@ -118,8 +120,8 @@ impl<'a> Launch<'a> {
             gate_stride,
             self.p.key_dim,
             self.p.value_dim,
-            self.p.key_dim.div_ceil(self.b.block),
-            self.value_blocks(),
+            self.p.key_dim.div_ceil(b.block),
+            self.p.value_dim.div_ceil(b.block),
             self.p.scale,
         )
     }
@@ -182,7 +184,7 @@ impl<'a> Launch<'a> {
             a.arg(),
             t.arg(),
             scores::WeightedLaunch::new(q_start.arg(), k_start.arg(), k_end.arg(), ends.arg()),
-            self.sizes(),
+            self.sizes(&self.b),
             self.b,
             self.types,
         );
@@ -211,7 +213,7 @@ impl<'a> Launch<'a> {
             x.arg(),
             states.arg(),
             final_state.arg(),
-            self.sizes(),
+            self.sizes(&self.b),
             self.x.initial_state.is_some(),
             self.w,
             self.types,
@@ -251,7 +253,7 @@ impl<'a> Launch<'a> {
             states.arg(),
             self.table.arg(),
             o.arg(),
-            self.sizes(),
+            self.sizes(&self.b),
             direction,
             self.b,
             self.types,
@@ -286,7 +288,7 @@ impl<'a> Launch<'a> {
             z.arg(),
             dstates.arg(),
             d_initial_state.arg(),
-            self.sizes(),
+            self.sizes(&self.b),
             d_final_state.is_some(),
             self.w,
             self.types,
@@ -311,7 +313,7 @@ impl<'a> Launch<'a> {
             self.table.arg(),
             p.arg(),
             r.arg(),
-            self.sizes(),
+            self.sizes(&self.b),
             self.b,
             self.types,
         );
@@ -341,7 +343,7 @@ impl<'a> Launch<'a> {
         let dbeta = self.output_if(delta, Storage::F32, by_head);
         launch!(
             self,
-            self.b,
+            self.gradients,
             chunk_backward::chunk_backward_kernel,
             self.cubes(self.chunk_heads())?,
             chunk_backward::OperandsLaunch::new(
@@ -359,8 +361,8 @@ impl<'a> Launch<'a> {
             back.dstates.arg(),
             self.table.arg(),
             chunk_backward::GradientsLaunch::new(dq.arg(), dk.arg(), dg.arg(), dbeta.arg()),
-            self.sizes(),
-            self.b,
+            self.sizes(&self.gradients),
+            self.gradients,
             [self.types[0], self.types[1], part.elem_type()],
         );
         let ungroup = |x: Buffer| match group {

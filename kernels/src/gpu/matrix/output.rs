@@ -52,7 +52,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     let mut scores = Tile::<E>::new(c, c, operand);
     let mut u = Tile::<E>::new(c, b.block, operand);
     sum.clear();
-    decay.load(g, &place, sizes, by_row);
+    decay.load_rows(g, &place, sizes, by_row);
     let (role, factor, weigh) = match comptime!(direction) {
         Direction::Forward => (comptime!(Role::FromStart), query_scale(sizes, b), comptime!(true)),
         Direction::Backward => (comptime!(Role::ToEnd), f32::new(1.0), comptime!(false)),

@@ -6,12 +6,12 @@
 //! ```
 //! One cube computes one chunk of one head. With key-wise gates the exponential sits inside the sum: between sub-blocks of
 //! 16 tokens it is split at the start of the later one, so that both factors are at most 1 and a product remains; inside
-//! a sub-block the pairs are summed one by one, a key decaying from row to row. `T` is found by forward substitution, which stays accurate when keys are
-//! nearly equal, in sub-blocks, and merged by products in f32.
+//! a sub-block the pairs are summed one by one, a key decaying from row to row. `T` is found by forward substitution,
+//! which stays accurate when keys are nearly equal, in sub-blocks, which are merged by products in f32.
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Corner, Engine, Form, Mode, Sums, Tile, fill, product_at, unit, units};
+use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, fill, product_at, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, load_keys};
 use super::place::{Place, Sizes};
@@ -136,10 +136,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
             key_sums.put::<f32>(&mut m);
         }
         sync_cube();
-        decay.multiply_lower(&mut a, false, b);
-        if comptime!(b.delta) {
-            decay.multiply_lower(&mut m, true, b);
-        }
+        decay.multiply_lower(&mut a, &mut m, b);
         sync_cube();
     }
 
@@ -275,28 +272,39 @@ fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
         }
     }
     sync_cube();
-    let registers = comptime!(Engine::Registers { side: b.side() });
-    // Below: T_IJ = -T_II sum_M L_IM T_MJ.
-    let mut w = Tile::<f32>::new(BLOCK, b.chunk, comptime!(b.padding()));
-    let solved = t.alias();
+    // Two solved blocks side by side make one of twice the size: below the diagonal `-T_11 (L_10 T_00)`.
+    let side = comptime!((b.chunk / 2).max(1));
+    let mut w = Tile::<f32>::new(side, side, comptime!(b.padding()));
     #[unroll]
-    for block in 1..comptime!(b.segments()) {
-        let row = comptime!(block * BLOCK).runtime();
-        let n = comptime!(block * BLOCK);
-        let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
-        product_at::<f32, f32>(
-            l,
-            &solved,
-            &mut w,
-            &corner,
-            comptime!(Form::ab(BLOCK, n, n, Mode::Set)),
-            b.units,
-            registers,
-        );
+    for level in 0..comptime!(b.segments().ilog2()) {
+        let half = comptime!(BLOCK << level);
+        let columns = comptime!(half / COLUMNS);
+        let items = comptime!(b.chunk / 2 * columns);
+        for item in range_stepped(unit(), items, units()) {
+            let (row, col) = (item / columns, item % columns * COLUMNS);
+            let first = row / half * (2 * half);
+            let mut sum = Vector::<f32, Const<COLUMNS>>::new(f32::new(0.0));
+            for k in 0..half {
+                let factor = l.get(first + half + row % half, first + k);
+                sum += Vector::new(factor) * t.get_many::<Const<COLUMNS>>(first + k, first + col);
+            }
+            // The blocks of a level lie below each other, so that they fit.
+            w.set_many::<f32, Const<COLUMNS>>(row, col, sum);
+        }
         sync_cube();
-        let corner = Corner { a_row: row, a_col: row, b_row: 0usize, out_row: row };
-        let form = comptime!(Form::ab(BLOCK, n, BLOCK, Mode::SetNegative));
-        product_at::<f32, f32>(&solved, &w, t, &corner, form, b.units, registers);
+        for item in range_stepped(unit(), items, units()) {
+            let (row, col) = (item / columns, item % columns * COLUMNS);
+            let (block, first) = (row / half * half, row / half * (2 * half));
+            let mut sum = Vector::<f32, Const<COLUMNS>>::new(f32::new(0.0));
+            for k in 0..half {
+                let factor = -t.get(first + half + row % half, first + half + k);
+                sum += Vector::new(factor) * w.get_many::<Const<COLUMNS>>(block + k, col);
+            }
+            t.set_many::<f32, Const<COLUMNS>>(first + half + row % half, first + col, sum);
+        }
         sync_cube();
     }
 }
+
+/// Columns of a product that a unit computes at a time.
+const COLUMNS: usize = 4;

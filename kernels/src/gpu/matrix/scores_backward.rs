@@ -35,74 +35,42 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     if comptime!(b.gate == GateKind::Head) {
         decay.load(g, &place, sizes, b);
     }
-    let mut sums = Sums::new(comptime!(b.spread(b.chunk, b.chunk)));
-    let mut square = sums.whole();
-    let mut left = Tile::<E>::new(b.chunk, b.block, comptime!(b.operand_padding()));
-    let mut right = Tile::<E>::new(b.chunk, b.block, comptime!(b.operand_padding()));
-    outer::<I, E, N>(
-        do_,
-        x,
-        p_out,
-        sizes.scale,
-        &place,
-        sizes,
-        &decay,
-        &mut sums,
-        &mut square,
-        &mut left,
-        &mut right,
-        false,
-        b,
-    );
-    if comptime!(b.delta) {
-        sync_cube();
-        outer::<I, E, N>(
-            z,
-            x,
-            r_out,
-            -1.0,
-            &place,
-            sizes,
-            &decay,
-            &mut sums,
-            &mut square,
-            &mut left,
-            &mut right,
-            true,
-            b,
-        );
-    }
-}
-
-/// `out = factor y x^T` over the value features, on and below the diagonal or `strict`ly below it.
-#[cube]
-fn outer<I: Float, E: Float, N: Size>(
-    y: &[Vector<I, N>],
-    x: &[Vector<I, N>],
-    out: &mut [Vector<E, N>],
-    factor: f32,
-    place: &Place,
-    sizes: &Sizes,
-    decay: &Decay,
-    sums: &mut Sums,
-    square: &mut Tile<f32>,
-    left: &mut Tile<E>,
-    right: &mut Tile<E>,
-    #[comptime] strict: bool,
-    #[comptime] b: Blueprint,
-) {
-    let (c, at) = (comptime!(b.chunk), place.values(sizes));
-    sums.clear();
+    let (c, delta_rows) = comptime!((b.chunk, if b.delta { b.chunk } else { 1 }));
+    let mut p_sums = Sums::new(comptime!(b.spread(c, c)));
+    let mut r_sums = Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, c)));
+    let (mut p, mut r) = (p_sums.whole(), r_sums.whole());
+    let operand = comptime!(b.operand_padding());
+    let mut right = Tile::<E>::new(c, b.block, operand);
+    let mut p_left = Tile::<E>::new(c, b.block, operand);
+    let mut r_left = Tile::<E>::new(delta_rows, b.block, operand);
+    p_sums.clear();
+    r_sums.clear();
+    let at = place.values(sizes);
     for part in 0..sizes.value_blocks {
-        load::<I, E, N>(y, at, place.rows, part * b.block, sizes.value_dim, left);
-        load::<I, E, N>(x, at, place.rows, part * b.block, sizes.value_dim, right);
+        let v0 = part * b.block;
+        load::<I, E, N>(x, at, place.rows, v0, sizes.value_dim, &mut right);
+        load::<I, E, N>(do_, at, place.rows, v0, sizes.value_dim, &mut p_left);
+        if comptime!(b.delta) {
+            load::<I, E, N>(z, at, place.rows, v0, sizes.value_dim, &mut r_left);
+        }
         sync_cube();
-        sums.product::<E, E>(&*left, &*right, comptime!(Form::abt(c, c, b.block, Mode::Add)));
+        let form = comptime!(Form::abt(c, c, b.block, Mode::Add));
+        p_sums.product::<E, E>(&p_left, &right, form);
+        if comptime!(b.delta) {
+            r_sums.product::<E, E>(&r_left, &right, form);
+        }
         sync_cube();
     }
-    sums.put::<f32>(square);
+    p_sums.put::<f32>(&mut p);
+    if comptime!(b.delta) {
+        r_sums.put::<f32>(&mut r);
+    }
     sync_cube();
-    decay.multiply_lower(square, strict, b);
+    decay.multiply_lower(&mut p, &mut r, b);
     sync_cube();
-    store_scores::<E, N>(&*square, out, place.scores(sizes, b), factor, b);
+    let out = place.scores(sizes, b);
+    store_scores::<E, N>(&p, p_out, out, sizes.scale, b);
+    if comptime!(b.delta) {
+        store_scores::<E, N>(&r, r_out, out, -1.0, b);
+    }
 }
