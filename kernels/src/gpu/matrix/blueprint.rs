@@ -9,6 +9,7 @@ use cubecl::prelude::{Scalar, tf32};
 
 use super::super::buffer::Storage;
 use super::super::tile::{BLOCK, Engine, Spread, WARP, depth};
+use super::panels::CARRIERS;
 use super::transfer::Shape;
 use crate::matrix::MatrixProblem;
 
@@ -47,6 +48,8 @@ pub(crate) struct WalkBlueprint {
     pub value_block: usize,
     /// Whether all keys of a chunk that it needs are in shared memory at once.
     pub resident: bool,
+    /// Whether planes compute by themselves, as in [`super::panels`].
+    pub panels: bool,
 }
 
 impl WalkBlueprint {
@@ -105,6 +108,20 @@ impl WalkBlueprint {
         Shape { rows: self.chunk.chunk, cols, units: self.chunk.units }
     }
 
+    /// The most that a state pass by panels needs, in bytes.
+    pub fn panel_memory(&self) -> usize {
+        let (b, c, rows, d) = (&self.chunk, self.chunk.chunk, self.rows(), self.value_block);
+        let key_wise = b.gate == GateKind::Key;
+        // Backwards queries and with the delta rule keys, or both kinds of keys.
+        let keys = 1 + b.delta as usize * (1 + key_wise as usize);
+        2 * (keys * b.operand(c, rows)
+            + 2 * b.operand(b.if_delta(c), c)
+            + b.operand(c + b.if_delta(c), d)
+            + b.operand(rows, d)
+            + (3 * c + rows) * 4)
+            + 512
+    }
+
     /// The most that a state pass needs, in bytes.
     pub fn shared_memory(&self) -> usize {
         let (b, c, d) = (&self.chunk, self.chunk.chunk, self.value_block);
@@ -123,6 +140,9 @@ impl WalkBlueprint {
 
 /// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
 const SHARED_MEMORY: usize = 100 << 10;
+
+/// Key features of a state that a plane has registers for.
+const MOST_ROWS: usize = 128;
 
 impl Blueprint {
     /// The largest tiles that the device has room for.
@@ -204,7 +224,18 @@ impl Blueprint {
         let registers = self.chunk * state_blocks * self.block * self.operand_size / (4 * self.units);
         let wide = if registers > 32 { 2 } else { 1 };
         let units = (wide * self.units).min(hardware.max_units_per_cube as usize);
-        let walk = WalkBlueprint { chunk: Self { units, ..*self }, state_blocks, value_block, resident: true };
+        let panels = [64, 32, 16].into_iter().filter(|block| *block <= p.value_dim.next_multiple_of(BLOCK));
+        let mut panels = panels.map(|block| self.panels(state_blocks, block));
+        let fits = |walk: &WalkBlueprint| walk.panel_memory() <= hardware.max_shared_memory_size;
+        if self.engine == Engine::Mma
+            && state_blocks * self.block <= MOST_ROWS
+            && let Some(walk) =
+                panels.find(|w| (w.value_block == BLOCK || cubes(w.value_block) >= processors) && fits(w))
+        {
+            return walk;
+        }
+        let chunk = Self { units, ..*self };
+        let walk = WalkBlueprint { chunk, state_blocks, value_block, resident: true, panels: false };
         let fits = walk.shared_memory() <= hardware.max_shared_memory_size;
         WalkBlueprint { resident: fits, ..walk }
     }
@@ -217,6 +248,11 @@ impl Blueprint {
     /// Shared memory of sums.
     fn sums(&self, spread: Spread) -> usize {
         if spread.in_memory() { self.float(spread.rows.max(1), spread.cols) } else { self.float(1, 1) }
+    }
+
+    fn panels(&self, state_blocks: usize, value_block: usize) -> WalkBlueprint {
+        let units = value_block / BLOCK * WARP + CARRIERS;
+        WalkBlueprint { chunk: Self { units, ..*self }, state_blocks, value_block, resident: true, panels: true }
     }
 
     fn float(&self, rows: usize, cols: usize) -> usize {
@@ -258,7 +294,7 @@ impl Blueprint {
             + self.operand(c, c)
             + self.by_row().common_memory();
         let state_blocks = self.state_blocks(key_dim);
-        let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false };
+        let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false, panels: false };
         (scores + self.common_memory()).max(output).max(walk.shared_memory())
     }
 

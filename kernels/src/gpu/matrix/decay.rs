@@ -108,26 +108,11 @@ impl Decay {
     pub fn begin_rows(&mut self, gates: &RowGates, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Head) {
             if comptime!(b.engine == Engine::Mma) {
-                let (plane, lane) = (unit() / WARP, unit() % WARP);
-                if plane < comptime!(b.chunk.div_ceil(WARP)) {
-                    // Of the plane's own tokens; of all before them; of all after them.
-                    let (mut own, mut before, mut after) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
-                    #[unroll]
-                    for j in 0..comptime!(b.chunk.div_ceil(WARP)) {
-                        let gate = gates.gates[j];
-                        let total = plane_sum(gate);
-                        own = select(j.runtime() == plane, gate, own);
-                        before += select(j.runtime() < plane, total, f32::new(0.0));
-                        after += select(j.runtime() > plane, total, f32::new(0.0));
-                    }
-                    let last = comptime!(WARP - 1).runtime();
-                    let reversed = plane_shuffle(own, (last - lane) as u32);
-                    let from_end = plane_inclusive_sum(reversed);
-                    let later = plane_shuffle(from_end, select(lane == last, 0usize.runtime(), last - 1 - lane) as u32);
-                    let from_start = plane_inclusive_sum(own) + before;
+                if unit() / WARP < comptime!(b.chunk.div_ceil(WARP)) {
+                    let (from_start, to_end) = gates.weights(unit() / WARP, b);
                     if unit() < b.chunk {
-                        self.from_start[unit()] = from_start.exp();
-                        self.to_end[unit()] = (select(lane == last, f32::new(0.0), later) + after).exp();
+                        self.from_start[unit()] = from_start;
+                        self.to_end[unit()] = to_end;
                     }
                 }
             } else {
@@ -313,17 +298,47 @@ impl RowGates {
     /// Asks for the gates of a chunk.
     pub fn ask(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Head && b.engine == Engine::Mma) {
-            #[unroll]
-            for j in 0..comptime!(b.chunk.div_ceil(WARP)) {
-                let token = unit() % WARP + comptime!(j * WARP);
-                self.gates[j] = f32::new(0.0);
-                if unit() < comptime!(b.chunk.next_multiple_of(WARP)) && token < place.rows {
-                    self.gates[j] = g[(place.token + token) * sizes.gate_stride + place.head];
-                }
+            if unit() < comptime!(b.chunk.next_multiple_of(WARP)) {
+                self.ask_all(g, place, sizes, b);
             }
         } else {
             self.gates[0] = head_gate(g, place, sizes, b);
         }
+    }
+
+    /// The same, on planes that all take part.
+    pub fn ask_all(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
+        if comptime!(b.gate == GateKind::Head) {
+            #[unroll]
+            for j in 0..comptime!(b.chunk.div_ceil(WARP)) {
+                let token = unit() % WARP + comptime!(j * WARP);
+                self.gates[j] = f32::new(0.0);
+                if token < place.rows {
+                    self.gates[j] = g[(place.token + token) * sizes.gate_stride + place.head];
+                }
+            }
+        }
+    }
+
+    /// The weights of token `part * 32 + lane`, from the chunk's start and to its end.
+    pub fn weights(&self, part: usize, #[comptime] b: Blueprint) -> (f32, f32) {
+        let lane = unit() % WARP;
+        // Of these tokens; of all before them; of all after them.
+        let (mut own, mut before, mut after) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
+        #[unroll]
+        for j in 0..comptime!(b.chunk.div_ceil(WARP)) {
+            let gate = self.gates[j];
+            let total = plane_sum(gate);
+            own = select(j.runtime() == part, gate, own);
+            before += select(j.runtime() < part, total, f32::new(0.0));
+            after += select(j.runtime() > part, total, f32::new(0.0));
+        }
+        let last = comptime!(WARP - 1).runtime();
+        let reversed = plane_shuffle(own, (last - lane) as u32);
+        let from_end = plane_inclusive_sum(reversed);
+        let later = plane_shuffle(from_end, select(lane == last, 0usize.runtime(), last - 1 - lane) as u32);
+        let from_start = plane_inclusive_sum(own) + before;
+        (from_start.exp(), (select(lane == last, f32::new(0.0), later) + after).exp())
     }
 }
 

@@ -15,7 +15,9 @@ use super::{Inputs, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
 
-use super::{Gate, Gradients, ahead, chunk_backward, output, scores, scores_backward, state, state_backward};
+use super::{Gate, Gradients, ahead, chunk_backward, output, scores, scores_backward};
+use super::{panel_state::panel_state_kernel, panel_state_backward::panel_state_backward_kernel};
+use super::{state::state_kernel, state_backward::state_backward_kernel};
 
 /// Elements of a tensor that stands for none: at least one vector.
 const ABSENT: usize = 8;
@@ -40,6 +42,17 @@ macro_rules! launch {
             // Safety: the kernels stay within the rows, features and states that the sizes describe, and the buffers
             // have those sizes.
             unsafe { $($kernel)::+::launch_unchecked($on.client, $cubes, units, $on.address, $on.vector, $($arg),+) };
+        }
+    };
+}
+
+/// Launches one of two kernels of the same arguments.
+macro_rules! launch_either {
+    ($on:ident, $blueprint:expr, $first:expr, $kernel:ident, $other:ident, $($rest:tt)+) => {
+        if $first {
+            launch!($on, $blueprint, $kernel, $($rest)+);
+        } else {
+            launch!($on, $blueprint, $other, $($rest)+);
         }
     };
 }
@@ -198,10 +211,12 @@ impl<'a> Launch<'a> {
         let x = self.output_if(self.b.delta, storage, self.x.v.len);
         let states = self.states();
         let final_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
-        launch!(
+        launch_either!(
             self,
             self.w.chunk,
-            state::state_kernel,
+            self.w.panels,
+            panel_state_kernel,
+            state_kernel,
             self.walks()?,
             ahead::WalkedKeysLaunch::new(scores.k_start.arg(), scores.k_end.arg(), scores.ends.arg()),
             self.x.v.arg(),
@@ -271,10 +286,12 @@ impl<'a> Launch<'a> {
         let z = self.output_if(self.b.delta, storage, self.x.v.len);
         let dstates = self.states();
         let d_initial_state = Buffer::output(self.client, Storage::F32, self.p.state_shape().iter().product());
-        launch!(
+        launch_either!(
             self,
             self.w.chunk,
-            state_backward::state_backward_kernel,
+            self.w.panels,
+            panel_state_backward_kernel,
+            state_backward_kernel,
             self.walks()?,
             scores.q_start.arg(),
             ahead::WalkedKeysLaunch::new(scores.k_end.arg(), scores.k_start.arg(), scores.ends.arg()),

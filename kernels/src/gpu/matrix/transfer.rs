@@ -118,11 +118,26 @@ pub(crate) fn fetch<I: Float, N: Size>(
     flight: &mut Array<Vector<I, N>>,
     #[comptime] shape: Shape,
 ) {
+    fetch_as::<I, N>(unit(), x, at, rows, col0, dim, flight, shape);
+}
+
+/// The same, as the `worker`-th of those that do it.
+#[cube]
+pub(crate) fn fetch_as<I: Float, N: Size>(
+    worker: usize,
+    x: &[Vector<I, N>],
+    at: (usize, usize),
+    rows: usize,
+    col0: usize,
+    dim: usize,
+    flight: &mut Array<Vector<I, N>>,
+    #[comptime] shape: Shape,
+) {
     let n = N::value().comptime();
     let cols = comptime!(shape.cols / n);
     #[unroll]
     for j in 0..comptime!(shape.vectors(n)) {
-        let i = unit() + j * shape.units;
+        let i = worker + j * shape.units;
         flight[j] = read::<I, N>(x, at, rows, i / cols, col0 + i % cols * n, dim);
     }
 }
@@ -146,16 +161,28 @@ pub(crate) fn put<I: Float, E: Float, N: Size>(
     tile: &mut Tile<E>,
     #[comptime] shape: Shape,
 ) {
+    put_as::<I, E, N>(unit(), flight, tile, 0, shape);
+}
+
+/// The same, as the `worker`-th of those that do it, from row `row0` of the tile on.
+#[cube]
+pub(crate) fn put_as<I: Float, E: Float, N: Size>(
+    worker: usize,
+    flight: &Array<Vector<I, N>>,
+    tile: &mut Tile<E>,
+    row0: usize,
+    #[comptime] shape: Shape,
+) {
     let n = N::value().comptime();
     let cols = comptime!(shape.cols / n);
     #[unroll]
     for j in 0..comptime!(shape.vectors(n)) {
-        let i = unit() + j * shape.units;
+        let i = worker + j * shape.units;
         if comptime!(shape.even(n)) {
-            tile.set_many::<I, N>(i / cols, i % cols * n, flight[j]);
+            tile.set_many::<I, N>(row0 + i / cols, i % cols * n, flight[j]);
         } else {
             if i / cols < shape.rows {
-                tile.set_many::<I, N>(i / cols, i % cols * n, flight[j]);
+                tile.set_many::<I, N>(row0 + i / cols, i % cols * n, flight[j]);
             }
         }
     }

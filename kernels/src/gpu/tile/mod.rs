@@ -6,6 +6,7 @@
 mod form;
 mod mma;
 mod opaque;
+mod panel;
 mod registers;
 mod sums;
 
@@ -13,6 +14,7 @@ use cubecl::prelude::*;
 
 pub(crate) use form::{Corner, Form, Mode, product, product_at};
 pub(crate) use opaque::depth;
+pub(crate) use panel::Panel;
 pub(crate) use sums::{Spread, Sums};
 
 /// Side of the blocks that matrix units compute, and tokens of the sub-blocks that key-wise gates are cut into. The

@@ -1,0 +1,342 @@
+//! The state passes where a plane computes by itself ([`Panel`]), which is [`super::state`] and [`super::state_backward`]
+//! with another division of the work.
+//!
+//! A plane holds the state of 16 value features, transposed, in registers, and all that follows from it is products from
+//! the right: for the delta rule
+//!
+//! ```text
+//! x^T = (v^T - (S^T k^T) Diag(e^{c})) T^T        S'^T = e^{c_n} S^T + (x^T Diag(beta e^{c_n - c})) k
+//! ```
+//! so it waits for no other plane. Other planes bring the next chunk's tensors into one half of each tile while the other
+//! half is computed with, and take away what was computed in the chunk before: one barrier for a chunk.
+
+use cubecl::prelude::*;
+
+use super::super::tile::{BLOCK, Panel, Tile, WARP};
+use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
+use super::decay::RowGates;
+use super::place::{Place, Sizes, Walk};
+use super::state::Part;
+use super::transfer::{Shape, fetch_as, put_as};
+
+/// Units of a cube that bring and take away.
+pub(crate) const CARRIERS: usize = 128;
+
+impl WalkBlueprint {
+    /// Units that compute.
+    pub fn computing(&self) -> usize {
+        self.value_block / BLOCK * WARP
+    }
+
+    /// A tile of `cols` columns for the rows of a chunk, as the carriers see it.
+    pub fn carried(&self, cols: usize) -> Shape {
+        Shape { rows: self.chunk.chunk, cols, units: CARRIERS }
+    }
+
+    /// The state for the other launches, as the carriers see it.
+    pub fn carried_state(&self) -> Shape {
+        Shape { rows: self.rows(), cols: self.value_block, units: CARRIERS }
+    }
+}
+
+/// Two tiles of as many rows, one below the other.
+#[cube]
+pub(crate) fn twice<E: Float>(
+    #[comptime] rows: usize,
+    #[comptime] cols: usize,
+    #[comptime] wanted: bool,
+    #[comptime] b: Blueprint,
+) -> Tile<E> {
+    Tile::<E>::new(comptime!(if wanted { 2 * rows } else { 1 }), cols, comptime!(b.operand_padding()))
+}
+
+/// The small tensors of two chunks.
+#[derive(CubeType)]
+pub(crate) struct Weights {
+    /// By token, under scalar gates.
+    from_start: Shared<[f32]>,
+    to_end: Shared<[f32]>,
+    /// By token, with the delta rule.
+    steps: Shared<[f32]>,
+    /// `e^{c_n}` by key feature, under gates per key feature.
+    ends: Shared<[f32]>,
+}
+
+/// Which weights of tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Of {
+    FromStart,
+    ToEnd,
+    Steps,
+}
+
+/// The small tensors of a chunk on their way.
+#[derive(CubeType)]
+pub(crate) struct WeightsAhead {
+    gates: RowGates,
+    step: f32,
+    ends: Array<f32>,
+}
+
+#[cube]
+impl Weights {
+    pub fn new(#[comptime] w: WalkBlueprint) -> Weights {
+        let (head, key) = comptime!((w.chunk.gate == GateKind::Head, w.chunk.gate == GateKind::Key));
+        let tokens = comptime!(2 * w.chunk.chunk);
+        Weights {
+            from_start: Shared::new_slice(comptime!(if head { tokens } else { 1 })),
+            to_end: Shared::new_slice(comptime!(if head { tokens } else { 1 })),
+            steps: Shared::new_slice(comptime!(if w.chunk.delta { tokens } else { 1 })),
+            ends: Shared::new_slice(comptime!(if key { 2 * w.rows() } else { 1 })),
+        }
+    }
+
+    /// Puts what a carrier has asked for.
+    pub fn put(&mut self, ahead: &WeightsAhead, carrier: usize, half: usize, #[comptime] w: WalkBlueprint) {
+        let b = comptime!(w.chunk);
+        if comptime!(b.gate == GateKind::Head) {
+            if carrier / WARP < comptime!(b.chunk.div_ceil(WARP)) {
+                let (from_start, to_end) = ahead.gates.weights(carrier / WARP, b);
+                if carrier < b.chunk {
+                    self.from_start[half * b.chunk + carrier] = from_start;
+                    self.to_end[half * b.chunk + carrier] = to_end;
+                }
+            }
+        }
+        if comptime!(b.delta) {
+            if carrier < b.chunk {
+                self.steps[half * b.chunk + carrier] = ahead.step;
+            }
+        }
+        if comptime!(b.gate == GateKind::Key) {
+            #[unroll]
+            for j in 0..comptime!(w.rows().div_ceil(CARRIERS)) {
+                let k = carrier + comptime!(j * CARRIERS);
+                if k < comptime!(w.rows()) {
+                    self.ends[half * comptime!(w.rows()) + k] = ahead.ends[j];
+                }
+            }
+        }
+    }
+
+    /// `panel *= factor` and the weights of its columns, tokens of the chunk in `half`.
+    pub fn weigh(&self, panel: &mut Panel, factor: f32, half: usize, #[comptime] of: Of, #[comptime] b: Blueprint) {
+        let weighed = comptime!(match of {
+            Of::Steps => b.delta,
+            Of::FromStart | Of::ToEnd => b.gate == GateKind::Head,
+        });
+        #[unroll]
+        for i in 0..panel.pairs() {
+            let mut weight = Vector::<f32, Const<2>>::new(factor);
+            if comptime!(weighed) {
+                let at = half * b.chunk + panel.place(i).1;
+                let pair = match comptime!(of) {
+                    Of::FromStart => pair(&self.from_start, at),
+                    Of::ToEnd => pair(&self.to_end, at),
+                    Of::Steps => pair(&self.steps, at),
+                };
+                weight *= pair;
+            }
+            panel.set(i, panel.get(i) * weight);
+        }
+    }
+
+    /// `state = e^{c_n} state`.
+    pub fn decay(&self, state: &mut Panel, half: usize, #[comptime] w: WalkBlueprint) {
+        let b = comptime!(w.chunk);
+        if comptime!(b.gate != GateKind::None) {
+            #[unroll]
+            for i in 0..state.pairs() {
+                let factor = if comptime!(b.gate == GateKind::Head) {
+                    Vector::new(self.from_start[half * b.chunk + comptime!(b.chunk - 1)])
+                } else {
+                    pair(&self.ends, half * comptime!(w.rows()) + state.place(i).1)
+                };
+                state.set(i, state.get(i) * factor);
+            }
+        }
+    }
+}
+
+#[cube]
+fn pair(x: &Shared<[f32]>, at: usize) -> Vector<f32, Const<2>> {
+    let mut pair = Vector::<f32, Const<2>>::new(x[at]);
+    pair.insert(1usize, x[at + 1]);
+    pair
+}
+
+#[cube]
+impl WeightsAhead {
+    pub fn new(#[comptime] w: WalkBlueprint) -> WeightsAhead {
+        WeightsAhead {
+            gates: RowGates::new(w.chunk),
+            step: f32::new(0.0),
+            ends: Array::new(comptime!(w.rows().div_ceil(CARRIERS))),
+        }
+    }
+
+    /// Asks for those of the chunk at `place`.
+    pub fn ask(
+        &mut self,
+        g: &[f32],
+        beta: &[f32],
+        ends: &[f32],
+        place: &Place,
+        part: &Part,
+        sizes: &Sizes,
+        carrier: usize,
+        #[comptime] w: WalkBlueprint,
+    ) {
+        let b = comptime!(w.chunk);
+        self.gates.ask_all(g, place, sizes, b);
+        if comptime!(b.delta) {
+            let (at, stride) = place.scalars(sizes);
+            self.step = f32::new(0.0);
+            if carrier < place.rows {
+                self.step = beta[at + carrier * stride];
+            }
+        }
+        if comptime!(b.gate == GateKind::Key) {
+            #[unroll]
+            for j in 0..comptime!(w.rows().div_ceil(CARRIERS)) {
+                let k = part.k0 + carrier + comptime!(j * CARRIERS);
+                self.ends[j] = f32::new(0.0);
+                if k < sizes.key_dim {
+                    self.ends[j] = ends[place.ends(sizes) + k];
+                }
+            }
+        }
+    }
+}
+
+/// Rows of one tensor, on their way into a half of a tile.
+#[derive(CubeType)]
+pub(crate) struct Load<I: Float, N: Size> {
+    flight: Array<Vector<I, N>>,
+    #[cube(comptime)]
+    shape: Shape,
+    #[cube(comptime)]
+    wanted: bool,
+}
+
+#[cube]
+impl<I: Float, N: Size> Load<I, N> {
+    pub fn new(#[comptime] shape: Shape, #[comptime] wanted: bool) -> Self {
+        let n = N::value().comptime();
+        Load::<I, N> { flight: Array::new(comptime!(if wanted { shape.vectors(n) } else { 1 })), shape, wanted }
+    }
+
+    pub fn ask(
+        &mut self,
+        x: &[Vector<I, N>],
+        at: (usize, usize),
+        rows: usize,
+        col0: usize,
+        dim: usize,
+        carrier: usize,
+    ) {
+        if comptime!(self.wanted) {
+            fetch_as::<I, N>(carrier, x, at, rows, col0, dim, &mut self.flight, self.shape);
+        }
+    }
+
+    pub fn put<E: Float>(&self, tile: &mut Tile<E>, carrier: usize, half: usize) {
+        if comptime!(self.wanted) {
+            let row0 = half * comptime!(self.shape.rows);
+            put_as::<I, E, N>(carrier, &self.flight, tile, row0, self.shape);
+        }
+    }
+}
+
+/// Writes a half of a tile to a tensor.
+#[cube]
+pub(crate) fn take_away<I: Float, E: Float, N: Size>(
+    tile: &Tile<E>,
+    half: usize,
+    out: &mut [Vector<I, N>],
+    at: (usize, usize),
+    rows: usize,
+    col0: usize,
+    dim: usize,
+    carrier: usize,
+    #[comptime] shape: Shape,
+) {
+    let n = N::value().comptime();
+    let cols = comptime!(shape.cols / n);
+    let row0 = half * comptime!(shape.rows);
+    for i in range_stepped(carrier, comptime!(shape.rows * cols), CARRIERS) {
+        let (row, col) = (i / cols, i % cols * n);
+        if row < rows && col0 + col < dim {
+            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(tile.get_many::<N>(row0 + row, col));
+        }
+    }
+}
+
+/// Takes a state, or zeros where `present` is not; the plane has the value features from `v0` on.
+#[cube]
+pub(crate) fn take_state(
+    state: &mut Panel,
+    x: &[f32],
+    part: &Part,
+    v0: usize,
+    sizes: &Sizes,
+    #[comptime] present: bool,
+) {
+    if comptime!(present) {
+        #[unroll]
+        for i in 0..state.pairs() {
+            let (row, col) = state.place(i);
+            let (k, v) = (part.k0 + col, v0 + row);
+            let mut pair = Vector::<f32, Const<2>>::new(f32::new(0.0));
+            #[unroll]
+            for j in 0..2 {
+                if k + j < sizes.key_dim && v < sizes.value_dim {
+                    pair.insert(j, x[part.state(sizes) + (k + j) * sizes.value_dim + v]);
+                }
+            }
+            state.set(i, pair);
+        }
+    }
+}
+
+/// Writes a state.
+#[cube]
+pub(crate) fn leave_state(state: &Panel, out: &mut [f32], part: &Part, v0: usize, sizes: &Sizes) {
+    #[unroll]
+    for i in 0..state.pairs() {
+        let (row, col) = state.place(i);
+        let (k, v) = (part.k0 + col, v0 + row);
+        #[unroll]
+        for j in 0..2 {
+            if k + j < sizes.key_dim && v < sizes.value_dim {
+                out[part.state(sizes) + (k + j) * sizes.value_dim + v] = state.get(i).extract(j);
+            }
+        }
+    }
+}
+
+/// Writes what a chunk left in a half of the tiles: the state, and with the delta rule rows of values.
+#[cube]
+pub(crate) fn take_away_chunk<I: Float, E: Float, N: Size>(
+    narrow: &Tile<E>,
+    stage: &Tile<E>,
+    states: &mut [Vector<E, N>],
+    values: &mut [Vector<I, N>],
+    walk: &Walk,
+    chunk: usize,
+    half: usize,
+    part: &Part,
+    sizes: &Sizes,
+    carrier: usize,
+    #[comptime] w: WalkBlueprint,
+) {
+    let place = walk.place(sizes, chunk, part.head, w.chunk);
+    let at = (place.state(sizes) + part.k0 * sizes.value_dim, sizes.value_dim);
+    let rows = sizes.key_dim - part.k0;
+    let shape = comptime!(w.carried_state());
+    take_away::<E, E, N>(narrow, half, states, at, rows, part.v0, sizes.value_dim, carrier, shape);
+    if comptime!(w.chunk.delta) {
+        let (at, shape) = (place.values(sizes), comptime!(w.carried(w.value_block)));
+        take_away::<I, E, N>(stage, half, values, at, place.rows, part.v0, sizes.value_dim, carrier, shape);
+    }
+}
