@@ -36,6 +36,9 @@ pub(crate) struct Blueprint {
     pub engine: Engine,
     /// Bytes of an element of an operand tile: the storage type on matrix units, f32 in registers.
     pub operand_size: usize,
+    /// Whether pairs within sub-blocks may be products too where gates per key feature are mild: an operand then holds
+    /// what a gate would have to undo, which is in the range of bf16.
+    pub inverts: bool,
 }
 
 /// The compile-time key of the state passes.
@@ -157,7 +160,8 @@ impl Blueprint {
             .into_iter()
             .map(|(chunk, block)| {
                 let block = widest.min(block);
-                Self { gate, delta, chunk, block, units: 0, engine, operand_size }.with_block(client, block)
+                let inverts = gate == GateKind::Key && engine == Engine::Mma && storage == Storage::Bf16;
+                Self { gate, delta, chunk, block, units: 0, engine, operand_size, inverts }.with_block(client, block)
             })
             .find(|b| b.shared_memory(p.key_dim) <= room && b.for_gradients(client).is_some())
     }
@@ -278,7 +282,7 @@ impl Blueprint {
     fn common_memory(&self) -> usize {
         let (c, d) = (self.chunk, self.block);
         let decay = match self.gate {
-            GateKind::Key => self.float(c, d) + self.segments() * d * 4,
+            GateKind::Key => self.float(c, d) + self.segments() * d * 4 + self.units,
             GateKind::None | GateKind::Head => (4 * c + self.segments()) * 4 + self.float(1, 1),
         };
         decay + 512
@@ -301,11 +305,15 @@ impl Blueprint {
     /// What the gradients of queries and keys need, in bytes.
     fn gradients_memory(&self) -> usize {
         let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
-        let square = if self.gate == GateKind::Key { c } else { 1 };
+        let sums = |rows| self.sums(self.spread(rows, d));
+        let left = 1 + self.delta as usize;
+        // Under gates per key feature products wait for weights of their own.
+        let more = if self.gate == GateKind::Key { left + 1 } else { 0 };
         self.operand(c + delta, c)
-            + self.float(square + 3 * c + delta, d)
-            + self.operand(2 * c + d, d)
-            + (2 * c + d + 4 * self.units) * 4
+            + (2 + left + more) * sums(c)
+            + self.float(c, d)
+            + self.operand(3 * c + 2 * d, d)
+            + (2 * c + d + self.units) * 4
             + self.common_memory()
     }
 }

@@ -15,13 +15,13 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Tile, fill, product, unit, units};
+use super::super::tile::{Form, Mode, Sums, Tile, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, scale};
+use super::decay::{Decay, Role};
 use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
 use super::state::load_state;
-use super::transfer::{load, load_scores, read};
+use super::transfer::{load, load_scores, store};
 
 /// What the chunk reads.
 #[derive(CubeType, CubeLaunch)]
@@ -54,33 +54,29 @@ pub(crate) struct ByToken {
     pub beta: Shared<[f32]>,
     /// By key feature of the block, the gradient of `c_n` that the state gives.
     pub carry: Shared<[f32]>,
-    /// By unit, a share of a token's sums: of `dbeta`, of the gradient of `c_i`, and of what the end of the chunk says of
-    /// the gates after token `i` (scalar gates).
-    pub d_beta: Shared<[f32]>,
-    pub dc: Shared<[f32]>,
-    pub ending: Shared<[f32]>,
-    /// By unit, a share of the carry.
-    pub carries: Shared<[f32]>,
+    /// By unit, a share of a sum that several units make.
+    pub shares: Shared<[f32]>,
 }
 
 /// Gradients of the chunk's tensors for one block of key features, by role, `[chunk, block]`.
 #[derive(CubeType)]
 pub(crate) struct Roles {
-    pub q_left: Tile<f32>,
-    pub k_left: Tile<f32>,
-    pub k_right: Tile<f32>,
-    pub k_end: Tile<f32>,
+    pub q_left: Sums,
+    pub k_left: Sums,
+    pub k_right: Sums,
+    pub k_end: Sums,
 }
 
-/// The gradients of the pairs, as operands, and scratch.
+/// The gradients of the pairs, as operands, and tiles of features.
 #[derive(CubeType)]
 pub(crate) struct Pairs<E: Float> {
     pub p: Tile<E>,
     pub r: Tile<E>,
-    pub square: Tile<f32>,
-    pub one: Tile<E>,
-    pub two: Tile<E>,
+    pub keys: Tile<E>,
+    pub queries: Tile<E>,
+    pub other: Tile<E>,
     pub state: Tile<E>,
+    pub dstate: Tile<E>,
 }
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
@@ -102,31 +98,30 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         terminate!();
     }
     let place = Place::of(cube, sizes, table, b);
-    let (padding, operand) = comptime!((b.padding(), b.operand_padding()));
+    let operand = comptime!(b.operand_padding());
     let (c, delta_rows) = comptime!((b.chunk, if b.delta { b.chunk } else { 1 }));
     let mut decay = Decay::new(b);
     let mut pairs = Pairs::<E> {
         p: Tile::<E>::new(c, c, operand),
         r: Tile::<E>::new(delta_rows, c, operand),
-        square: Tile::<f32>::new(comptime!(if b.gate == GateKind::Key { c } else { 1 }), b.block, padding),
-        one: Tile::<E>::new(c, b.block, operand),
-        two: Tile::<E>::new(c, b.block, operand),
+        keys: Tile::<E>::new(c, b.block, operand),
+        queries: Tile::<E>::new(c, b.block, operand),
+        other: Tile::<E>::new(c, b.block, operand),
         state: Tile::<E>::new(b.block, b.block, operand),
+        dstate: Tile::<E>::new(b.block, b.block, operand),
     };
     let mut roles = Roles {
-        q_left: Tile::<f32>::new(c, b.block, padding),
-        k_left: Tile::<f32>::new(delta_rows, b.block, padding),
-        k_right: Tile::<f32>::new(c, b.block, padding),
-        k_end: Tile::<f32>::new(c, b.block, padding),
+        q_left: Sums::new(comptime!(b.spread(c, b.block))),
+        k_left: Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, b.block))),
+        k_right: Sums::new(comptime!(b.spread(c, b.block))),
+        k_end: Sums::new(comptime!(b.spread(c, b.block))),
     };
+    let mut scratch = Tile::<f32>::new(c, b.block, comptime!(b.padding()));
     let mut tokens = ByToken {
         diagonal: Shared::new_slice(c),
         beta: Shared::new_slice(c),
         carry: Shared::new_slice(b.block),
-        d_beta: Shared::new_slice(b.units),
-        dc: Shared::new_slice(b.units),
-        ending: Shared::new_slice(b.units),
-        carries: Shared::new_slice(b.units),
+        shares: Shared::new_slice(b.units),
     };
     let (scalar_at, stride) = place.scalars(sizes);
     for i in range_stepped(unit(), c, units()) {
@@ -139,9 +134,6 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         }
         tokens.beta[i] = step;
     }
-    tokens.d_beta[unit()] = 0.0;
-    tokens.dc[unit()] = 0.0;
-    tokens.ending[unit()] = 0.0;
     decay.load_rows(&x.g, &place, sizes, b);
     let squares = place.scores(sizes, b);
     load_scores::<E, N>(p, squares, &mut pairs.p);
@@ -155,7 +147,11 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     }
     sync_cube();
 
+    // By unit, shares of a token's sums over key features: `dbeta`, the gradient of `c_i`, and what the end of the chunk
+    // says of the gates after the token.
+    let (mut d_beta, mut dc, mut ending) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
     let mut total = f32::new(0.0);
+    let to = place.key_gates(sizes);
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         decay.load_block(&x.g, &place, sizes, k0, b);
@@ -178,35 +174,52 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         } else {
             scalar_pairs::<I, E, N>(x, &place, sizes, k0, &decay, &mut pairs, &mut roles, &tokens, b);
         }
-        finish::<I, E, O, N>(x, &place, sizes, k0, &mut roles, &tokens, out, b);
-        sync_cube();
+        roles.q_left.settle();
+        gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dq, b);
+        store::<O, f32, N>(&scratch, &mut out.dq, to, place.rows, k0, sizes.key_dim);
+        gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dk, b);
+        store::<O, f32, N>(&scratch, &mut out.dk, to, place.rows, k0, sizes.key_dim);
         if comptime!(b.delta) {
-            tokens.d_beta[unit()] += sum_row(&roles.k_right, b);
+            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dbeta, b);
+            d_beta += sum_row(&scratch, b);
         }
         if comptime!(b.gate == GateKind::Head) {
-            tokens.dc[unit()] += sum_row(&roles.q_left, b);
-            tokens.ending[unit()] += sum_row(&roles.k_end, b);
-        }
-        if comptime!(b.gate == GateKind::Head) {
+            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dc, b);
+            dc += sum_row(&scratch, b);
+            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Ending, b);
+            ending += sum_row(&scratch, b);
             for k in 0..b.block {
                 total += tokens.carry[k];
             }
         }
         if comptime!(b.gate == GateKind::Key) {
-            key_gate_gradient(&place, sizes, k0, &mut roles, &tokens, &mut out.dg, b);
+            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Ending, b);
+            sum_over_rows(&mut scratch, &mut tokens, false, b);
+            // What was at the end of the chunk has been read; each unit reads what it sets.
+            take(&mut roles.k_end, &scratch);
+            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dc, b);
+            sum_over_rows(&mut scratch, &mut tokens, true, b);
+            add(&roles.k_end, &mut scratch);
+            sync_cube();
+            for i in range_stepped(unit(), comptime!(c * b.block), units()) {
+                let (row, d) = (i / b.block, i % b.block);
+                if row < place.rows && k0 + d < sizes.key_dim {
+                    out.dg[to.0 + row * to.1 + k0 + d] = scratch.get(row, d);
+                }
+            }
         }
         sync_cube();
     }
     if comptime!(b.delta) {
-        let d_beta = over_shares(&tokens.d_beta, b);
+        let d_beta = over_shares(&mut tokens.shares, d_beta, b);
         if unit() < place.rows {
             out.dbeta[scalar_at + unit() * stride] = d_beta;
         }
     }
     if comptime!(b.gate == GateKind::Head) {
-        let (ending, dc) = (over_shares(&tokens.ending, b), over_shares(&tokens.dc, b));
+        let ending = over_shares(&mut tokens.shares, ending, b);
+        let dc = over_shares(&mut tokens.shares, dc, b);
         // Once more by token, as every unit reads all of them; the steps are not needed any more.
-        sync_cube();
         let i = unit();
         if i < c {
             tokens.diagonal[i] = ending;
@@ -242,15 +255,85 @@ fn sum_row(tile: &Tile<f32>, #[comptime] b: Blueprint) -> f32 {
     sum
 }
 
-/// The sum over the shares of token `unit()`, in order; of no use to units beyond the tokens.
+/// The sum over the shares of token `unit()`, in order; of no use to units beyond the tokens. Synchronises.
 #[cube]
-fn over_shares(by_unit: &Shared<[f32]>, #[comptime] b: Blueprint) -> f32 {
+fn over_shares(by_unit: &mut Shared<[f32]>, share: f32, #[comptime] b: Blueprint) -> f32 {
+    sync_cube();
+    by_unit[unit()] = share;
+    sync_cube();
     let mut sum = f32::new(0.0);
     #[unroll]
     for share in 0..comptime!(shares(b)) {
         sum += by_unit[unit() % b.chunk + share * b.chunk];
     }
     sum
+}
+
+/// Sums of each column in place: of the rows before, or if `back` of the row, those after it and the carry.
+/// Synchronises.
+#[cube]
+fn sum_over_rows(tile: &mut Tile<f32>, tokens: &mut ByToken, #[comptime] back: bool, #[comptime] b: Blueprint) {
+    // Units of a column have neighbouring rows each.
+    let parts = comptime!((b.units / b.block).min(b.chunk));
+    let rows = comptime!(b.chunk / parts);
+    let (col, part) = (unit() % b.block, unit() / b.block);
+    let mut sum = f32::new(0.0);
+    if part < parts {
+        for i in 0..rows {
+            sum += tile.get(part * rows + i, col);
+        }
+        tokens.shares[unit()] = sum;
+    }
+    sync_cube();
+    if part < parts {
+        let mut sum = f32::new(0.0);
+        if comptime!(back) {
+            sum = tokens.carry[col];
+        }
+        for i in 0..parts {
+            let other = if comptime!(back) { parts.runtime() - 1 - i } else { i };
+            let counts = if comptime!(back) { other > part } else { other < part };
+            sum += select(counts, tokens.shares[other * b.block + col], f32::new(0.0));
+        }
+        for i in 0..rows {
+            let row = part * rows + if comptime!(back) { comptime!(rows - 1).runtime() - i } else { i };
+            let value = tile.get(row, col);
+            if comptime!(back) {
+                sum += value;
+                tile.set(row, col, sum);
+            } else {
+                tile.set(row, col, sum);
+                sum += value;
+            }
+        }
+    }
+    sync_cube();
+}
+
+/// `sums = tile`
+#[cube]
+fn take(sums: &mut Sums, tile: &Tile<f32>) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let place = sums.place(unit, j);
+            sums.set(place, j, tile.get(place.0, place.1));
+        }
+    }
+}
+
+/// `tile += sums`
+#[cube]
+fn add(sums: &Sums, tile: &mut Tile<f32>) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let place = sums.place(unit, j);
+            tile.set(place.0, place.1, tile.get(place.0, place.1) + sums.get(place, j));
+        }
+    }
 }
 
 /// Starts the gradients by role with what comes through the states before and after the chunk. Synchronises.
@@ -269,56 +352,50 @@ fn through_state<I: Float, E: Float, N: Size>(
     tokens: &mut ByToken,
     #[comptime] b: Blueprint,
 ) {
-    let n = N::value().comptime();
     let (at, state_at) = (place.values(sizes), place.state(sizes));
     let form = comptime!(Form::abt(b.chunk, b.block, b.block, Mode::Add));
-    fill::<f32>(&mut roles.q_left, 0.0);
-    fill::<f32>(&mut roles.k_left, 0.0);
-    fill::<f32>(&mut roles.k_right, 0.0);
-    fill::<f32>(&mut roles.k_end, 0.0);
+    roles.q_left.clear();
+    roles.k_left.clear();
+    roles.k_right.clear();
+    roles.k_end.clear();
     // `sum_v S dS'`, in f32: neighbouring units share a row.
     let columns = comptime!(b.units / b.block);
     let (carry_row, column) = (unit() / columns, unit() % columns);
     let mut carry = f32::new(0.0);
     for part in 0..sizes.value_blocks {
         let v0 = part * b.block;
-        load::<I, E, N>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
+        load::<I, E, N>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.queries);
+        if comptime!(b.delta) {
+            load::<I, E, N>(z, at, place.rows, v0, sizes.value_dim, &mut pairs.other);
+        }
+        load::<I, E, N>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.keys);
         load_state::<E, E, N>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
+        load_state::<E, E, N>(dstates, state_at, k0, v0, sizes, &mut pairs.dstate, true);
         sync_cube();
-        product::<E>(&pairs.one, &pairs.state, &mut roles.q_left, form, b.units, b.engine);
-        if carry_row < b.block {
-            for i in range_stepped(column, comptime!(b.block / n), columns) {
-                let (rows, v) = ((state_at, sizes.value_dim), v0 + i * n);
-                let state = read::<E, N>(&x.states, rows, sizes.key_dim, k0 + carry_row, v, sizes.value_dim);
-                let dstate = read::<E, N>(dstates, rows, sizes.key_dim, k0 + carry_row, v, sizes.value_dim);
-                let both = Vector::<f32, N>::cast_from(state) * Vector::<f32, N>::cast_from(dstate);
-                #[unroll]
-                for j in 0..n {
-                    carry += both.extract(j);
+        roles.q_left.product::<E, E>(&pairs.queries, &pairs.state, form);
+        if comptime!(b.delta) {
+            roles.k_left.product::<E, E>(&pairs.other, &pairs.state, form);
+        }
+        roles.k_end.product::<E, E>(&pairs.keys, &pairs.dstate, form);
+        if comptime!(b.gate != GateKind::None) {
+            if carry_row < b.block {
+                for v in range_stepped(column, b.block, columns) {
+                    carry += pairs.state.get(carry_row, v) * pairs.dstate.get(carry_row, v);
                 }
             }
         }
         sync_cube();
-        if comptime!(b.delta) {
-            load::<I, E, N>(z, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
-            sync_cube();
-            product::<E>(&pairs.one, &pairs.state, &mut roles.k_left, form, b.units, b.engine);
-            sync_cube();
-        }
-        load::<I, E, N>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.one);
-        load_state::<E, E, N>(dstates, state_at, k0, v0, sizes, &mut pairs.state, true);
-        sync_cube();
-        product::<E>(&pairs.one, &pairs.state, &mut roles.k_end, form, b.units, b.engine);
-        sync_cube();
     }
-    tokens.carries[unit()] = carry;
-    sync_cube();
-    for k in range_stepped(unit(), b.block, units()) {
-        let mut sum = f32::new(0.0);
-        for column in 0..columns {
-            sum += tokens.carries[k * columns + column];
+    if comptime!(b.gate != GateKind::None) {
+        tokens.shares[unit()] = carry;
+        sync_cube();
+        for k in range_stepped(unit(), b.block, units()) {
+            let mut sum = f32::new(0.0);
+            for column in 0..columns {
+                sum += tokens.shares[k * columns + column];
+            }
+            tokens.carry[k] = sum * decay.end(k, b);
         }
-        tokens.carry[k] = sum * decay.end(k, b);
     }
     decay.prepare(&x.g, place, sizes, k0, Role::FromStart, b);
     scale(&mut roles.q_left, sizes.scale, &*decay, Role::FromStart, b);
@@ -331,74 +408,76 @@ fn through_state<I: Float, E: Float, N: Size>(
     sync_cube();
 }
 
-/// Adds up the roles and writes `dq` and `dk`. Leaves in `q_left` the gradient of `c`, in `k_end` what goes to the gates
-/// after the token, in `k_right` the terms of `dbeta`.
+/// `sums *= weight * factor`.
 #[cube]
-fn finish<I: Float, E: Float, O: Float, N: Size>(
-    x: &Operands<I, E, N>,
-    place: &Place,
-    sizes: &Sizes,
-    k0: usize,
-    roles: &mut Roles,
-    tokens: &ByToken,
-    out: &mut Gradients<O, N>,
-    #[comptime] b: Blueprint,
-) {
-    let n = N::value().comptime();
-    let (at, to) = (place.keys(sizes), place.key_gates(sizes));
-    let cols = comptime!(b.block / n);
-    for item in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
-        let (row, d) = (item / cols, item % cols * n);
-        let query = Vector::<f32, N>::cast_from(read::<I, N>(&x.q, at, place.rows, row, k0 + d, sizes.key_dim));
-        let key = Vector::<f32, N>::cast_from(read::<I, N>(&x.k, at, place.rows, row, k0 + d, sizes.key_dim));
-        let (beta, diagonal) = (Vector::new(tokens.beta[row]), Vector::new(tokens.diagonal[row]));
-        let (q_left, end) = (roles.q_left.get_many::<N>(row, d), roles.k_end.get_many::<N>(row, d));
-        let right = roles.k_right.get_many::<N>(row, d);
-        let unstepped = right + end + diagonal * query;
-        let mut dk = beta * unstepped;
-        let mut dc = query * q_left - beta * key * right;
-        if comptime!(b.delta) {
-            let k_left = roles.k_left.get_many::<N>(row, d);
-            dk += k_left;
-            dc += key * k_left;
+fn scale(sums: &mut Sums, factor: f32, decay: &Decay, #[comptime] role: Role, #[comptime] b: Blueprint) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let place = sums.place(unit, j);
+            sums.set(place, j, sums.get(place, j) * factor * decay.weight(place.0, place.1, role, b));
         }
-        if row < place.rows && k0 + d < sizes.key_dim {
-            let at = (to.0 + row * to.1 + k0 + d) / n;
-            out.dq[at] = Vector::<O, N>::cast_from(q_left + diagonal * beta * key);
-            out.dk[at] = Vector::<O, N>::cast_from(dk);
-        }
-        roles.q_left.set_many::<f32, N>(row, d, dc);
-        roles.k_end.set_many::<f32, N>(row, d, beta * key * end);
-        roles.k_right.set_many::<f32, N>(row, d, key * unstepped);
     }
 }
 
-/// The gradient of the gates of a block of key features, a feature per unit.
+/// What follows from the roles, by token and key feature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Wanted {
+    Dq,
+    Dk,
+    /// Terms of `dbeta`.
+    Dbeta,
+    /// The gradient of `c`.
+    Dc,
+    /// What goes to the gates after the token.
+    Ending,
+}
+
+/// Adds up the roles in a tile, with plain queries and keys in `pairs`. Synchronises before and after.
 #[cube]
-fn key_gate_gradient(
-    place: &Place,
-    sizes: &Sizes,
-    k0: usize,
-    roles: &mut Roles,
+fn gather<E: Float>(
+    pairs: &Pairs<E>,
+    roles: &Roles,
     tokens: &ByToken,
-    dg: &mut [f32],
+    out: &mut Tile<f32>,
+    #[comptime] wanted: Wanted,
     #[comptime] b: Blueprint,
 ) {
-    let at = place.key_gates(sizes);
-    for d in range_stepped(unit(), b.block, units()) {
-        let mut earlier = f32::new(0.0);
-        for row in 0..b.chunk {
-            let end = roles.k_end.get(row, d);
-            roles.k_end.set(row, d, earlier);
-            earlier += end;
-        }
-        let mut later = tokens.carry[d];
-        for i in 0..b.chunk {
-            let row = comptime!(b.chunk - 1).runtime() - i;
-            later += roles.q_left.get(row, d);
-            if row < place.rows && k0 + d < sizes.key_dim {
-                dg[at.0 + row * at.1 + k0 + d] = later + roles.k_end.get(row, d);
-            }
+    sync_cube();
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(roles.q_left.spread.len()) {
+        if roles.q_left.has(unit, j) {
+            let place = roles.q_left.place(unit, j);
+            let (row, d) = place;
+            let (query, key) = (pairs.queries.get(row, d), pairs.keys.get(row, d));
+            let (beta, diagonal) = (tokens.beta[row], tokens.diagonal[row]);
+            let value = match comptime!(wanted) {
+                Wanted::Dq => roles.q_left.get(place, j) + diagonal * beta * key,
+                Wanted::Ending => beta * key * roles.k_end.get(place, j),
+                Wanted::Dc => {
+                    let mut dc = query * roles.q_left.get(place, j) - beta * key * roles.k_right.get(place, j);
+                    if comptime!(b.delta) {
+                        dc += key * roles.k_left.get(place, j);
+                    }
+                    dc
+                }
+                Wanted::Dk | Wanted::Dbeta => {
+                    let unstepped = roles.k_right.get(place, j) + roles.k_end.get(place, j) + diagonal * query;
+                    if comptime!(wanted == Wanted::Dbeta) {
+                        key * unstepped
+                    } else {
+                        let mut dk = beta * unstepped;
+                        if comptime!(b.delta) {
+                            dk += roles.k_left.get(place, j);
+                        }
+                        dk
+                    }
+                }
+            };
+            out.set(row, d, value);
         }
     }
+    sync_cube();
 }

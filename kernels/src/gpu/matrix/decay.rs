@@ -41,7 +41,12 @@ pub(crate) struct Decay {
     totals: Shared<[f32]>,
     /// Key-wise gates: the weights prepared last, `[chunk, block]`.
     weights: Tile<f32>,
+    /// By plane, the least of the totals, where it is asked for ([`Blueprint::inverts`]).
+    strongest: Shared<[f32]>,
 }
+
+/// Sums of gates over a sub-block down to which an operand may hold what undoes them.
+const MILD: f32 = -30.0;
 
 #[cube]
 impl Decay {
@@ -58,6 +63,7 @@ impl Decay {
             to_end: Shared::new_slice(tokens),
             totals: Shared::new_slice(totals),
             weights: Tile::<f32>::new(rows, cols, comptime!(b.padding())),
+            strongest: Shared::new_slice(comptime!(if b.inverts { b.units / WARP } else { 1 })),
         }
     }
 
@@ -134,6 +140,7 @@ impl Decay {
     /// Begins a block of key features. Synchronises.
     pub fn load_block(&mut self, g: &[f32], place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Key) {
+            let mut least = f32::new(0.0);
             for item in range_stepped(unit(), comptime!(b.segments() * b.block), units()) {
                 let (segment, k) = (item / b.block, item % b.block);
                 let mut sum = f32::new(0.0);
@@ -141,8 +148,45 @@ impl Decay {
                     sum += key_gate(g, place, sizes, row, k0 + k);
                 }
                 self.totals[item] = sum;
+                least = least.min(sum);
+            }
+            if comptime!(b.inverts) {
+                let least = plane_min(least);
+                if unit() % WARP == 0 {
+                    self.strongest[unit() / WARP] = least;
+                }
             }
             sync_cube();
+        }
+    }
+
+    /// Whether the block of key features that began last has only mild gates.
+    pub fn mild(&self, #[comptime] b: Blueprint) -> bool {
+        let mut least = f32::new(0.0);
+        #[unroll]
+        for plane in 0..comptime!(b.units / WARP) {
+            least = least.min(self.strongest[plane]);
+        }
+        least >= MILD
+    }
+
+    /// Prepares for the tokens of a sub-block what undoes the decay from its start through the token.
+    pub fn invert(
+        &mut self,
+        g: &[f32],
+        place: &Place,
+        sizes: &Sizes,
+        k0: usize,
+        segment: usize,
+        #[comptime] b: Blueprint,
+    ) {
+        for k in range_stepped(unit(), b.block, units()) {
+            let mut sum = f32::new(0.0);
+            for i in 0..BLOCK {
+                let row = segment * BLOCK + i;
+                sum -= key_gate(g, place, sizes, row, k0 + k);
+                self.weights.set(row, k, sum.exp());
+            }
         }
     }
 
@@ -395,20 +439,5 @@ pub(crate) fn load_keys<I: Float, E: Float, N: Size>(
         let values = Vector::<f32, N>::cast_from(read::<I, N>(x, at, rows, row, k0 + k, dim));
         let weights = decay.weights::<N>(row, k, role, b) * Vector::new(factor);
         tile.set_many::<f32, N>(row, k, values * weights);
-    }
-}
-
-/// `tile *= weight * factor`.
-#[cube]
-pub(crate) fn scale(
-    tile: &mut Tile<f32>,
-    factor: f32,
-    decay: &Decay,
-    #[comptime] role: Role,
-    #[comptime] b: Blueprint,
-) {
-    for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
-        let (row, k) = (i / b.block, i % b.block);
-        tile.set(row, k, tile.get(row, k) * factor * decay.weight(row, k, role, b));
     }
 }

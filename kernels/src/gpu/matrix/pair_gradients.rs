@@ -2,15 +2,14 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::Tile;
-use super::super::tile::{BLOCK, Corner, Form, Mode, product, product_at, unit, units};
+use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, unit, units};
 use super::blueprint::Blueprint;
 use super::chunk_backward::{ByToken, Operands, Pairs, Roles};
 use super::decay::{Decay, Role, load_keys};
 use super::place::{Place, Sizes};
 use super::transfer::read;
 
-/// Adds the pairs, whose decay is in `p` and `r` already. Synchronises.
+/// Adds the pairs, whose decay is in `p` and `r` already. Leaves plain queries and keys.
 #[cube]
 pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
     x: &Operands<I, E, N>,
@@ -23,22 +22,35 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
     tokens: &ByToken,
     #[comptime] b: Blueprint,
 ) {
-    let at = place.keys(sizes);
     let (left, right) =
         comptime!((Form::ab(b.chunk, b.block, b.chunk, Mode::Add), Form::atb(b.chunk, b.block, b.chunk, Mode::Add)));
-    load_stepped::<I, E, N>(&x.k, place, sizes, k0, decay, tokens, &mut pairs.one, Role::Plain, b);
-    load_keys::<I, E, N>(&x.q, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.two, Role::Plain, b);
+    load_stepped::<I, E, N>(&x.k, place, sizes, k0, decay, tokens, &mut pairs.other, Role::Plain, b);
+    load_plain::<I, E, N>(x, place, sizes, k0, decay, pairs, Role::Plain, b);
     sync_cube();
-    product::<E>(&pairs.p, &pairs.one, &mut roles.q_left, left, b.units, b.engine);
-    product::<E>(&pairs.p, &pairs.two, &mut roles.k_right, right, b.units, b.engine);
+    roles.q_left.product::<E, E>(&pairs.p, &pairs.other, left);
+    roles.k_right.product::<E, E>(&pairs.p, &pairs.queries, right);
     if comptime!(b.delta) {
-        product::<E>(&pairs.r, &pairs.one, &mut roles.k_left, left, b.units, b.engine);
-        sync_cube();
-        load_keys::<I, E, N>(&x.k, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.one, Role::Plain, b);
-        sync_cube();
-        product::<E>(&pairs.r, &pairs.one, &mut roles.k_right, right, b.units, b.engine);
+        roles.k_left.product::<E, E>(&pairs.r, &pairs.other, left);
+        roles.k_right.settle();
+        roles.k_right.product::<E, E>(&pairs.r, &pairs.keys, right);
     }
-    sync_cube();
+}
+
+/// Fills the tiles of queries and keys, weighted.
+#[cube]
+fn load_plain<I: Float, E: Float, N: Size>(
+    x: &Operands<I, E, N>,
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    decay: &Decay,
+    pairs: &mut Pairs<E>,
+    #[comptime] role: Role,
+    #[comptime] b: Blueprint,
+) {
+    let at = place.keys(sizes);
+    load_keys::<I, E, N>(&x.q, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.queries, role, b);
+    load_keys::<I, E, N>(&x.k, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.keys, role, b);
 }
 
 /// Fills a tile with `beta k`, weighted.
@@ -66,7 +78,7 @@ fn load_stepped<I: Float, E: Float, N: Size>(
 }
 
 /// Adds the pairs under a key-wise gate: those of a later and an earlier sub-block as products that are split at the start
-/// of the later one, those within a sub-block one by one. Synchronises.
+/// of the later one, those within a sub-block one by one. Leaves plain queries and keys.
 #[cube]
 pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     x: &Operands<I, E, N>,
@@ -79,75 +91,125 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     tokens: &ByToken,
     #[comptime] b: Blueprint,
 ) {
-    let at = place.keys(sizes);
+    // Left, of the later sub-block's queries and keys, not yet weighted; right, of the earlier keys, the same.
+    let mut q_pairs = Sums::new(comptime!(roles.q_left.spread));
+    let mut k_pairs = Sums::new(comptime!(roles.k_left.spread));
+    let mut earlier = Sums::new(comptime!(roles.q_left.spread));
+    q_pairs.clear();
+    k_pairs.clear();
+    // Pairs within sub-blocks are products too if gates are mild.
+    let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
     #[unroll]
-    for later in 1..comptime!(b.segments()) {
-        let (toward, n) = comptime!((Role::Toward(later), later * BLOCK));
+    for later in comptime!(if b.inverts { 0 } else { 1 })..comptime!(b.segments()) {
+        let toward = comptime!(Role::Toward(later));
         let row = comptime!(later * BLOCK).runtime();
-        let left = comptime!(Form::ab(BLOCK, b.block, n, Mode::Set));
-        let right = comptime!(Form::atb(n, b.block, BLOCK, Mode::Set));
-        // Left: of the later sub-block's queries and keys, in the first rows of the scratch.
+        if mild {
+            decay.invert(&x.g, place, sizes, k0, later, b);
+        }
         decay.prepare(&x.g, place, sizes, k0, toward, b);
-        load_stepped::<I, E, N>(&x.k, place, sizes, k0, &*decay, tokens, &mut pairs.one, toward, b);
+        load_stepped::<I, E, N>(&x.k, place, sizes, k0, &*decay, tokens, &mut pairs.other, toward, b);
         sync_cube();
-        let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: 0usize };
-        product_at::<E, E>(&pairs.p, &pairs.one, &mut pairs.square, &corner, left, b.units, b.engine);
-        if comptime!(b.delta) {
-            let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: comptime!(BLOCK).runtime() };
-            product_at::<E, E>(&pairs.r, &pairs.one, &mut pairs.square, &corner, left, b.units, b.engine);
+        if mild {
+            left_pairs::<E>(&*pairs, &mut q_pairs, &mut k_pairs, row, comptime!((later + 1) * BLOCK), b);
+        } else if comptime!(later > 0) {
+            left_pairs::<E>(&*pairs, &mut q_pairs, &mut k_pairs, row, comptime!(later * BLOCK), b);
         }
         sync_cube();
         decay.prepare(&x.g, place, sizes, k0, Role::Within, b);
-        for i in range_stepped(unit(), comptime!(BLOCK * b.block), units()) {
-            let (i, k) = (i / b.block, i % b.block);
-            let weight = decay.weight(row + i, k, Role::Within, b);
-            roles.q_left.set(row + i, k, roles.q_left.get(row + i, k) + weight * pairs.square.get(i, k));
-            if comptime!(b.delta) {
-                roles.k_left.set(row + i, k, roles.k_left.get(row + i, k) + weight * pairs.square.get(BLOCK + i, k));
-            }
-        }
-        load_keys::<I, E, N>(&x.q, at, place.rows, k0, sizes.key_dim, 1.0, &*decay, &mut pairs.two, Role::Within, b);
-        if comptime!(b.delta) {
-            load_keys::<I, E, N>(
-                &x.k,
-                at,
-                place.rows,
-                k0,
-                sizes.key_dim,
-                1.0,
-                &*decay,
-                &mut pairs.one,
-                Role::Within,
-                b,
-            );
+        load_plain::<I, E, N>(x, place, sizes, k0, &*decay, pairs, Role::Within, b);
+        sync_cube();
+        if mild {
+            right_pairs::<E>(&*pairs, &mut earlier, row, comptime!((later + 1) * BLOCK), b);
+        } else if comptime!(later > 0) {
+            right_pairs::<E>(&*pairs, &mut earlier, row, comptime!(later * BLOCK), b);
         }
         sync_cube();
-        // Right: of the earlier keys.
-        let corner = Corner { a_row: row, a_col: 0usize, b_row: row, out_row: 0usize };
-        product_at::<E, E>(&pairs.p, &pairs.two, &mut pairs.square, &corner, right, b.units, b.engine);
-        if comptime!(b.delta) {
-            sync_cube();
-            let add = comptime!(Form { mode: Mode::Add, ..right });
-            product_at::<E, E>(&pairs.r, &pairs.one, &mut pairs.square, &corner, add, b.units, b.engine);
+        if mild {
+            decay.invert(&x.g, place, sizes, k0, later, b);
         }
-        sync_cube();
         decay.prepare(&x.g, place, sizes, k0, toward, b);
-        for i in range_stepped(unit(), comptime!(n * b.block), units()) {
-            let (j, k) = (i / b.block, i % b.block);
-            let value = decay.weight(j, k, toward, b) * pairs.square.get(j, k);
-            roles.k_right.set(j, k, roles.k_right.get(j, k) + value);
+        if mild {
+            add_weighted(&earlier, &mut roles.k_right, &*decay, toward, comptime!((later + 1) * BLOCK), b);
+        } else if comptime!(later > 0) {
+            add_weighted(&earlier, &mut roles.k_right, &*decay, toward, comptime!(later * BLOCK), b);
         }
         sync_cube();
     }
+    decay.prepare(&x.g, place, sizes, k0, Role::Within, b);
+    add_weighted(&q_pairs, &mut roles.q_left, &*decay, Role::Within, b.chunk, b);
+    if comptime!(b.delta) {
+        add_weighted(&k_pairs, &mut roles.k_left, &*decay, Role::Within, b.chunk, b);
+    }
+    sync_cube();
     decay.factors(&x.g, place, sizes, k0, b);
-    load_keys::<I, E, N>(&x.k, at, place.rows, k0, sizes.key_dim, 1.0, &*decay, &mut pairs.one, Role::Plain, b);
-    load_keys::<I, E, N>(&x.q, at, place.rows, k0, sizes.key_dim, 1.0, &*decay, &mut pairs.two, Role::Plain, b);
+    load_plain::<I, E, N>(x, place, sizes, k0, &*decay, pairs, Role::Plain, b);
     sync_cube();
-    within_segments::<E>(&*decay, &*pairs, roles, tokens, b);
-    sync_cube();
+    if !mild {
+        within_segments::<E>(&*decay, &*pairs, roles, tokens, b);
+    }
 }
 
-/// Pairs within sub-blocks, the keys in `pairs.one` and the queries in `pairs.two`.
+/// Adds the pairs of the sub-block from `row` on, on the left, with the first `n` tokens.
+#[cube]
+fn left_pairs<E: Float>(
+    pairs: &Pairs<E>,
+    q_pairs: &mut Sums,
+    k_pairs: &mut Sums,
+    row: usize,
+    #[comptime] n: usize,
+    #[comptime] b: Blueprint,
+) {
+    let form = comptime!(Form::ab(BLOCK, b.block, n, Mode::Add));
+    let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
+    q_pairs.product_at::<E, E>(&pairs.p, &pairs.other, &corner, form);
+    if comptime!(b.delta) {
+        k_pairs.product_at::<E, E>(&pairs.r, &pairs.other, &corner, form);
+    }
+}
+
+/// Sets the first `n` rows to the pairs of these tokens, on the right, with the sub-block from `row` on.
+#[cube]
+fn right_pairs<E: Float>(
+    pairs: &Pairs<E>,
+    earlier: &mut Sums,
+    row: usize,
+    #[comptime] n: usize,
+    #[comptime] b: Blueprint,
+) {
+    let form = comptime!(Form::atb(n, b.block, BLOCK, Mode::Set));
+    let corner = Corner { a_row: row, a_col: 0usize, b_row: row, out_row: 0usize };
+    earlier.product_at::<E, E>(&pairs.p, &pairs.queries, &corner, form);
+    if comptime!(b.delta) {
+        earlier.settle();
+        let add = comptime!(Form { mode: Mode::Add, ..form });
+        earlier.product_at::<E, E>(&pairs.r, &pairs.keys, &corner, add);
+    }
+}
+
+/// Adds the first `rows` rows, times their weight in a role that is prepared.
+#[cube]
+fn add_weighted(
+    from: &Sums,
+    to: &mut Sums,
+    decay: &Decay,
+    #[comptime] role: Role,
+    #[comptime] rows: usize,
+    #[comptime] b: Blueprint,
+) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(to.spread.len()) {
+        if to.has(unit, j) {
+            let place = to.place(unit, j);
+            if place.0 < rows {
+                let value = decay.weight(place.0, place.1, role, b) * from.get(place, j);
+                to.set(place, j, to.get(place, j) + value);
+            }
+        }
+    }
+}
+
+/// Pairs within sub-blocks.
 #[cube]
 fn within_segments<E: Float>(
     decay: &Decay,
@@ -156,34 +218,39 @@ fn within_segments<E: Float>(
     tokens: &ByToken,
     #[comptime] b: Blueprint,
 ) {
-    for item in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
-        let (t, d) = (item / b.block, item % b.block);
-        let first = (t / BLOCK) * BLOCK;
-        // The token on the left, with those before it.
-        let (mut q_left, mut k_left, mut weight) = (f32::new(0.0), f32::new(0.0), f32::new(1.0));
-        for back in 1..t - first + 1 {
-            let j = t - back;
-            weight *= decay.factor(j + 1, d);
-            let key = pairs.one.get(j, d) * tokens.beta[j] * weight;
-            q_left += pairs.p.get(t, j) * key;
-            if comptime!(b.delta) {
-                k_left += pairs.r.get(t, j) * key;
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(roles.q_left.spread.len()) {
+        if roles.q_left.has(unit, j) {
+            let place = roles.q_left.place(unit, j);
+            let (t, d) = place;
+            let first = (t / BLOCK) * BLOCK;
+            // The token on the left, with those before it.
+            let (mut q_left, mut k_left, mut weight) = (f32::new(0.0), f32::new(0.0), f32::new(1.0));
+            for back in 1..t - first + 1 {
+                let i = t - back;
+                weight *= decay.factor(i + 1, d);
+                let key = pairs.keys.get(i, d) * tokens.beta[i] * weight;
+                q_left += pairs.p.get(t, i) * key;
+                if comptime!(b.delta) {
+                    k_left += pairs.r.get(t, i) * key;
+                }
             }
-        }
-        roles.q_left.set(t, d, roles.q_left.get(t, d) + q_left);
-        if comptime!(b.delta) {
-            roles.k_left.set(t, d, roles.k_left.get(t, d) + k_left);
-        }
-        // The token on the right, with those after it.
-        let (mut right, mut weight) = (f32::new(0.0), f32::new(1.0));
-        for i in t + 1..first + BLOCK {
-            weight *= decay.factor(i, d);
-            let mut value = pairs.p.get(i, t) * pairs.two.get(i, d);
+            roles.q_left.set(place, j, roles.q_left.get(place, j) + q_left);
             if comptime!(b.delta) {
-                value += pairs.r.get(i, t) * pairs.one.get(i, d);
+                roles.k_left.set(place, j, roles.k_left.get(place, j) + k_left);
             }
-            right += value * weight;
+            // The token on the right, with those after it.
+            let (mut right, mut weight) = (f32::new(0.0), f32::new(1.0));
+            for i in t + 1..first + BLOCK {
+                weight *= decay.factor(i, d);
+                let mut value = pairs.p.get(i, t) * pairs.queries.get(i, d);
+                if comptime!(b.delta) {
+                    value += pairs.r.get(i, t) * pairs.keys.get(i, d);
+                }
+                right += value * weight;
+            }
+            roles.k_right.set(place, j, roles.k_right.get(place, j) + right);
         }
-        roles.k_right.set(t, d, roles.k_right.get(t, d) + right);
     }
 }

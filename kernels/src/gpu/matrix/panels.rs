@@ -125,11 +125,12 @@ impl Weights {
             Of::Steps => b.delta,
             Of::FromStart | Of::ToEnd => b.gate == GateKind::Head,
         });
+        let first = half * b.chunk + panel.first().1;
         #[unroll]
-        for i in 0..panel.pairs() {
+        for i in 0..comptime!(panel.cols / 8) {
             let mut weight = Vector::<f32, Const<2>>::new(factor);
             if comptime!(weighed) {
-                let at = half * b.chunk + panel.place(i).1;
+                let at = first + comptime!(8 * i);
                 let pair = match comptime!(of) {
                     Of::FromStart => pair(&self.from_start, at),
                     Of::ToEnd => pair(&self.to_end, at),
@@ -137,7 +138,8 @@ impl Weights {
                 };
                 weight *= pair;
             }
-            panel.set(i, panel.get(i) * weight);
+            panel.weigh(comptime!(2 * i), weight);
+            panel.weigh(comptime!(2 * i + 1), weight);
         }
     }
 
@@ -145,14 +147,16 @@ impl Weights {
     pub fn decay(&self, state: &mut Panel, half: usize, #[comptime] w: WalkBlueprint) {
         let b = comptime!(w.chunk);
         if comptime!(b.gate != GateKind::None) {
+            let first = half * comptime!(w.rows()) + state.first().1;
             #[unroll]
-            for i in 0..state.pairs() {
+            for i in 0..comptime!(state.cols / 8) {
                 let factor = if comptime!(b.gate == GateKind::Head) {
                     Vector::new(self.from_start[half * b.chunk + comptime!(b.chunk - 1)])
                 } else {
-                    pair(&self.ends, half * comptime!(w.rows()) + state.place(i).1)
+                    pair(&self.ends, first + comptime!(8 * i))
                 };
-                state.set(i, state.get(i) * factor);
+                state.weigh(comptime!(2 * i), factor);
+                state.weigh(comptime!(2 * i + 1), factor);
             }
         }
     }
@@ -283,10 +287,11 @@ pub(crate) fn take_state(
     #[comptime] present: bool,
 ) {
     if comptime!(present) {
+        let first = state.first();
         #[unroll]
         for i in 0..state.pairs() {
-            let (row, col) = state.place(i);
-            let (k, v) = (part.k0 + col, v0 + row);
+            let (down, right) = state.offset(i);
+            let (k, v) = (part.k0 + first.1 + right, v0 + first.0 + down);
             let mut pair = Vector::<f32, Const<2>>::new(f32::new(0.0));
             #[unroll]
             for j in 0..2 {
@@ -302,10 +307,11 @@ pub(crate) fn take_state(
 /// Writes a state.
 #[cube]
 pub(crate) fn leave_state(state: &Panel, out: &mut [f32], part: &Part, v0: usize, sizes: &Sizes) {
+    let first = state.first();
     #[unroll]
     for i in 0..state.pairs() {
-        let (row, col) = state.place(i);
-        let (k, v) = (part.k0 + col, v0 + row);
+        let (down, right) = state.offset(i);
+        let (k, v) = (part.k0 + first.1 + right, v0 + first.0 + down);
         #[unroll]
         for j in 0..2 {
             if k + j < sizes.key_dim && v < sizes.value_dim {

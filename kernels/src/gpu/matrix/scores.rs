@@ -75,9 +75,16 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
             load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut k_left, Role::Within, b);
         }
         if comptime!(b.gate == GateKind::Key) {
+            // Pairs within sub-blocks are products too if gates are mild.
+            let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
             #[unroll]
-            for later in 1..comptime!(b.segments()) {
+            for later in comptime!(if b.inverts { 0 } else { 1 })..comptime!(b.segments()) {
                 sync_cube();
+                if comptime!(b.inverts) {
+                    if mild {
+                        decay.invert(g, &place, sizes, k0, later, b);
+                    }
+                }
                 decay.prepare(g, &place, sizes, k0, comptime!(Role::Toward(later)), b);
                 load_keys::<I, E, N>(
                     k,
@@ -94,18 +101,28 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 sync_cube();
                 let row = comptime!(later * BLOCK).runtime();
                 let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
-                let form = comptime!(Form::abt(BLOCK, later * BLOCK, b.block, Mode::Add));
-                product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.units, b.engine);
-                if comptime!(b.delta) {
-                    product_at::<E, E>(&k_left, &right, &mut m, &corner, form, b.units, b.engine);
+                if mild {
+                    let form = comptime!(Form::abt(BLOCK, (later + 1) * BLOCK, b.block, Mode::Add));
+                    product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.units, b.engine);
+                    if comptime!(b.delta) {
+                        product_at::<E, E>(&k_left, &right, &mut m, &corner, form, b.units, b.engine);
+                    }
+                } else if comptime!(later > 0) {
+                    let form = comptime!(Form::abt(BLOCK, later * BLOCK, b.block, Mode::Add));
+                    product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.units, b.engine);
+                    if comptime!(b.delta) {
+                        product_at::<E, E>(&k_left, &right, &mut m, &corner, form, b.units, b.engine);
+                    }
                 }
             }
             sync_cube();
-            decay.factors(g, &place, sizes, k0, b);
-            load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Plain, b);
-            load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
-            sync_cube();
-            pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
+            if !mild {
+                decay.factors(g, &place, sizes, k0, b);
+                load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Plain, b);
+                load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
+                sync_cube();
+                pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
+            }
             decay.prepare(g, &place, sizes, k0, Role::FromStart, b);
             weigh_rows::<I, N>(q, &place, sizes, k0, sizes.scale, &decay, &mut weighted.q_start, Role::FromStart, b);
             if comptime!(b.delta) {
@@ -136,6 +153,10 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
             key_sums.put::<f32>(&mut m);
         }
         sync_cube();
+        decay.multiply_lower(&mut a, &mut m, b);
+        sync_cube();
+    } else if comptime!(b.inverts) {
+        // What is above the diagonal of sub-blocks.
         decay.multiply_lower(&mut a, &mut m, b);
         sync_cube();
     }

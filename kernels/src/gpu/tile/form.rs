@@ -61,19 +61,6 @@ impl Corner {
     }
 }
 
-/// `out (+)= a b` of whole tiles.
-#[cube]
-pub(crate) fn product<E: Float>(
-    a: &Tile<E>,
-    b: &Tile<E>,
-    out: &mut Tile<f32>,
-    #[comptime] form: Form,
-    #[comptime] units: usize,
-    #[comptime] engine: Engine,
-) {
-    product_at::<E, E>(a, b, out, &Corner::first(), form, units, engine);
-}
-
 /// `out (+)= a b` of parts of tiles; of one element type on matrix units.
 #[cube]
 pub(crate) fn product_at<A: Float, B: Float>(

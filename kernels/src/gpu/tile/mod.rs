@@ -12,7 +12,7 @@ mod sums;
 
 use cubecl::prelude::*;
 
-pub(crate) use form::{Corner, Form, Mode, product, product_at};
+pub(crate) use form::{Corner, Form, Mode, product_at};
 pub(crate) use opaque::depth;
 pub(crate) use panel::Panel;
 pub(crate) use sums::{Spread, Sums};

@@ -87,12 +87,18 @@ pub(super) fn add<A: Float, B: Float>(
                 let mut y = Array::<Vector<f32, Const<2>>>::new(comptime!(side / 2));
                 #[unroll]
                 for i in 0..side {
-                    let (r, c) = (row + i * rows, col + i * cols);
-                    if comptime!(form.a_transposed) {
-                        x[i] = a.get(corner.a_row + k, corner.a_col + r);
-                    } else {
-                        x[i] = a.get(corner.a_row + r, corner.a_col + k);
+                    let (mut r, c) = (row + i * rows, col + i * cols);
+                    let mut inside = true.runtime();
+                    if comptime!(form.m < spread.rows) {
+                        inside = r >= corner.out_row && r < corner.out_row + form.m;
+                        r = select(inside, r - corner.out_row, 0usize.runtime());
                     }
+                    let left = if comptime!(form.a_transposed) {
+                        a.get(corner.a_row + k, corner.a_col + r)
+                    } else {
+                        a.get(corner.a_row + r, corner.a_col + k)
+                    };
+                    x[i] = select(inside, left, f32::new(0.0));
                     let value = if comptime!(form.b_transposed) {
                         b.get(corner.b_row + c, k)
                     } else {
