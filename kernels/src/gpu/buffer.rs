@@ -111,6 +111,12 @@ impl Buffer {
         unsafe { BufferArg::from_raw_parts(self.handle.clone(), self.len) }
     }
 
+    /// The same in words of `elements` each, which divide the buffer.
+    pub(crate) fn words(&self, elements: usize) -> BufferArg {
+        // Safety: `len` elements were allocated.
+        unsafe { BufferArg::from_raw_parts(self.handle.clone(), self.len / elements) }
+    }
+
     pub(crate) fn check(&self, argument: &'static str, storage: Storage, shape: &[usize]) -> Result<(), Error> {
         Error::check_len(argument, self.len, shape)?;
         if self.storage != storage {

@@ -17,7 +17,7 @@
 use cubecl::prelude::*;
 
 use super::functions::sin_cos;
-use super::map::{ElementMap, Inputs, Outputs, Plan};
+use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, total};
 use crate::complex_scan::Complex;
 
@@ -205,8 +205,8 @@ struct Rotation;
 
 #[cube]
 impl ElementMap for Rotation {
-    fn constants<I: Float, N: Size>(
-        inputs: &Inputs<I, N>,
+    fn constants<W: Numeric, I: Float, N: Size>(
+        inputs: &Inputs<W, I, N>,
         channel: usize,
         constants: &mut Array<Vector<f32, N>>,
         #[comptime] plan: Plan,
@@ -219,10 +219,9 @@ impl ElementMap for Rotation {
         }
     }
 
-    fn prepare<I: Float, N: Size>(
-        _inputs: &Inputs<I, N>,
-        _token: usize,
-        raw: &Array<Vector<I, N>>,
+    fn prepare<W: Numeric, I: Float, N: Size>(
+        raw: &Array<W>,
+        _resets: &Array<f32>,
         constants: &Array<Vector<f32, N>>,
         kept: &mut Array<Vector<f32, N>>,
         #[comptime] j: usize,
@@ -232,8 +231,8 @@ impl ElementMap for Rotation {
         // Backwards the two planes of the cotangent end where forwards those of `b` do, two rows later.
         let log_row = comptime!(from + if plan.backward { 4 } else { 2 });
         let angle_row = comptime!(log_row + !plan.flags[0] as usize);
-        let log_a = if comptime!(plan.flags[0]) { constants[0] } else { Vector::cast_from(raw[log_row]) };
-        let theta = if comptime!(plan.flags[1]) { constants[1] } else { Vector::cast_from(raw[angle_row]) };
+        let log_a = if comptime!(plan.flags[0]) { constants[0] } else { numbers::<W, I, N>(raw[log_row]) };
+        let theta = if comptime!(plan.flags[1]) { constants[1] } else { numbers::<W, I, N>(raw[angle_row]) };
         let modulus = log_a.exp();
         let (sin, cos) = sin_cos::<N>(theta);
         kept[to] = modulus * cos;
@@ -241,8 +240,8 @@ impl ElementMap for Rotation {
             kept[to + 1] = -(modulus * sin);
         } else {
             kept[to + 1] = modulus * sin;
-            kept[to + 2] = Vector::cast_from(raw[from]);
-            kept[to + 3] = Vector::cast_from(raw[from + 1]);
+            kept[to + 2] = numbers::<W, I, N>(raw[from]);
+            kept[to + 3] = numbers::<W, I, N>(raw[from + 1]);
         }
     }
 

@@ -11,7 +11,7 @@
 
 use cubecl::prelude::*;
 
-use super::map::{ElementMap, Inputs, Outputs, Plan};
+use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences};
 
 /// The decay of the state, `[batch, time, channels]`.
@@ -155,28 +155,27 @@ struct Linear;
 
 #[cube]
 impl ElementMap for Linear {
-    fn constants<I: Float, N: Size>(
-        _inputs: &Inputs<I, N>,
+    fn constants<W: Numeric, I: Float, N: Size>(
+        _inputs: &Inputs<W, I, N>,
         _channel: usize,
         _constants: &mut Array<Vector<f32, N>>,
         #[comptime] _plan: Plan,
     ) {
     }
 
-    fn prepare<I: Float, N: Size>(
-        _inputs: &Inputs<I, N>,
-        _token: usize,
-        raw: &Array<Vector<I, N>>,
+    fn prepare<W: Numeric, I: Float, N: Size>(
+        raw: &Array<W>,
+        _resets: &Array<f32>,
         _constants: &Array<Vector<f32, N>>,
         kept: &mut Array<Vector<f32, N>>,
         #[comptime] j: usize,
         #[comptime] plan: Plan,
     ) {
         let (from, to) = comptime!((j * plan.inputs + plan.first(), j * plan.kept));
-        let gate = Vector::<f32, N>::cast_from(raw[from]);
+        let gate = numbers::<W, I, N>(raw[from]);
         kept[to] = if comptime!(plan.flags[0]) { gate.exp() } else { gate };
         if comptime!(!plan.backward) {
-            kept[to + 1] = Vector::cast_from(raw[from + 1]);
+            kept[to + 1] = numbers::<W, I, N>(raw[from + 1]);
         }
     }
 

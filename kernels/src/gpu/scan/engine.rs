@@ -33,19 +33,25 @@
 
 use cubecl::prelude::*;
 
-use super::map::{ElementMap, Inputs, Outputs, Plan};
+use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 
 /// Lanes divide by it: at most so many maps are fetched from shared memory before the carry needs the first.
 pub(crate) const GROUP: usize = 8;
+
+/// Maps that are fetched together, half of those that are in registers. Vectors of complex numbers take more of them.
+fn group(planes: usize, n: usize) -> usize {
+    if planes * n > 2 { GROUP / 4 } else { GROUP / 2 }
+}
 
 /// What a unit owns: a vector of channels of one sequence.
 #[derive(CubeType, Clone, Copy)]
 struct Place {
     start: usize,
     length: usize,
+    /// A channel that exists, the unit's own if that does.
     channel: usize,
     channels: usize,
-    /// Whether the channel exists.
+    /// Whether the unit's own does.
     inside: bool,
 }
 
@@ -56,8 +62,13 @@ impl Place {
         if comptime!(backward) { self.start + self.length - 1 - step } else { self.start + step }
     }
 
-    fn at(&self, token: usize) -> usize {
-        token * self.channels + self.channel
+    fn at(&self, step: usize, #[comptime] backward: bool) -> usize {
+        self.token(step, backward) * self.channels + self.channel
+    }
+
+    /// `step`, or the last one if that is too far.
+    fn near(&self, step: usize) -> usize {
+        step.min(self.length - 1)
     }
 
     fn has(&self, step: usize) -> bool {
@@ -65,69 +76,90 @@ impl Place {
     }
 }
 
-/// Starts the loads of a segment.
+/// A segment on its way.
+#[derive(CubeType)]
+struct Ahead<W: Numeric> {
+    /// By token and input.
+    words: Array<W>,
+    /// By token.
+    resets: Array<f32>,
+}
+
 #[cube]
-fn load<I: Float, N: Size>(
-    inputs: &Inputs<I, N>,
-    place: &Place,
-    first: usize,
-    raw: &mut Array<Vector<I, N>>,
-    #[comptime] plan: Plan,
-) {
-    #[unroll]
-    for j in 0..comptime!(plan.tokens) {
-        let step = first + j;
-        if place.has(step) {
-            let at = place.at(place.token(step, plan.backward));
+impl<W: Numeric> Ahead<W> {
+    fn new(#[comptime] plan: Plan) -> Self {
+        Ahead::<W> { words: Array::new(comptime!(plan.inputs * plan.tokens)), resets: Array::new(plan.tokens) }
+    }
+
+    /// Asks for a segment. What lies outside of the sequence is asked for elsewhere inside: a branch would have to wait for
+    /// what it asks for, one token after another.
+    fn ask<I: Float, N: Size>(
+        &mut self,
+        inputs: &Inputs<W, I, N>,
+        place: &Place,
+        first: usize,
+        #[comptime] plan: Plan,
+    ) {
+        #[unroll]
+        for j in 0..comptime!(plan.tokens) {
+            let step = place.near(first + j);
+            let at = place.at(step, plan.backward);
             #[unroll]
             for k in 0..comptime!(plan.inputs) {
                 if comptime!(plan.backward && k < plan.planes) {
-                    // The state before: the sequence's first token has none in `o`.
-                    if step + 1 < place.length {
-                        raw[j * plan.inputs + k] = inputs.tokens[k][at - place.channels];
-                    }
+                    // The state before.
+                    self.words[j * plan.inputs + k] = inputs.tokens[k][place.at(place.near(first + j + 1), true)];
                 } else {
-                    raw[j * plan.inputs + k] = inputs.tokens[k][at];
+                    self.words[j * plan.inputs + k] = inputs.tokens[k][at];
                 }
+            }
+            #[unroll]
+            for k in 0..inputs.reset.len() {
+                self.resets[j] = inputs.reset[k][place.token(step, plan.backward)];
             }
         }
     }
-}
 
-/// Forms the registers of a segment; tokens that do not exist get the identity.
-#[cube]
-fn prepare<M: ElementMap, I: Float, N: Size>(
-    inputs: &Inputs<I, N>,
-    place: &Place,
-    first: usize,
-    raw: &Array<Vector<I, N>>,
-    constants: &Array<Vector<f32, N>>,
-    before: &Array<Vector<f32, N>>,
-    kept: &mut Array<Vector<f32, N>>,
-    #[comptime] plan: Plan,
-) {
-    let planes = comptime!(plan.planes);
-    #[unroll]
-    for j in 0..comptime!(plan.tokens) {
-        let step = first + j;
-        let base = comptime!(j * plan.kept);
-        if place.has(step) {
+    /// Forms the registers of the segment; tokens that do not exist get the identity.
+    fn prepare<M: ElementMap, I: Float, N: Size>(
+        &self,
+        place: &Place,
+        first: usize,
+        constants: &Array<Vector<f32, N>>,
+        before: &Array<Vector<f32, N>>,
+        kept: &mut Array<Vector<f32, N>>,
+        #[comptime] plan: Plan,
+    ) {
+        let planes = comptime!(plan.planes);
+        #[unroll]
+        for j in 0..comptime!(plan.tokens) {
+            let (from, to) = comptime!((j * plan.inputs, j * plan.kept));
             if comptime!(plan.backward) {
                 #[unroll]
                 for k in 0..planes {
-                    kept[base + planes + k] = Vector::cast_from(raw[j * plan.inputs + planes + k]);
-                    kept[base + 2 * planes + k] = Vector::cast_from(raw[j * plan.inputs + k]);
-                    if step + 1 == place.length {
-                        kept[base + 2 * planes + k] = before[k];
-                    }
+                    kept[to + planes + k] = numbers::<W, I, N>(self.words[from + planes + k]);
+                    kept[to + 2 * planes + k] = numbers::<W, I, N>(self.words[from + k]);
                 }
             }
-            M::prepare::<I, N>(inputs, place.token(step, plan.backward), raw, constants, kept, j, plan);
-        } else {
-            kept[base] = Vector::new(f32::new(1.0));
+            M::prepare::<W, I, N>(&self.words, &self.resets, constants, kept, j, plan);
+        }
+        if first + comptime!(plan.tokens) >= place.length {
             #[unroll]
-            for k in 1..2 * planes {
-                kept[base + k] = Vector::new(f32::new(0.0));
+            for j in 0..comptime!(plan.tokens) {
+                let to = comptime!(j * plan.kept);
+                if first + j >= place.length {
+                    kept[to] = Vector::new(f32::new(1.0));
+                    #[unroll]
+                    for k in 1..2 * planes {
+                        kept[to + k] = Vector::new(f32::new(0.0));
+                    }
+                }
+                if comptime!(plan.backward) && first + j + 1 == place.length {
+                    #[unroll]
+                    for k in 0..planes {
+                        kept[to + 2 * planes + k] = before[k];
+                    }
+                }
             }
         }
     }
@@ -182,7 +214,57 @@ fn advance<N: Size>(
     }
 }
 
-/// Takes the carry over the maps of all lanes, and leaves in `shift` what each starts with.
+/// Walks over a segment from its carry and writes; without asking what exists if it is `whole`.
+#[cube]
+fn finish<M: ElementMap, I: Float, N: Size>(
+    outputs: &mut Outputs<I, N>,
+    place: &Place,
+    first: usize,
+    carry: &mut Array<Vector<f32, N>>,
+    constants: &Array<Vector<f32, N>>,
+    kept: &Array<Vector<f32, N>>,
+    sums: &mut Array<Vector<f32, N>>,
+    #[comptime] whole: bool,
+    #[comptime] plan: Plan,
+) {
+    let mut value = Array::<Vector<f32, N>>::new(plan.planes);
+    #[unroll]
+    for j in 0..comptime!(plan.tokens) {
+        advance::<N>(kept, carry, &mut value, j, plan);
+        if comptime!(whole) || place.has(first + j) {
+            let at = place.at(first + j, plan.backward);
+            M::emit::<I, N>(outputs, at, &value, constants, kept, sums, j, plan);
+        }
+    }
+}
+
+/// Reads the maps of some lanes.
+#[cube]
+fn fetch<N: Size>(
+    factor: &Shared<[Vector<f32, N>]>,
+    shift: &mut Shared<[Vector<f32, N>]>,
+    at: usize,
+    width: usize,
+    a: &mut Array<Vector<f32, N>>,
+    b: &mut Array<Vector<f32, N>>,
+    #[comptime] half: usize,
+    #[comptime] plan: Plan,
+) {
+    let planes = comptime!(plan.planes);
+    let n = N::value().comptime();
+    let group = comptime!(group(planes, n));
+    #[unroll]
+    for i in 0..group {
+        #[unroll]
+        for k in 0..planes {
+            a[(half * group + i) * planes + k] = factor[k * plan.units + at + i * width];
+            b[(half * group + i) * planes + k] = shift[k * plan.units + at + i * width];
+        }
+    }
+}
+
+/// Takes the carry over the maps of all lanes, and leaves in `shift` what each starts with. All others wait for it: the
+/// maps of the next lanes are fetched before those of these are needed.
 #[cube]
 fn hand_on<N: Size>(
     carry: &mut Array<Vector<f32, N>>,
@@ -193,38 +275,35 @@ fn hand_on<N: Size>(
     width: usize,
     #[comptime] plan: Plan,
 ) {
-    let (units, planes) = comptime!((plan.units, plan.planes));
-    // Where the tokens take most registers, few are left for maps.
+    let planes = comptime!(plan.planes);
     let n = N::value().comptime();
-    let group = comptime!(if planes * n == 1 { GROUP } else { 2 });
-    let mut a = Array::<Vector<f32, N>>::new(comptime!(group * planes));
-    let mut b = Array::<Vector<f32, N>>::new(comptime!(group * planes));
-    for first in range_stepped(0, lanes, group) {
+    let group = comptime!(group(planes, n));
+    let mut a = Array::<Vector<f32, N>>::new(comptime!(2 * group * planes));
+    let mut b = Array::<Vector<f32, N>>::new(comptime!(2 * group * planes));
+    fetch::<N>(factor, shift, channel, width, &mut a, &mut b, 0usize, plan);
+    for first in range_stepped(0, lanes, comptime!(2 * group)) {
         #[unroll]
-        for i in 0..group {
+        for half in 0..2usize {
+            let lane = first + comptime!(half * group);
+            let next = (lane + group).min(lanes - group);
+            fetch::<N>(factor, shift, next * width + channel, width, &mut a, &mut b, comptime!(1 - half), plan);
             #[unroll]
-            for k in 0..planes {
-                let at = k * units + (first + i) * width + channel;
-                a[i * planes + k] = factor[at];
-                b[i * planes + k] = shift[at];
+            for i in 0..group {
+                let (re, im) = comptime!(((half * group + i) * planes, (half * group + i + 1) * planes - 1));
+                #[unroll]
+                for k in 0..planes {
+                    shift[k * plan.units + (lane + i) * width + channel] = carry[k];
+                }
+                affine::<N>(carry, a[re], a[im], b[re], b[im], planes);
             }
-        }
-        #[unroll]
-        for i in 0..group {
-            #[unroll]
-            for k in 0..planes {
-                shift[k * units + (first + i) * width + channel] = carry[k];
-            }
-            let (re, im) = comptime!((i * planes, i * planes + planes - 1));
-            affine::<N>(carry, a[re], a[im], b[re], b[im], planes);
         }
     }
 }
 
 /// See the top of this file. `channels` and `width` count vectors; the cubes are numbered sequence by sequence.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
-    inputs: &Inputs<I, N>,
+pub(crate) fn scan<M: ElementMap, W: Numeric, I: Float, N: Size>(
+    inputs: &Inputs<W, I, N>,
     outputs: &mut Outputs<I, N>,
     sequences: usize,
     time: usize,
@@ -232,6 +311,7 @@ pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
     lanes: usize,
     width: usize,
     #[comptime] plan: Plan,
+    #[define(W)] _word: cubecl::ir::ElemType,
     #[define(I)] _storage: cubecl::ir::ElemType,
 ) {
     let (units, planes) = comptime!((plan.units, plan.planes));
@@ -240,14 +320,15 @@ pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
     if sequence < sequences {
         let unit = UNIT_POS as usize;
         let lane = unit / width;
-        let channel = (CUBE_POS % tiles) * width + unit % width;
+        let own = (CUBE_POS % tiles) * width + unit % width;
+        let channel = own.min(channels - 1);
         let mut start = sequence * time;
         let mut length = time;
         if comptime!(plan.packed) {
             start = inputs.bounds[0][sequence] as usize;
             length = inputs.bounds[0][sequence + 1] as usize - start;
         }
-        let place = Place { start, length, channel, channels, inside: channel < channels };
+        let place = Place { start, length, channel, channels, inside: own < channels };
         let state = sequence * channels + channel;
 
         let mut constants = Array::<Vector<f32, N>>::new(comptime!(plan.constants));
@@ -264,32 +345,32 @@ pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
         for k in 0..comptime!(plan.sums) {
             sums[k] = Vector::new(f32::new(0.0));
         }
-        if place.inside {
-            M::constants::<I, N>(inputs, channel, &mut constants, plan);
-            #[unroll]
-            for k in 0..inputs.initial.len() {
-                carry[k] = inputs.initial[k][state];
-            }
-            #[unroll]
-            for k in 0..inputs.before.len() {
-                before[k] = inputs.before[k][state];
-            }
+        M::constants::<W, I, N>(inputs, channel, &mut constants, plan);
+        #[unroll]
+        for k in 0..inputs.initial.len() {
+            carry[k] = inputs.initial[k][state];
+        }
+        #[unroll]
+        for k in 0..inputs.before.len() {
+            before[k] = inputs.before[k][state];
         }
 
         // The maps of the segments, `[planes, lanes, width]`; `shift` then holds what each segment starts with.
         let mut factor = Shared::<[Vector<f32, N>]>::new_slice(comptime!(planes * units));
         let mut shift = Shared::<[Vector<f32, N>]>::new_slice(comptime!(planes.max(plan.sums) * units));
-        let mut raw = Array::<Vector<I, N>>::new(comptime!(plan.inputs * plan.tokens));
+        let mut ahead = Ahead::<W>::new(plan);
         let mut kept = Array::<Vector<f32, N>>::new(comptime!(plan.kept * plan.tokens));
         let mut local = Array::<Vector<f32, N>>::new(planes);
         let mut product = Array::<Vector<f32, N>>::new(planes);
 
         let block = lanes * plan.tokens;
-        load::<I, N>(inputs, &place, lane * plan.tokens, &mut raw, plan);
+        if length > 0 {
+            ahead.ask::<I, N>(inputs, &place, lane * plan.tokens, plan);
+        }
         for number in 0..length.div_ceil(block) {
             let first = number * block + lane * plan.tokens;
-            prepare::<M, I, N>(inputs, &place, first, &raw, &constants, &before, &mut kept, plan);
-            load::<I, N>(inputs, &place, first + block, &mut raw, plan);
+            ahead.prepare::<M, I, N>(&place, first, &constants, &before, &mut kept, plan);
+            ahead.ask::<I, N>(inputs, &place, first + block, plan);
             let zero = Vector::new(f32::new(0.0));
             #[unroll]
             for k in 0..planes {
@@ -317,13 +398,10 @@ pub(crate) fn scan<M: ElementMap, I: Float, N: Size>(
             for k in 0..planes {
                 local[k] = shift[k * units + unit];
             }
-            #[unroll]
-            for j in 0..comptime!(plan.tokens) {
-                advance::<N>(&kept, &mut local, &mut value, j, plan);
-                if place.has(first + j) {
-                    let at = place.at(place.token(first + j, plan.backward));
-                    M::emit::<I, N>(outputs, at, &value, &constants, &kept, &mut sums, j, plan);
-                }
+            if place.has(first + comptime!(plan.tokens - 1)) {
+                finish::<M, I, N>(outputs, &place, first, &mut local, &constants, &kept, &mut sums, true, plan);
+            } else {
+                finish::<M, I, N>(outputs, &place, first, &mut local, &constants, &kept, &mut sums, false, plan);
             }
         }
 

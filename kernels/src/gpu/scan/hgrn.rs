@@ -17,7 +17,7 @@
 use cubecl::prelude::*;
 
 use super::functions::{all, sigmoid};
-use super::map::{ElementMap, Inputs, Outputs, Plan};
+use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, Storage, total};
 
 /// The arguments of [`forward`]. `x` and the gate have one element type.
@@ -159,8 +159,8 @@ struct Forget;
 
 #[cube]
 impl ElementMap for Forget {
-    fn constants<I: Float, N: Size>(
-        inputs: &Inputs<I, N>,
+    fn constants<W: Numeric, I: Float, N: Size>(
+        inputs: &Inputs<W, I, N>,
         channel: usize,
         constants: &mut Array<Vector<f32, N>>,
         #[comptime] plan: Plan,
@@ -169,18 +169,17 @@ impl ElementMap for Forget {
         constants[0] = if comptime!(plan.flags[0]) { one - inputs.parameters[0][channel] } else { one };
     }
 
-    fn prepare<I: Float, N: Size>(
-        _inputs: &Inputs<I, N>,
-        _token: usize,
-        raw: &Array<Vector<I, N>>,
+    fn prepare<W: Numeric, I: Float, N: Size>(
+        raw: &Array<W>,
+        _resets: &Array<f32>,
         constants: &Array<Vector<f32, N>>,
         kept: &mut Array<Vector<f32, N>>,
         #[comptime] j: usize,
         #[comptime] plan: Plan,
     ) {
         let (from, to) = comptime!((j * plan.inputs + plan.first(), j * plan.kept));
-        let x = Vector::<f32, N>::cast_from(raw[from]);
-        let logits = Vector::<f32, N>::cast_from(raw[from + 1]);
+        let x = numbers::<W, I, N>(raw[from]);
+        let logits = numbers::<W, I, N>(raw[from + 1]);
         let rest = constants[0] * sigmoid::<N>(-logits);
         kept[to] = all::<N>(1.0) - rest;
         if comptime!(plan.backward) {

@@ -6,9 +6,10 @@ use super::engine::GROUP;
 
 /// What a launch reads, in vectors of `N` channels. Optional tensors are sequences of none.
 #[derive(CubeType, CubeLaunch)]
-pub(crate) struct Inputs<I: Float, N: Size> {
-    /// `[tokens, channels]`: backwards first the planes of `o`, then of its cotangent, then what the map reads.
-    pub tokens: Sequence<Box<[Vector<I, N>]>>,
+pub(crate) struct Inputs<W: Numeric, I: Float, N: Size> {
+    /// `[tokens, channels]`: backwards first the planes of `o`, then of its cotangent, then what the map reads. A word `W`
+    /// has the bits of a vector.
+    pub tokens: Sequence<Box<[W]>>,
     /// `[channels]`, read once.
     pub constants: Sequence<Box<[Vector<I, N>]>>,
     /// `[channels]` in f32, read once.
@@ -73,23 +74,29 @@ impl Plan {
     }
 }
 
+/// The numbers of a word. CUDA's compiler takes a vector of 16-bit numbers apart as soon as it is loaded, which waits for
+/// memory; a word waits until someone needs its numbers.
+#[cube]
+pub(crate) fn numbers<W: Numeric, I: Float, N: Size>(word: W) -> Vector<f32, N> {
+    Vector::cast_from(Vector::<I, N>::reinterpret(word))
+}
+
 /// What a recurrence makes of its inputs.
 #[cube]
 pub(crate) trait ElementMap: 'static + Send + Sync {
     /// Reads and forms what all tokens of a channel share.
-    fn constants<I: Float, N: Size>(
-        inputs: &Inputs<I, N>,
+    fn constants<W: Numeric, I: Float, N: Size>(
+        inputs: &Inputs<W, I, N>,
         channel: usize,
         constants: &mut Array<Vector<f32, N>>,
         #[comptime] plan: Plan,
     );
 
-    /// Forms the registers `kept[j * plan.kept..]` of a token from its inputs `raw[j * plan.inputs..]`: `a`, forwards `b`,
-    /// and the map's own. Backwards, `a` is conjugated, and `d` and the state before are there already.
-    fn prepare<I: Float, N: Size>(
-        inputs: &Inputs<I, N>,
-        token: usize,
-        raw: &Array<Vector<I, N>>,
+    /// Forms the registers `kept[j * plan.kept..]` of token `j` from its inputs `raw[j * plan.inputs..]`: `a`, forwards `b`,
+    /// and the map's own. Backwards, `a` is conjugated, and `d` and the state before are the engine's.
+    fn prepare<W: Numeric, I: Float, N: Size>(
+        raw: &Array<W>,
+        resets: &Array<f32>,
         constants: &Array<Vector<f32, N>>,
         kept: &mut Array<Vector<f32, N>>,
         #[comptime] j: usize,

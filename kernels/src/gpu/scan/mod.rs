@@ -8,7 +8,7 @@ pub mod hgrn;
 mod map;
 pub mod rg_lru;
 
-use cubecl::ir::AddressType;
+use cubecl::ir::{AddressType, ElemType, UIntKind};
 use cubecl::prelude::*;
 
 use super::device::{address_type, grid};
@@ -62,7 +62,7 @@ impl Scan<'_> {
         let outputs = buffers(self.outputs, storage, sequences.tokens() * problem.channels);
         let last = buffers(self.plan.planes, Storage::F32, states);
         let sums = buffers(self.plan.sums, Storage::F32, states);
-        // 16-bit elements in pairs, so that a warp reads 128 bytes at once.
+        // 16-bit elements in pairs, which are words of u32: a warp reads 128 bytes at once.
         let vector = if storage.size() == 2 && problem.channels.is_multiple_of(2) { 2 } else { 1 };
         let longest = (0..count).map(|n| sequences.range(n).len()).max().unwrap_or(1);
         let packed = problem.cu_seqlens.is_some();
@@ -84,7 +84,7 @@ impl Scan<'_> {
                 address,
                 vector,
                 InputsLaunch::new(
-                    args(self.inputs.iter().copied()),
+                    self.inputs.iter().map(|x| x.words(vector)).collect(),
                     args(self.constants.iter().copied()),
                     args(self.parameters.iter().copied()),
                     args(self.reset),
@@ -99,6 +99,7 @@ impl Scan<'_> {
                 lanes,
                 width,
                 plan,
+                if vector == 2 { ElemType::UInt(UIntKind::U32) } else { storage.elem_type() },
                 storage.elem_type(),
             );
         }

@@ -18,7 +18,7 @@
 use cubecl::prelude::*;
 
 use super::functions::{all, expm1, sigmoid, softplus};
-use super::map::{ElementMap, Inputs, Outputs, Plan};
+use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, Storage, total};
 
 /// The arguments of [`forward`]. `x` and the gates have one element type.
@@ -173,8 +173,8 @@ struct RealGated;
 
 #[cube]
 impl ElementMap for RealGated {
-    fn constants<I: Float, N: Size>(
-        inputs: &Inputs<I, N>,
+    fn constants<W: Numeric, I: Float, N: Size>(
+        inputs: &Inputs<W, I, N>,
         channel: usize,
         constants: &mut Array<Vector<f32, N>>,
         #[comptime] _plan: Plan,
@@ -184,23 +184,21 @@ impl ElementMap for RealGated {
         constants[1] = all::<N>(-8.0) * sigmoid::<N>(a_param);
     }
 
-    fn prepare<I: Float, N: Size>(
-        inputs: &Inputs<I, N>,
-        token: usize,
-        raw: &Array<Vector<I, N>>,
+    fn prepare<W: Numeric, I: Float, N: Size>(
+        raw: &Array<W>,
+        resets: &Array<f32>,
         constants: &Array<Vector<f32, N>>,
         kept: &mut Array<Vector<f32, N>>,
         #[comptime] j: usize,
         #[comptime] plan: Plan,
     ) {
         let (from, to) = comptime!((j * plan.inputs + plan.first(), j * plan.kept));
-        let x = Vector::<f32, N>::cast_from(raw[from]);
-        let r = sigmoid::<N>(Vector::cast_from(raw[from + 1]));
-        let gate = sigmoid::<N>(Vector::cast_from(raw[from + 2]));
+        let x = numbers::<W, I, N>(raw[from]);
+        let r = sigmoid::<N>(numbers::<W, I, N>(raw[from + 1]));
+        let gate = sigmoid::<N>(numbers::<W, I, N>(raw[from + 2]));
         let mut log_a = constants[0] * r;
         if comptime!(plan.flags[0]) {
-            let reset = inputs.reset[0][token];
-            if reset != f32::new(0.0) {
+            if resets[j] != f32::new(0.0) {
                 // Far below the logarithm of the smallest f32: `a` is 0 and `1 - a^2` is 1, exactly.
                 log_a = all::<N>(-1e4);
             }
