@@ -1,6 +1,77 @@
-//! Functions of f32 vectors whose accuracy must not depend on the device's own; `exp` alone is the device's.
+//! Functions of f32 vectors whose accuracy must not depend on the device's own; exponential, reciprocal and square root
+//! alone are the device's. On CUDA they are the instructions, which are off by 2 units in the last place (an exponential
+//! by as many as its argument besides): rounded correctly, each takes ten instructions and a branch, and gates would cost
+//! more than their memory.
 
 use cubecl::prelude::*;
+
+use super::super::tile::takes_ptx;
+
+/// What a device computes in one instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Instruction {
+    /// Two to the power of.
+    Power,
+    Reciprocal,
+    Root,
+    InverseRoot,
+}
+
+/// Number by number. Only where the device takes PTX.
+#[cube]
+fn instruction<N: Size>(x: Vector<f32, N>, #[comptime] which: Instruction) -> Vector<f32, N> {
+    let mut values = all::<N>(0.0);
+    #[unroll]
+    for i in 0..N::value().comptime() {
+        let from = x.extract(i);
+        let to: f32;
+        match which {
+            Instruction::Power => {
+                gpu_asm!("ex2.approx.ftz.f32 {}, {};", out(_) to, in(_) from, options(nomem));
+            }
+            Instruction::Reciprocal => {
+                gpu_asm!("rcp.approx.ftz.f32 {}, {};", out(_) to, in(_) from, options(nomem));
+            }
+            Instruction::Root => {
+                gpu_asm!("sqrt.approx.ftz.f32 {}, {};", out(_) to, in(_) from, options(nomem));
+            }
+            Instruction::InverseRoot => {
+                gpu_asm!("rsqrt.approx.ftz.f32 {}, {};", out(_) to, in(_) from, options(nomem));
+            }
+        }
+        values.insert(i, to);
+    }
+    values
+}
+
+/// `e^x`; on CUDA 0 below `2^-126`.
+#[cube]
+pub(crate) fn exp<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) {
+        instruction::<N>(x * all::<N>(std::f32::consts::LOG2_E), Instruction::Power)
+    } else {
+        x.exp()
+    }
+}
+
+#[cube]
+fn reciprocal<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) { instruction::<N>(x, Instruction::Reciprocal) } else { all::<N>(1.0) / x }
+}
+
+#[cube]
+pub(crate) fn root<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) { instruction::<N>(x, Instruction::Root) } else { x.sqrt() }
+}
+
+#[cube]
+pub(crate) fn inverse_root<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) { instruction::<N>(x, Instruction::InverseRoot) } else { all::<N>(1.0) / x.sqrt() }
+}
 
 /// A vector of one number.
 #[cube]
@@ -20,22 +91,21 @@ fn polynomial<N: Size>(x: Vector<f32, N>, #[comptime] coefficients: Vec<f32>) ->
     p
 }
 
-/// The logistic function; the exponential's argument is never positive.
+/// The logistic function: 0 where the exponential overflows.
 #[cube]
 pub(crate) fn sigmoid<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
-    let e = (-x.abs()).exp();
-    let one = all::<N>(1.0);
-    select_many(x.greater_equal(&all::<N>(0.0)), one, e) / (one + e)
+    reciprocal::<N>(all::<N>(1.0) + exp::<N>(-x))
 }
 
-/// `e^x - 1` for `x <= 0`: no digit is lost near 0. Taylor's series, whose remainder at -1/2 is 2^-26 of the value.
+/// `e^x - 1` for `x <= 0` and `power = e^x`: no digit is lost near 0. Taylor's series, whose remainder at -1/2 is 2^-26 of
+/// the value.
 #[cube]
-pub(crate) fn expm1<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+pub(crate) fn expm1<N: Size>(x: Vector<f32, N>, power: Vector<f32, N>) -> Vector<f32, N> {
     let series = x * polynomial::<N>(
         x,
         comptime!(vec![1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0]),
     );
-    select_many(x.greater_than(&all::<N>(-0.5)), series, x.exp() - all::<N>(1.0))
+    select_many(x.greater_than(&all::<N>(-0.5)), series, power - all::<N>(1.0))
 }
 
 /// `ln(1 + e^x)`, with `ln(1 + e) = 2 artanh(e / (2 + e))` as a series.

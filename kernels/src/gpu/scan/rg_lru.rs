@@ -12,12 +12,12 @@
 //!            d recurrent_gate = log_a (1 - r) dlog_a,   d a_param = sum -8 r sigmoid(a_param) dlog_a
 //! ```
 //!
-//! `1 - a^2` is `-expm1(2 log a)`. Backwards the gates are formed again from their logits. The gradient of `a_param` is
+//! `1 - a^2` is `-m (2 + m)` with `m = a - 1 = expm1(log a)`. Backwards the gates are formed again from their logits. The gradient of `a_param` is
 //! summed over a sequence by its cube and then over sequences in order.
 
 use cubecl::prelude::*;
 
-use super::functions::{all, expm1, sigmoid, softplus};
+use super::functions::{all, exp, expm1, inverse_root, root, sigmoid, softplus};
 use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, Storage, total};
 
@@ -168,6 +168,13 @@ pub fn step(
     forward(client, &ScanProblem::new(batch, 1, a_param.len), &inputs)
 }
 
+/// `1 - a^2` from `a` and its logarithm.
+#[cube]
+fn rest<N: Size>(log_a: Vector<f32, N>, a: Vector<f32, N>) -> Vector<f32, N> {
+    let m = expm1::<N>(log_a, a);
+    -m * (all::<N>(2.0) + m)
+}
+
 /// Reads `x` and the two logits. `flags[0]`: there are resets. Constants: `-8 softplus(a_param)` and its derivative.
 struct RealGated;
 
@@ -203,13 +210,14 @@ impl ElementMap for RealGated {
                 log_a = all::<N>(-1e4);
             }
         }
-        kept[to] = log_a.exp();
+        let a = exp::<N>(log_a);
+        kept[to] = a;
         if comptime!(plan.backward) {
             kept[to + 3] = x;
             kept[to + 4] = r;
             kept[to + 5] = gate;
         } else {
-            kept[to + 1] = (-expm1::<N>(all::<N>(2.0) * log_a)).sqrt() * gate * x;
+            kept[to + 1] = root::<N>(rest::<N>(log_a, a)) * gate * x;
         }
     }
 
@@ -231,12 +239,12 @@ impl ElementMap for RealGated {
             let (zero, one) = (all::<N>(0.0), all::<N>(1.0));
             // At a reset, or where the decay has underflowed.
             let cut = a.equal(&zero);
-            let rest = select_many(cut, one, -expm1::<N>(all::<N>(2.0) * constants[0] * r));
-            let dx = u * rest.sqrt() * gate;
+            let rest = select_many(cut, one, rest::<N>(constants[0] * r, a));
+            let dx = u * root::<N>(rest) * gate;
             // The derivative of the square root is bounded by 1000.
             let square = all::<N>(4.0) * rest;
             let bound = all::<N>(1e-6);
-            let slope = one / select_many(square.greater_than(&bound), square, bound).sqrt();
+            let slope = inverse_root::<N>(select_many(square.greater_than(&bound), square, bound));
             let d_rest = u * gate * x * slope;
             let d_log_a = select_many(cut, zero, a * (u * before - all::<N>(2.0) * d_rest * a));
             sums[0] += constants[1] * r * d_log_a;

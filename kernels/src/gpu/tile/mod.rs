@@ -145,7 +145,8 @@ pub(crate) fn fresh(x: u32) -> u32 {
     }
 }
 
-fn takes_ptx(device: &DeviceProperties) -> bool {
+/// Whether kernels may have instructions in PTX.
+pub(crate) fn takes_ptx(device: &DeviceProperties) -> bool {
     cfg!(feature = "inline-ptx") && device.identity.fingerprint.starts_with("ptx")
 }
 
