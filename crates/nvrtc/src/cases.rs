@@ -19,6 +19,7 @@ pub fn all(recorder: &Recorder) {
     for storage in [Storage::Bf16, Storage::F16, Storage::F32] {
         scans(recorder, "", &scan, storage);
     }
+    scans(recorder, "few", &ScanProblem::new(1, 4096, 1024), Storage::Bf16);
     scans(recorder, "short", &ScanProblem::new(8, 1, 2048), Storage::Bf16);
     scans(recorder, "odd", &ScanProblem::new(1, 4096, 7), Storage::Bf16);
     scans(recorder, "packed", &ScanProblem::packed(2048, vec![0, 70, 4096]), Storage::Bf16);

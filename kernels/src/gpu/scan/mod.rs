@@ -18,7 +18,9 @@ use crate::error::Error;
 use crate::sequences::Sequences;
 use map::{ElementMap, InputsLaunch, OutputsLaunch, Plan};
 
-/// Units of a cube, where the device allows as many: a processor has registers for so many of 128 each.
+/// Units of a cube that has a processor to itself, where the device allows as many: a processor has registers for so many
+/// of 128 each. Where there are more cubes than processors, two of half the units share one: one computes while the other
+/// waits for its lanes.
 const UNITS: usize = 512;
 /// Units that hold more than this in registers, which have addresses and intermediate results to hold besides, are half
 /// as many: they would spill. So are single channels of HGRN, the map with one constant: at its 80 registers
@@ -69,18 +71,16 @@ impl Scan<'_> {
         let extra = if packed { 8 } else { 0 } + if address == AddressType::U64 { 16 } else { 0 };
         let large = self.plan.registers(vector, storage.size()) + extra > REGISTERS;
         let few = large || (vector == 1 && self.plan.constants == 1);
-        let units =
-            if few { UNITS / 2 } else { UNITS }.min(1 << client.properties().hardware.max_units_per_cube.ilog2());
-        let plan = Plan { packed, units, ..self.plan };
-        let (lanes, width) = shape(client, &plan, count, problem.channels / vector, longest);
-        let cubes = grid(client, count * (problem.channels / vector).div_ceil(width))?;
+        let shape = Shape::new(client, count, problem.channels / vector, longest.div_ceil(self.plan.tokens), few);
+        let plan = Plan { packed, units: shape.units, ..self.plan };
+        let cubes = grid(client, count * (problem.channels / vector).div_ceil(shape.width))?;
         let bounds = problem.cu_seqlens.as_deref().map(|bounds| upload(client, bounds)).transpose()?;
         // Safety: every index is below the lengths that the callers have checked.
         unsafe {
             engine::scan::launch_unchecked::<M>(
                 client,
                 cubes,
-                CubeDim::new_1d(units as u32),
+                CubeDim::new_1d(shape.units as u32),
                 address,
                 vector,
                 InputsLaunch::new(
@@ -96,8 +96,8 @@ impl Scan<'_> {
                 count,
                 problem.time,
                 problem.channels / vector,
-                lanes,
-                width,
+                shape.lanes,
+                shape.width,
                 plan,
                 if vector == 2 { ElemType::UInt(UIntKind::U32) } else { storage.elem_type() },
                 storage.elem_type(),
@@ -107,15 +107,27 @@ impl Scan<'_> {
     }
 }
 
-/// Lanes and channels of a cube of `units`. Rounding does not depend on them.
-///
-/// 32 channels are a full line of memory; where sequences are few, fewer channels a cube make more cubes. Lanes need
-/// not exceed the segments of the longest sequence; what is left over goes to channels.
-fn shape(client: &Client, plan: &Plan, sequences: usize, channels: usize, longest: usize) -> (usize, usize) {
-    let busy = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
-    let width = [32, 16].into_iter().find(|&w| 4 * sequences * channels.div_ceil(w) >= 3 * busy).unwrap_or(8);
-    let lanes = (plan.units / width).min(longest.div_ceil(plan.tokens).next_power_of_two()).max(engine::GROUP);
-    (lanes, plan.units / lanes)
+/// Units of a cube, `lanes * width`. Rounding does not depend on them.
+struct Shape {
+    units: usize,
+    lanes: usize,
+    width: usize,
+}
+
+impl Shape {
+    /// 32 channels are a full line of memory; where sequences are few, fewer channels a cube make more cubes, down to a
+    /// sector of 32 bytes of 16-bit pairs. Lanes need not exceed the segments of the longest sequence; what is left over
+    /// goes to channels.
+    fn new(client: &Client, sequences: usize, channels: usize, segments: usize, few: bool) -> Self {
+        let hardware = &client.properties().hardware;
+        let processors = hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
+        let cubes = |width| sequences * channels.div_ceil(width);
+        let width = [32, 16].into_iter().find(|&w| 2 * cubes(w) >= 3 * processors).unwrap_or(8);
+        let shared = few || cubes(width) > processors;
+        let units = if shared { UNITS / 2 } else { UNITS }.min(1 << hardware.max_units_per_cube.ilog2());
+        let lanes = (units / width).min(segments.next_power_of_two()).max(engine::GROUP);
+        Self { units, lanes, width: units / lanes }
+    }
 }
 
 /// Where packed sequences begin, as a table of u32.
