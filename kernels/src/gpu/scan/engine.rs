@@ -17,16 +17,17 @@
 //! 3. each unit walks over its registers again, now from its carry, and writes.
 //!
 //! So each element is read once and written once, the carry stays on chip, and the loads of the next block are under
-//! way while lanes wait for one another. Nothing is divided by a gate and no log-gates are subtracted from each other:
+//! way while lanes wait for one another: all of them, for they stand in no branch and nobody looks at what they bring
+//! before its block is due. Nothing is divided by a gate and no log-gates are subtracted from each other:
 //! products of decays may underflow to 0, which is what they are.
 //!
 //! The result depends on the length of a segment, which is a constant of the map, and not on how many lanes or
 //! channels a cube has: the carry is handed on segment by segment, whichever lane owns it. So the host may shape the
 //! cubes by the size of the batch (few channels a cube and many lanes where there are few sequences), and a sequence
 //! gives the same bits alone and in any batch, with any device's cube. (Gradients of parameters are sums over all
-//! sequences; a lane sums over its tokens first, so their rounding alone depends on the shape.) This is also why time is not cut over cubes: that
-//! reads everything twice, while cubes of 16 channels keep most of the 132 multiprocessors of an H100 busy from
-//! `batch * channels = 1600` on.
+//! sequences; a lane sums over its tokens first, so their rounding alone depends on the shape.) This is also why time is
+//! not cut over cubes: that reads everything twice, while cubes of 16 channels keep most of the 132 multiprocessors of an
+//! H100 busy from `batch * channels = 1600` on.
 //!
 //! A factor of exactly 0 forgets also what is not finite (real recurrences): a reset document is not poisoned by its
 //! neighbour.
