@@ -7,7 +7,7 @@ use super::blueprint::{GateKind, WalkBlueprint};
 use super::decay::{Decay, RowGates, step_size};
 use super::place::{Place, Sizes};
 use super::state::Part;
-use super::transfer::{fetch, fetch_scores, put};
+use super::transfer::Flight;
 
 /// The keys of a walk. Under a scalar gate, or none, both are the keys as they are, and rows have the weights.
 #[derive(CubeType, CubeLaunch)]
@@ -23,10 +23,10 @@ pub(crate) struct WalkedKeys<I: Float, N: Size> {
 /// On its way. Tiles of keys only if `keys` and they are resident.
 #[derive(CubeType)]
 pub(crate) struct Ahead<I: Float, E: Float, N: Size> {
-    pub reading: Array<Vector<I, N>>,
-    values: Array<Vector<I, N>>,
+    pub reading: Flight<I, N>,
+    values: Flight<I, N>,
     /// A chunk's scores, for the delta rule.
-    square: Array<Vector<E, N>>,
+    square: Flight<E, N>,
     ends: Array<f32>,
     gates: RowGates,
     /// Of token `unit()`.
@@ -56,11 +56,10 @@ impl Rows {
 #[cube]
 impl<I: Float, E: Float, N: Size> Ahead<I, E, N> {
     pub fn new(#[comptime] w: WalkBlueprint, #[comptime] keys: bool) -> Self {
-        let n = N::value().comptime();
         Ahead::<I, E, N> {
-            reading: Array::new(comptime!(w.keys_ahead(keys, n))),
-            values: Array::new(comptime!(w.values().vectors(n))),
-            square: Array::new(comptime!(if w.chunk.delta { w.scores().vectors(n) } else { 1 })),
+            reading: Flight::new(comptime!(w.keys()), comptime!(w.keys_ahead(keys))),
+            values: Flight::new(comptime!(w.values()), true),
+            square: Flight::new(comptime!(w.scores()), w.chunk.delta),
             ends: Array::new(comptime!(w.ends())),
             gates: RowGates::new(comptime!(w.chunk.by_row())),
             step: f32::new(0.0),
@@ -83,14 +82,15 @@ impl<I: Float, E: Float, N: Size> Ahead<I, E, N> {
     ) {
         let b = comptime!(w.chunk);
         let at = place.values(sizes);
-        fetch::<I, N>(values, at, place.rows, part.v0, sizes.value_dim, &mut self.values, comptime!(w.values()));
+        self.values.ask(values, at, place.rows, part.v0, sizes.value_dim, unit());
         if comptime!(with_keys) {
             fetch_keys::<I, N>(&keys.reading, place, part, sizes, &mut self.reading, w);
         }
         fetch_ends(&keys.ends, place, part, sizes, &mut self.ends, w);
         self.gates.ask(g, place, sizes, comptime!(b.by_row()));
         if comptime!(b.delta) {
-            fetch_scores::<E, N>(square, place.scores(sizes, b), &mut self.square, comptime!(w.scores()));
+            let side = comptime!(b.chunk).runtime();
+            self.square.ask(square, (place.scores(sizes, b), side), side, 0, side, unit());
             self.step = step_size(beta, place, sizes);
         }
     }
@@ -99,10 +99,10 @@ impl<I: Float, E: Float, N: Size> Ahead<I, E, N> {
     pub fn begin(&self, rows: &mut Rows, values: &mut Tile<E>, square: &mut Tile<E>, #[comptime] w: WalkBlueprint) {
         let b = comptime!(w.chunk);
         rows.decay.begin_rows(&self.gates, comptime!(b.by_row()));
-        put::<I, E, N>(&self.values, values, comptime!(w.values()));
+        self.values.put::<E>(values, 0, unit());
         put_ends(&self.ends, &mut rows.ends, w);
         if comptime!(b.delta) {
-            put::<E, E, N>(&self.square, square, comptime!(w.scores()));
+            self.square.put::<E>(square, 0, unit());
             if unit() < b.chunk {
                 rows.steps[unit()] = self.step;
             }
@@ -117,24 +117,23 @@ pub(crate) fn fetch_keys<I: Float, N: Size>(
     place: &Place,
     part: &Part,
     sizes: &Sizes,
-    flight: &mut Array<Vector<I, N>>,
+    flight: &mut Flight<I, N>,
     #[comptime] w: WalkBlueprint,
 ) {
     if comptime!(w.resident) {
-        let (at, shape) = (place.walked_keys(sizes, w.chunk), comptime!(w.keys()));
-        fetch::<I, N>(x, at, place.rows, part.k0, sizes.key_dim, flight, shape);
+        flight.ask(x, place.walked_keys(sizes, w.chunk), place.rows, part.k0, sizes.key_dim, unit());
     }
 }
 
 /// Puts what [`fetch_keys`] has fetched.
 #[cube]
 pub(crate) fn put_keys<I: Float, E: Float, N: Size>(
-    flight: &Array<Vector<I, N>>,
+    flight: &Flight<I, N>,
     tile: &mut Tile<E>,
     #[comptime] w: WalkBlueprint,
 ) {
     if comptime!(w.resident) {
-        put::<I, E, N>(flight, tile, comptime!(w.keys()));
+        flight.put::<E>(tile, 0, unit());
     }
 }
 

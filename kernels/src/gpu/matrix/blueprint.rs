@@ -97,9 +97,9 @@ impl WalkBlueprint {
         self.tile(self.chunk.chunk)
     }
 
-    /// Vectors of `n` keys that a unit fetches ahead, if any are wanted.
-    pub fn keys_ahead(&self, wanted: bool, n: usize) -> usize {
-        if wanted && self.resident { self.keys().vectors(n) } else { 1 }
+    /// Whether keys are fetched ahead, if any are `wanted`.
+    pub fn keys_ahead(&self, wanted: bool) -> bool {
+        wanted && self.resident
     }
 
     /// Factors of the state's rows that a unit fetches.
@@ -242,6 +242,11 @@ impl Blueprint {
         let walk = WalkBlueprint { chunk, state_blocks, value_block, resident: true, panels: false };
         let fits = walk.shared_memory() <= hardware.max_shared_memory_size;
         WalkBlueprint { resident: fits, ..walk }
+    }
+
+    /// A tile that all units fill.
+    pub fn shape(&self, rows: usize, cols: usize) -> Shape {
+        Shape { rows, cols, units: self.units }
     }
 
     /// A matrix of sums.

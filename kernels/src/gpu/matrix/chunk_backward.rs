@@ -20,8 +20,7 @@ use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role};
 use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
-use super::state::load_state;
-use super::transfer::{load, load_scores, store};
+use super::transfer::{Flight, store};
 
 /// What the chunk reads.
 #[derive(CubeType, CubeLaunch)]
@@ -136,10 +135,12 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     }
     decay.load_rows(&x.g, &place, sizes, b);
     let squares = place.scores(sizes, b);
-    load_scores::<E, N>(p, squares, &mut pairs.p);
-    if comptime!(b.delta) {
-        load_scores::<E, N>(r, squares, &mut pairs.r);
-    }
+    let mut p_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), true);
+    let mut r_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), b.delta);
+    p_flight.ask_scores(p, squares);
+    r_flight.ask_scores(r, squares);
+    p_flight.put_all::<E>(&mut pairs.p);
+    r_flight.put_all::<E>(&mut pairs.r);
     sync_cube();
     for i in range_stepped(unit(), c, units()) {
         tokens.diagonal[i] = pairs.p.get(i, i);
@@ -364,13 +365,22 @@ fn through_state<I: Float, E: Float, N: Size>(
     let mut carry = f32::new(0.0);
     for part in 0..sizes.value_blocks {
         let v0 = part * b.block;
-        load::<I, E, N>(do_, at, place.rows, v0, sizes.value_dim, &mut pairs.queries);
-        if comptime!(b.delta) {
-            load::<I, E, N>(z, at, place.rows, v0, sizes.value_dim, &mut pairs.other);
-        }
-        load::<I, E, N>(&x.x, at, place.rows, v0, sizes.value_dim, &mut pairs.keys);
-        load_state::<E, E, N>(&x.states, state_at, k0, v0, sizes, &mut pairs.state, true);
-        load_state::<E, E, N>(dstates, state_at, k0, v0, sizes, &mut pairs.dstate, true);
+        let (rows, states) = comptime!((b.shape(b.chunk, b.block), b.shape(b.block, b.block)));
+        let mut do_flight = Flight::<I, N>::new(rows, true);
+        let mut z_flight = Flight::<I, N>::new(rows, b.delta);
+        let mut x_flight = Flight::<I, N>::new(rows, true);
+        let mut state_flight = Flight::<E, N>::new(states, true);
+        let mut dstate_flight = Flight::<E, N>::new(states, true);
+        do_flight.ask(do_, at, place.rows, v0, sizes.value_dim, unit());
+        z_flight.ask(z, at, place.rows, v0, sizes.value_dim, unit());
+        x_flight.ask(&x.x, at, place.rows, v0, sizes.value_dim, unit());
+        state_flight.ask_state(&x.states, state_at, k0, v0, sizes);
+        dstate_flight.ask_state(dstates, state_at, k0, v0, sizes);
+        do_flight.put_all::<E>(&mut pairs.queries);
+        z_flight.put_all::<E>(&mut pairs.other);
+        x_flight.put_all::<E>(&mut pairs.keys);
+        state_flight.put_all::<E>(&mut pairs.state);
+        dstate_flight.put_all::<E>(&mut pairs.dstate);
         sync_cube();
         roles.q_left.product::<E, E>(&pairs.queries, &pairs.state, form);
         if comptime!(b.delta) {

@@ -11,7 +11,7 @@ use cubecl::prelude::*;
 use super::super::tile::{BLOCK, Engine, Tile, WARP, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
-use super::transfer::read;
+use super::transfer::Flight;
 
 /// Where the decay of a row ends or begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -418,26 +418,22 @@ pub(crate) fn key_gate(g: &[f32], place: &Place, sizes: &Sizes, row: usize, k: u
     select(inside, g[select(inside, at + row * stride + k, at)], f32::new(0.0))
 }
 
-/// Fills a tile from a block of queries or keys, times their weight in a role that is prepared, times `factor`.
+/// Puts a block of queries or keys into a tile, times their weight in a role that is prepared, times `factor`.
 #[cube]
-pub(crate) fn load_keys<I: Float, E: Float, N: Size>(
-    x: &[Vector<I, N>],
-    at: (usize, usize),
-    rows: usize,
-    k0: usize,
-    dim: usize,
+pub(crate) fn put_weighted<I: Float, E: Float, N: Size>(
+    flight: &Flight<I, N>,
     factor: f32,
     decay: &Decay,
     tile: &mut Tile<E>,
     #[comptime] role: Role,
     #[comptime] b: Blueprint,
 ) {
-    let n = N::value().comptime();
-    let cols = comptime!(b.block / n);
-    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
-        let (row, k) = (i / cols, i % cols * n);
-        let values = Vector::<f32, N>::cast_from(read::<I, N>(x, at, rows, row, k0 + k, dim));
-        let weights = decay.weights::<N>(row, k, role, b) * Vector::new(factor);
-        tile.set_many::<f32, N>(row, k, values * weights);
+    #[unroll]
+    for j in 0..flight.vectors() {
+        if flight.has(j) {
+            let (row, k) = flight.place(j);
+            let weights = decay.weights::<N>(row, k, role, b) * Vector::new(factor);
+            tile.set_many::<f32, N>(row, k, Vector::<f32, N>::cast_from(flight.vector(j)) * weights);
+        }
     }
 }

@@ -8,12 +8,12 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Sums, Tile, fresh, unit, units};
+use super::super::tile::{Form, Mode, Sums, Tile, fresh, unit};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, load_keys};
+use super::decay::{Decay, Role, put_weighted};
 use super::place::{Place, Sizes};
-use super::state::{load_state, store_sums};
-use super::transfer::{load_scores, read};
+use super::state::store_sums;
+use super::transfer::Flight;
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,8 +60,12 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         let at = place.walked_keys(sizes, b);
-        load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, factor, &decay, &mut queries, role, by_row);
-        load_state::<E, E, N>(states, place.state(sizes), k0, v0, sizes, &mut state, true);
+        let mut query_flight = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);
+        let mut state_flight = Flight::<E, N>::new(comptime!(b.shape(b.block, b.block)), true);
+        query_flight.ask(q, at, place.rows, k0, sizes.key_dim, unit());
+        state_flight.ask_state(states, place.state(sizes), k0, v0, sizes);
+        put_weighted::<I, E, N>(&query_flight, factor, &decay, &mut queries, role, by_row);
+        state_flight.put_all::<E>(&mut state);
         sync_cube();
         sum.product::<E, E>(&queries, &state, comptime!(Form::ab(c, b.block, b.block, Mode::Add)));
         sync_cube();
@@ -69,8 +73,12 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     // The place again: kept, it would take the registers of the loop.
     let cube = fresh(CUBE_POS as u32) as usize;
     let (place, v0) = (Place::of(cube / sizes.value_blocks, sizes, table, b), cube % sizes.value_blocks * b.block);
-    load_scores::<E, N>(a, place.scores(sizes, b), &mut scores);
-    load_written::<I, E, N>(x, beta, &place, sizes, v0, &mut u, weigh, b);
+    let mut score_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), true);
+    let mut written = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);
+    score_flight.ask_scores(a, place.scores(sizes, b));
+    written.ask(x, place.values(sizes), place.rows, v0, sizes.value_dim, unit());
+    score_flight.put_all::<E>(&mut scores);
+    put_written::<I, E, N>(&written, beta, &place, sizes, &mut u, weigh, b);
     sync_cube();
     sum.product::<E, E>(&scores, &u, comptime!(scores_form(direction, b)));
     // The queries are not needed any more.
@@ -96,32 +104,32 @@ pub(crate) fn query_scale(sizes: &Sizes, #[comptime] b: Blueprint) -> f32 {
     scale
 }
 
-/// What the chunk's tokens write along their keys: `u = beta x`, or `v` without the delta rule.
+/// Puts what the chunk's tokens write along their keys: `u = beta x`, or `v` without the delta rule.
 #[cube]
-fn load_written<I: Float, E: Float, N: Size>(
-    x: &[Vector<I, N>],
+fn put_written<I: Float, E: Float, N: Size>(
+    written: &Flight<I, N>,
     beta: &[f32],
     place: &Place,
     sizes: &Sizes,
-    v0: usize,
     tile: &mut Tile<E>,
     #[comptime] weigh: bool,
     #[comptime] b: Blueprint,
 ) {
-    let n = N::value().comptime();
-    let (at, scalars) = (place.values(sizes), place.scalars(sizes));
-    let cols = comptime!(b.block / n);
-    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
-        let (row, v) = (i / cols, i % cols * n);
-        let values = read::<I, N>(x, at, place.rows, row, v0 + v, sizes.value_dim);
-        if comptime!(b.delta && weigh) {
-            let mut step = f32::new(0.0);
-            if row < place.rows {
-                step = beta[scalars.0 + row * scalars.1];
+    if comptime!(b.delta && weigh) {
+        let (at, stride) = place.scalars(sizes);
+        #[unroll]
+        for j in 0..written.vectors() {
+            if written.has(j) {
+                let (row, v) = written.place(j);
+                let mut step = f32::new(0.0);
+                if row < place.rows {
+                    step = beta[at + row * stride];
+                }
+                let values = Vector::<f32, N>::cast_from(written.vector(j)) * Vector::new(step);
+                tile.set_many::<f32, N>(row, v, values);
             }
-            tile.set_many::<f32, N>(row, v, Vector::cast_from(values) * Vector::new(step));
-        } else {
-            tile.set_many::<I, N>(row, v, values);
         }
+    } else {
+        written.put_all::<E>(tile);
     }
 }

@@ -2,12 +2,12 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, unit, units};
+use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, unit};
 use super::blueprint::Blueprint;
 use super::chunk_backward::{ByToken, Operands, Pairs, Roles};
-use super::decay::{Decay, Role, load_keys};
+use super::decay::{Decay, Role, put_weighted};
 use super::place::{Place, Sizes};
-use super::transfer::read;
+use super::transfer::Flight;
 
 /// Adds the pairs, whose decay is in `p` and `r` already. Leaves plain queries and keys.
 #[cube]
@@ -24,8 +24,9 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
 ) {
     let (left, right) =
         comptime!((Form::ab(b.chunk, b.block, b.chunk, Mode::Add), Form::atb(b.chunk, b.block, b.chunk, Mode::Add)));
-    load_stepped::<I, E, N>(&x.k, place, sizes, k0, decay, tokens, &mut pairs.other, Role::Plain, b);
-    load_plain::<I, E, N>(x, place, sizes, k0, decay, pairs, Role::Plain, b);
+    let both = Both::<I, N>::ask(x, place, sizes, k0, b);
+    both.put_stepped::<E>(decay, tokens, &mut pairs.other, Role::Plain, b);
+    both.put::<E>(decay, pairs, Role::Plain, b);
     sync_cube();
     roles.q_left.product::<E, E>(&pairs.p, &pairs.other, left);
     roles.k_right.product::<E, E>(&pairs.p, &pairs.queries, right);
@@ -36,44 +37,46 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
     }
 }
 
-/// Fills the tiles of queries and keys, weighted.
-#[cube]
-fn load_plain<I: Float, E: Float, N: Size>(
-    x: &Operands<I, E, N>,
-    place: &Place,
-    sizes: &Sizes,
-    k0: usize,
-    decay: &Decay,
-    pairs: &mut Pairs<E>,
-    #[comptime] role: Role,
-    #[comptime] b: Blueprint,
-) {
-    let at = place.keys(sizes);
-    load_keys::<I, E, N>(&x.q, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.queries, role, b);
-    load_keys::<I, E, N>(&x.k, at, place.rows, k0, sizes.key_dim, 1.0, decay, &mut pairs.keys, role, b);
+/// A block of queries and keys.
+#[derive(CubeType)]
+struct Both<I: Float, N: Size> {
+    queries: Flight<I, N>,
+    keys: Flight<I, N>,
 }
 
-/// Fills a tile with `beta k`, weighted.
 #[cube]
-fn load_stepped<I: Float, E: Float, N: Size>(
-    k: &[Vector<I, N>],
-    place: &Place,
-    sizes: &Sizes,
-    k0: usize,
-    decay: &Decay,
-    tokens: &ByToken,
-    tile: &mut Tile<E>,
-    #[comptime] role: Role,
-    #[comptime] b: Blueprint,
-) {
-    let n = N::value().comptime();
-    let at = place.keys(sizes);
-    let cols = comptime!(b.block / n);
-    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
-        let (row, col) = (i / cols, i % cols * n);
-        let values = Vector::<f32, N>::cast_from(read::<I, N>(k, at, place.rows, row, k0 + col, sizes.key_dim));
-        let weights = decay.weights::<N>(row, col, role, b) * Vector::new(tokens.beta[row]);
-        tile.set_many::<f32, N>(row, col, values * weights);
+impl<I: Float, N: Size> Both<I, N> {
+    fn ask<E: Float>(x: &Operands<I, E, N>, place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) -> Self {
+        let shape = comptime!(b.shape(b.chunk, b.block));
+        let (mut queries, mut keys) = (Flight::<I, N>::new(shape, true), Flight::<I, N>::new(shape, true));
+        queries.ask_keys(&x.q, place, sizes, k0);
+        keys.ask_keys(&x.k, place, sizes, k0);
+        Both::<I, N> { queries, keys }
+    }
+
+    /// Fills the tiles of queries and keys, weighted.
+    fn put<E: Float>(&self, decay: &Decay, pairs: &mut Pairs<E>, #[comptime] role: Role, #[comptime] b: Blueprint) {
+        put_weighted::<I, E, N>(&self.queries, 1.0, decay, &mut pairs.queries, role, b);
+        put_weighted::<I, E, N>(&self.keys, 1.0, decay, &mut pairs.keys, role, b);
+    }
+
+    /// Fills a tile with `beta k`, weighted.
+    fn put_stepped<E: Float>(
+        &self,
+        decay: &Decay,
+        tokens: &ByToken,
+        tile: &mut Tile<E>,
+        #[comptime] role: Role,
+        #[comptime] b: Blueprint,
+    ) {
+        #[unroll]
+        for j in 0..self.keys.vectors() {
+            if self.keys.has(j) {
+                let (row, col) = self.keys.place(j);
+                let weights = decay.weights::<N>(row, col, role, b) * Vector::new(tokens.beta[row]);
+                tile.set_many::<f32, N>(row, col, Vector::<f32, N>::cast_from(self.keys.vector(j)) * weights);
+            }
+        }
     }
 }
 
@@ -97,6 +100,7 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     let mut earlier = Sums::new(comptime!(roles.q_left.spread));
     q_pairs.clear();
     k_pairs.clear();
+    let both = Both::<I, N>::ask(x, place, sizes, k0, b);
     // Pairs within sub-blocks are products too if gates are mild.
     let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
     #[unroll]
@@ -107,7 +111,7 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
             decay.invert(&x.g, place, sizes, k0, later, b);
         }
         decay.prepare(&x.g, place, sizes, k0, toward, b);
-        load_stepped::<I, E, N>(&x.k, place, sizes, k0, &*decay, tokens, &mut pairs.other, toward, b);
+        both.put_stepped::<E>(&*decay, tokens, &mut pairs.other, toward, b);
         sync_cube();
         if mild {
             left_pairs::<E>(&*pairs, &mut q_pairs, &mut k_pairs, row, comptime!((later + 1) * BLOCK), b);
@@ -116,7 +120,7 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
         }
         sync_cube();
         decay.prepare(&x.g, place, sizes, k0, Role::Within, b);
-        load_plain::<I, E, N>(x, place, sizes, k0, &*decay, pairs, Role::Within, b);
+        both.put::<E>(&*decay, pairs, Role::Within, b);
         sync_cube();
         if mild {
             right_pairs::<E>(&*pairs, &mut earlier, row, comptime!((later + 1) * BLOCK), b);
@@ -142,7 +146,7 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     }
     sync_cube();
     decay.factors(&x.g, place, sizes, k0, b);
-    load_plain::<I, E, N>(x, place, sizes, k0, &*decay, pairs, Role::Plain, b);
+    both.put::<E>(&*decay, pairs, Role::Plain, b);
     sync_cube();
     if !mild {
         within_segments::<E>(&*decay, &*pairs, roles, tokens, b);

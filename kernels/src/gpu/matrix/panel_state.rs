@@ -5,9 +5,10 @@ use cubecl::prelude::*;
 use super::super::tile::{BLOCK, Panel, WARP, fresh, unit};
 use super::ahead::WalkedKeys;
 use super::blueprint::{GateKind, WalkBlueprint};
-use super::panels::{Load, Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
+use super::panels::{Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
 use super::place::{Sizes, Walk};
 use super::state::Part;
+use super::transfer::Flight;
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
@@ -83,10 +84,10 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
             }
         } else {
             let carrier = fresh(UNIT_POS) as usize - comptime!(w.computing());
-            let mut reading_load = Load::<I, N>::new(comptime!(w.carried(rows)), reads);
-            let mut writing_load = Load::<I, N>::new(comptime!(w.carried(rows)), key_wise);
-            let mut values_load = Load::<I, N>::new(comptime!(w.carried(d)), true);
-            let mut square_load = Load::<E, N>::new(comptime!(w.carried(c)), b.delta);
+            let mut reading_load = Flight::<I, N>::new(comptime!(w.carried(rows)), reads);
+            let mut writing_load = Flight::<I, N>::new(comptime!(w.carried(rows)), key_wise);
+            let mut values_load = Flight::<I, N>::new(comptime!(w.carried(d)), true);
+            let mut square_load = Flight::<E, N>::new(comptime!(w.carried(c)), b.delta);
             let mut weights_load = WeightsAhead::new(w);
             if turn < walk.chunks {
                 let place = walk.place(sizes, turn, part.head, b);
@@ -114,10 +115,10 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
                 );
             }
             if turn < walk.chunks {
-                reading_load.put::<E>(&mut reading, carrier, other);
-                writing_load.put::<E>(&mut writing, carrier, other);
-                values_load.put::<E>(&mut values, carrier, other);
-                square_load.put::<E>(&mut square, carrier, other);
+                reading_load.put::<E>(&mut reading, other * c, carrier);
+                writing_load.put::<E>(&mut writing, other * c, carrier);
+                values_load.put::<E>(&mut values, other * c, carrier);
+                square_load.put::<E>(&mut square, other * c, carrier);
                 weights.put(&weights_load, carrier, other, w);
             }
         }

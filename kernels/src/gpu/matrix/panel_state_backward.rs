@@ -6,9 +6,10 @@ use cubecl::prelude::*;
 use super::super::tile::{BLOCK, Panel, WARP, fresh, unit};
 use super::ahead::WalkedKeys;
 use super::blueprint::{GateKind, WalkBlueprint};
-use super::panels::{Load, Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
+use super::panels::{Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
 use super::place::{Sizes, Walk};
 use super::state::Part;
+use super::transfer::Flight;
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
@@ -85,12 +86,12 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
             }
         } else {
             let carrier = fresh(UNIT_POS) as usize - comptime!(w.computing());
-            let mut queries_load = Load::<I, N>::new(comptime!(w.carried(rows)), true);
-            let mut reading_load = Load::<I, N>::new(comptime!(w.carried(rows)), delta);
-            let mut writing_load = Load::<I, N>::new(comptime!(w.carried(rows)), comptime!(delta && key_wise));
-            let mut d_outs_load = Load::<I, N>::new(comptime!(w.carried(d)), true);
-            let mut scores_load = Load::<E, N>::new(comptime!(w.carried(c)), delta);
-            let mut inverse_load = Load::<E, N>::new(comptime!(w.carried(c)), delta);
+            let mut queries_load = Flight::<I, N>::new(comptime!(w.carried(rows)), true);
+            let mut reading_load = Flight::<I, N>::new(comptime!(w.carried(rows)), delta);
+            let mut writing_load = Flight::<I, N>::new(comptime!(w.carried(rows)), comptime!(delta && key_wise));
+            let mut d_outs_load = Flight::<I, N>::new(comptime!(w.carried(d)), true);
+            let mut scores_load = Flight::<E, N>::new(comptime!(w.carried(c)), delta);
+            let mut inverse_load = Flight::<E, N>::new(comptime!(w.carried(c)), delta);
             let mut weights_load = WeightsAhead::new(w);
             if turn < walk.chunks {
                 let place = walk.place(sizes, walk.chunks - 1 - turn, part.head, b);
@@ -120,12 +121,12 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
                 );
             }
             if turn < walk.chunks {
-                queries_load.put::<E>(&mut queries, carrier, other);
-                reading_load.put::<E>(&mut reading, carrier, other);
-                writing_load.put::<E>(&mut writing, carrier, other);
-                d_outs_load.put::<E>(&mut d_outs, carrier, other);
-                scores_load.put::<E>(&mut scores, carrier, other);
-                inverse_load.put::<E>(&mut inverse, carrier, other);
+                queries_load.put::<E>(&mut queries, other * c, carrier);
+                reading_load.put::<E>(&mut reading, other * c, carrier);
+                writing_load.put::<E>(&mut writing, other * c, carrier);
+                d_outs_load.put::<E>(&mut d_outs, other * c, carrier);
+                scores_load.put::<E>(&mut scores, other * c, carrier);
+                inverse_load.put::<E>(&mut inverse, other * c, carrier);
                 weights.put(&weights_load, carrier, other, w);
             }
         }

@@ -17,7 +17,7 @@ use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::RowGates;
 use super::place::{Place, Sizes, Walk};
 use super::state::Part;
-use super::transfer::{Shape, fetch_as, put_as};
+use super::transfer::Shape;
 
 /// Units of a cube that bring and take away.
 pub(crate) const CARRIERS: usize = 128;
@@ -209,45 +209,6 @@ impl WeightsAhead {
                     self.ends[j] = ends[place.ends(sizes) + k];
                 }
             }
-        }
-    }
-}
-
-/// Rows of one tensor, on their way into a half of a tile.
-#[derive(CubeType)]
-pub(crate) struct Load<I: Float, N: Size> {
-    flight: Array<Vector<I, N>>,
-    #[cube(comptime)]
-    shape: Shape,
-    #[cube(comptime)]
-    wanted: bool,
-}
-
-#[cube]
-impl<I: Float, N: Size> Load<I, N> {
-    pub fn new(#[comptime] shape: Shape, #[comptime] wanted: bool) -> Self {
-        let n = N::value().comptime();
-        Load::<I, N> { flight: Array::new(comptime!(if wanted { shape.vectors(n) } else { 1 })), shape, wanted }
-    }
-
-    pub fn ask(
-        &mut self,
-        x: &[Vector<I, N>],
-        at: (usize, usize),
-        rows: usize,
-        col0: usize,
-        dim: usize,
-        carrier: usize,
-    ) {
-        if comptime!(self.wanted) {
-            fetch_as::<I, N>(carrier, x, at, rows, col0, dim, &mut self.flight, self.shape);
-        }
-    }
-
-    pub fn put<E: Float>(&self, tile: &mut Tile<E>, carrier: usize, half: usize) {
-        if comptime!(self.wanted) {
-            let row0 = half * comptime!(self.shape.rows);
-            put_as::<I, E, N>(carrier, &self.flight, tile, row0, self.shape);
         }
     }
 }

@@ -13,9 +13,9 @@ use cubecl::prelude::*;
 
 use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, fill, product_at, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, load_keys};
+use super::decay::{Decay, Role, put_weighted};
 use super::place::{Place, Sizes};
-use super::transfer::store_scores;
+use super::transfer::{Flight, store_scores};
 
 /// With gates per key feature, queries and keys that have met the decay, for the launches that need no more of it.
 #[derive(CubeType, CubeLaunch)]
@@ -67,12 +67,15 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     let mut right = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
-        let at = place.keys(sizes);
+        let mut q_flight = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);
+        let mut k_flight = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);
+        q_flight.ask_keys(q, &place, sizes, k0);
+        k_flight.ask_keys(k, &place, sizes, k0);
         decay.load_block(g, &place, sizes, k0, b);
         decay.prepare(g, &place, sizes, k0, Role::Within, b);
-        load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Within, b);
+        put_weighted::<I, E, N>(&q_flight, 1.0, &decay, &mut q_left, Role::Within, b);
         if comptime!(b.delta) {
-            load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut k_left, Role::Within, b);
+            put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut k_left, Role::Within, b);
         }
         if comptime!(b.gate == GateKind::Key) {
             // Pairs within sub-blocks are products too if gates are mild.
@@ -86,18 +89,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                     }
                 }
                 decay.prepare(g, &place, sizes, k0, comptime!(Role::Toward(later)), b);
-                load_keys::<I, E, N>(
-                    k,
-                    at,
-                    place.rows,
-                    k0,
-                    sizes.key_dim,
-                    1.0,
-                    &decay,
-                    &mut right,
-                    comptime!(Role::Toward(later)),
-                    b,
-                );
+                put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut right, comptime!(Role::Toward(later)), b);
                 sync_cube();
                 let row = comptime!(later * BLOCK).runtime();
                 let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
@@ -118,26 +110,46 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
             sync_cube();
             if !mild {
                 decay.factors(g, &place, sizes, k0, b);
-                load_keys::<I, E, N>(q, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut q_left, Role::Plain, b);
-                load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
+                q_flight.put_all::<E>(&mut q_left);
+                k_flight.put_all::<E>(&mut right);
                 sync_cube();
                 pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
             }
             decay.prepare(g, &place, sizes, k0, Role::FromStart, b);
-            weigh_rows::<I, N>(q, &place, sizes, k0, sizes.scale, &decay, &mut weighted.q_start, Role::FromStart, b);
+            weigh_rows::<I, N>(
+                &q_flight,
+                &place,
+                sizes,
+                k0,
+                sizes.scale,
+                &decay,
+                &mut weighted.q_start,
+                Role::FromStart,
+                b,
+            );
             if comptime!(b.delta) {
-                weigh_rows::<I, N>(k, &place, sizes, k0, 1.0, &decay, &mut weighted.k_start, Role::FromStart, b);
+                weigh_rows::<I, N>(
+                    &k_flight,
+                    &place,
+                    sizes,
+                    k0,
+                    1.0,
+                    &decay,
+                    &mut weighted.k_start,
+                    Role::FromStart,
+                    b,
+                );
             }
             sync_cube();
             decay.prepare(g, &place, sizes, k0, Role::ToEnd, b);
-            weigh_rows::<I, N>(k, &place, sizes, k0, 1.0, &decay, &mut weighted.k_end, Role::ToEnd, b);
+            weigh_rows::<I, N>(&k_flight, &place, sizes, k0, 1.0, &decay, &mut weighted.k_end, Role::ToEnd, b);
             for i in range_stepped(unit(), b.block, units()) {
                 if k0 + i < sizes.key_dim {
                     weighted.ends[place.ends(sizes) + k0 + i] = decay.end(i, b);
                 }
             }
         } else {
-            load_keys::<I, E, N>(k, at, place.rows, k0, sizes.key_dim, 1.0, &decay, &mut right, Role::Plain, b);
+            k_flight.put_all::<E>(&mut right);
             sync_cube();
             let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
             query_sums.product::<E, E>(&q_left, &right, form);
@@ -185,7 +197,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
 /// Writes a block of queries or keys times their weight in a role that is prepared.
 #[cube]
 fn weigh_rows<I: Float, N: Size>(
-    x: &[Vector<I, N>],
+    x: &Flight<I, N>,
     place: &Place,
     sizes: &Sizes,
     k0: usize,
@@ -196,12 +208,12 @@ fn weigh_rows<I: Float, N: Size>(
     #[comptime] b: Blueprint,
 ) {
     let n = N::value().comptime();
-    let cols = comptime!(b.block / n);
-    let (at, to) = (place.keys(sizes), place.key_gates(sizes));
-    for i in range_stepped(unit(), comptime!(b.chunk * cols), units()) {
-        let (row, k) = (i / cols, i % cols * n);
+    let to = place.key_gates(sizes);
+    #[unroll]
+    for j in 0..x.vectors() {
+        let (row, k) = x.place(j);
         if row < place.rows && k0 + k < sizes.key_dim {
-            let values = Vector::<f32, N>::cast_from(x[(at.0 + row * at.1 + k0 + k) / n]);
+            let values = Vector::<f32, N>::cast_from(x.vector(j));
             let weights = decay.weights::<N>(row, k, role, b) * Vector::new(factor);
             out[(to.0 + row * to.1 + k0 + k) / n] = Vector::<I, N>::cast_from(values * weights);
         }

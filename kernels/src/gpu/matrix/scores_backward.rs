@@ -7,11 +7,11 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Sums, Tile};
+use super::super::tile::{Form, Mode, Sums, Tile, unit};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::Decay;
 use super::place::{Place, Sizes};
-use super::transfer::{load, store_scores};
+use super::transfer::{Flight, store_scores};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
@@ -48,11 +48,16 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     let at = place.values(sizes);
     for part in 0..sizes.value_blocks {
         let v0 = part * b.block;
-        load::<I, E, N>(x, at, place.rows, v0, sizes.value_dim, &mut right);
-        load::<I, E, N>(do_, at, place.rows, v0, sizes.value_dim, &mut p_left);
-        if comptime!(b.delta) {
-            load::<I, E, N>(z, at, place.rows, v0, sizes.value_dim, &mut r_left);
-        }
+        let shape = comptime!(b.shape(c, b.block));
+        let mut x_flight = Flight::<I, N>::new(shape, true);
+        let mut do_flight = Flight::<I, N>::new(shape, true);
+        let mut z_flight = Flight::<I, N>::new(shape, b.delta);
+        x_flight.ask(x, at, place.rows, v0, sizes.value_dim, unit());
+        do_flight.ask(do_, at, place.rows, v0, sizes.value_dim, unit());
+        z_flight.ask(z, at, place.rows, v0, sizes.value_dim, unit());
+        x_flight.put_all::<E>(&mut right);
+        do_flight.put_all::<E>(&mut p_left);
+        z_flight.put_all::<E>(&mut r_left);
         sync_cube();
         let form = comptime!(Form::abt(c, c, b.block, Mode::Add));
         p_sums.product::<E, E>(&p_left, &right, form);

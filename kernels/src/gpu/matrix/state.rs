@@ -19,7 +19,7 @@ use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role};
 use super::place::{Sizes, Walk};
-use super::transfer::{load, read, store};
+use super::transfer::{Flight, load, read, store};
 
 /// The part of the state that a cube holds.
 #[derive(CubeType, Clone, Copy)]
@@ -233,11 +233,10 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     let mut inverse = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), c, operand);
     take_state(initial_state, &part, sizes, &mut state, has_initial);
 
-    let n = N::value().comptime();
     let walk = Walk::of(sizes, table, part.sequence, b);
     // With gates per key feature the additive write has no keys that read.
     let reads = comptime!(b.delta || !key_wise);
-    let mut next_writing = Array::<Vector<I, N>>::new(comptime!(w.keys_ahead(key_wise, n)));
+    let mut next_writing = Flight::<I, N>::new(comptime!(w.keys()), comptime!(w.keys_ahead(key_wise)));
     let mut next = Ahead::<I, E, N>::new(w, reads);
     let place = walk.place(sizes, 0, part.head, b);
     next.ask(keys, v, t, g, beta, &place, &part, sizes, w, reads);
@@ -263,7 +262,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
                 x.clear();
                 for block in 0..state_blocks {
                     let k0 = block * b.block;
-                    load::<I, E, N>(&keys.reading, key_at, place.rows, k0, sizes.key_dim, &mut key_tile);
+                    load::<I, E, N>(&keys.reading, key_at, place.rows, k0, sizes.key_dim, &mut key_tile, b.units);
                     sync_cube();
                     read_state::<E>(&key_tile, &state, &narrow, k0, &mut x, Mode::Add, w);
                     sync_cube();
@@ -303,7 +302,15 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
         } else {
             for block in 0..state_blocks {
                 let row0 = block * b.block;
-                load::<I, E, N>(&keys.writing, key_at, place.rows, part.k0 + row0, sizes.key_dim, &mut key_tile);
+                load::<I, E, N>(
+                    &keys.writing,
+                    key_at,
+                    place.rows,
+                    part.k0 + row0,
+                    sizes.key_dim,
+                    &mut key_tile,
+                    b.units,
+                );
                 sync_cube();
                 let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: row0 };
                 state.product_at::<E, E>(&key_tile, &u, &corner, comptime!(Form::atb(b.block, d, c, Mode::Add)));

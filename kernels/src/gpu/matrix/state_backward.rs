@@ -16,7 +16,7 @@ use super::place::{Place, Sizes, Walk};
 use super::state::{
     Part, decay_rows, leave_state, narrow_state, read_state, store_state, store_sums, take_state, take_steps, weigh,
 };
-use super::transfer::{fetch_scores, load, put};
+use super::transfer::{Flight, load};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
@@ -92,7 +92,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
                 du.clear();
                 for block in 0..state_blocks {
                     let k0 = block * b.block;
-                    load::<I, E, N>(&keys.reading, key_at, place.rows, k0, sizes.key_dim, &mut queries);
+                    load::<I, E, N>(&keys.reading, key_at, place.rows, k0, sizes.key_dim, &mut queries, b.units);
                     sync_cube();
                     read_state::<E>(&queries, &dstate, &narrow, k0, &mut du, Mode::Add, w);
                     sync_cube();
@@ -104,7 +104,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
             }
             du.product::<E, E>(&square, &d_out, comptime!(Form::atb(c, d, c, Mode::Add)));
             sync_cube();
-            put::<E, E, N>(&here.inverse, &mut square, comptime!(w.scores()));
+            here.inverse.put::<E>(&mut square, 0, unit());
             if comptime!(key_wise) {
                 put_keys::<I, E, N>(&here.writing, &mut key_tile, w);
             }
@@ -149,13 +149,13 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
             for block in 0..state_blocks {
                 let row0 = block * b.block;
                 let k0 = part.k0 + row0;
-                load::<I, E, N>(q, key_at, place.rows, k0, sizes.key_dim, &mut queries);
+                load::<I, E, N>(q, key_at, place.rows, k0, sizes.key_dim, &mut queries, b.units);
                 sync_cube();
                 let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: row0 };
                 dstate.product_at::<E, E>(&queries, &d_out, &corner, form);
                 sync_cube();
                 if comptime!(b.delta) {
-                    load::<I, E, N>(&keys.writing, key_at, place.rows, k0, sizes.key_dim, &mut queries);
+                    load::<I, E, N>(&keys.writing, key_at, place.rows, k0, sizes.key_dim, &mut queries, b.units);
                     sync_cube();
                     dstate.product_at::<E, E>(&queries, &z, &corner, form);
                     sync_cube();
@@ -186,19 +186,19 @@ fn weigh_sums(decay: &Decay, sums: &mut Sums, #[comptime] role: Role, #[comptime
 #[derive(CubeType)]
 struct Here<I: Float, E: Float, N: Size> {
     /// Under gates per key feature, as the other keys are in their place until then.
-    writing: Array<Vector<I, N>>,
-    queries: Array<Vector<I, N>>,
-    inverse: Array<Vector<E, N>>,
+    writing: Flight<I, N>,
+    queries: Flight<I, N>,
+    inverse: Flight<E, N>,
 }
 
 #[cube]
 impl<I: Float, E: Float, N: Size> Here<I, E, N> {
     fn new(#[comptime] w: WalkBlueprint) -> Self {
-        let n = N::value().comptime();
+        let key_wise = comptime!(w.chunk.delta && w.chunk.gate == GateKind::Key);
         Here::<I, E, N> {
-            writing: Array::new(comptime!(w.keys_ahead(w.chunk.delta && w.chunk.gate == GateKind::Key, n))),
-            queries: Array::new(comptime!(w.keys_ahead(true, n))),
-            inverse: Array::new(comptime!(if w.chunk.delta { w.scores().vectors(n) } else { 1 })),
+            writing: Flight::new(comptime!(w.keys()), comptime!(w.keys_ahead(key_wise))),
+            queries: Flight::new(comptime!(w.keys()), comptime!(w.keys_ahead(true))),
+            inverse: Flight::new(comptime!(w.scores()), w.chunk.delta),
         }
     }
 
@@ -212,7 +212,8 @@ impl<I: Float, E: Float, N: Size> Here<I, E, N> {
         #[comptime] w: WalkBlueprint,
     ) {
         let b = comptime!(w.chunk);
-        fetch_scores::<E, N>(t, place.scores(sizes, b), &mut self.inverse, comptime!(w.scores()));
+        let side = comptime!(b.chunk).runtime();
+        self.inverse.ask(t, (place.scores(sizes, b), side), side, 0, side, unit());
         if comptime!(b.gate == GateKind::Key) {
             fetch_keys::<I, N>(&keys.writing, place, part, sizes, &mut self.writing, w);
         }

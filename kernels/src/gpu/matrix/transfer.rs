@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Tile, unit, units};
 use super::blueprint::Blueprint;
+use super::place::{Place, Sizes};
 
 /// `N` elements of a row of a tensor, `at` being its first row and the distance of rows; 0 outside of the tensor. Sizes
 /// are multiples of `N`.
@@ -34,14 +35,11 @@ pub(crate) fn load<I: Float, E: Float, N: Size>(
     col0: usize,
     dim: usize,
     tile: &mut Tile<E>,
+    #[comptime] units: usize,
 ) {
-    let n = N::value().comptime();
-    let cols = comptime!(tile.cols / n);
-    for i in range_stepped(unit(), comptime!(tile.rows * cols), units()) {
-        let (row, col) = (i / cols, i % cols * n);
-        let values = read::<I, N>(x, at, rows, row, col0 + col, dim);
-        tile.set_many::<I, N>(row, col, values);
-    }
+    let mut flight = Flight::<I, N>::new(comptime!(Shape { rows: tile.rows, cols: tile.cols, units }), true);
+    flight.ask(x, at, rows, col0, dim, unit());
+    flight.put_all::<E>(tile);
 }
 
 /// Writes the rows of a tile to a tensor.
@@ -81,13 +79,6 @@ pub(crate) fn store_scores<E: Float, N: Size>(
     }
 }
 
-/// Fills a tile with a chunk's scores, `[chunk, chunk]` at `at`.
-#[cube]
-pub(crate) fn load_scores<E: Float, N: Size>(x: &[Vector<E, N>], at: usize, tile: &mut Tile<E>) {
-    let side = comptime!(tile.rows).runtime();
-    load::<E, E, N>(x, (at, side), side, 0, side, tile);
-}
-
 /// The shape of a tile and the units that fill it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Shape {
@@ -107,83 +98,117 @@ impl Shape {
     }
 }
 
-/// Asks for the features `col0..` of `rows` rows, the first at `at.0` and each `at.1` after the one before.
-#[cube]
-pub(crate) fn fetch<I: Float, N: Size>(
-    x: &[Vector<I, N>],
-    at: (usize, usize),
-    rows: usize,
-    col0: usize,
-    dim: usize,
-    flight: &mut Array<Vector<I, N>>,
-    #[comptime] shape: Shape,
-) {
-    fetch_as::<I, N>(unit(), x, at, rows, col0, dim, flight, shape);
+/// Rows on their way from a tensor. CUDA's compiler takes a vector of 16-bit numbers apart as soon as it is loaded, which
+/// waits for memory, so that one load waits for the other; words are left alone until they are put.
+#[derive(CubeType)]
+pub(crate) struct Flight<I: Float, N: Size> {
+    vectors: Array<Vector<I, N>>,
+    words: Array<Vector<u32, Const<4>>>,
+    #[cube(comptime)]
+    shape: Shape,
+    #[cube(comptime)]
+    wanted: bool,
 }
 
-/// The same, as the `worker`-th of those that do it.
 #[cube]
-pub(crate) fn fetch_as<I: Float, N: Size>(
-    worker: usize,
-    x: &[Vector<I, N>],
-    at: (usize, usize),
-    rows: usize,
-    col0: usize,
-    dim: usize,
-    flight: &mut Array<Vector<I, N>>,
-    #[comptime] shape: Shape,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(shape.cols / n);
-    #[unroll]
-    for j in 0..comptime!(shape.vectors(n)) {
-        let i = worker + j * shape.units;
-        flight[j] = read::<I, N>(x, at, rows, i / cols, col0 + i % cols * n, dim);
+impl<I: Float, N: Size> Flight<I, N> {
+    /// Of rows as `shape` says, if any are `wanted`.
+    pub fn new(#[comptime] shape: Shape, #[comptime] wanted: bool) -> Self {
+        let (n, size) = (N::value().comptime(), I::size().comptime());
+        let (vectors, words) = comptime!(match (wanted, n * size == 16 && size == 2) {
+            (false, _) => (1, 1),
+            (_, false) => (shape.vectors(n), 1),
+            (_, true) => (1, shape.vectors(n)),
+        });
+        Flight::<I, N> { vectors: Array::new(vectors), words: Array::new(words), shape, wanted }
     }
-}
 
-/// Asks for a chunk's scores, `[chunk, chunk]` at `at`.
-#[cube]
-pub(crate) fn fetch_scores<E: Float, N: Size>(
-    x: &[Vector<E, N>],
-    at: usize,
-    flight: &mut Array<Vector<E, N>>,
-    #[comptime] shape: Shape,
-) {
-    let side = comptime!(shape.rows).runtime();
-    fetch::<E, N>(x, (at, side), side, 0, side, flight, shape);
-}
-
-/// Puts what has been fetched into a tile.
-#[cube]
-pub(crate) fn put<I: Float, E: Float, N: Size>(
-    flight: &Array<Vector<I, N>>,
-    tile: &mut Tile<E>,
-    #[comptime] shape: Shape,
-) {
-    put_as::<I, E, N>(unit(), flight, tile, 0, shape);
-}
-
-/// The same, as the `worker`-th of those that do it, from row `row0` of the tile on.
-#[cube]
-pub(crate) fn put_as<I: Float, E: Float, N: Size>(
-    worker: usize,
-    flight: &Array<Vector<I, N>>,
-    tile: &mut Tile<E>,
-    row0: usize,
-    #[comptime] shape: Shape,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(shape.cols / n);
-    #[unroll]
-    for j in 0..comptime!(shape.vectors(n)) {
-        let i = worker + j * shape.units;
-        if comptime!(shape.even(n)) {
-            tile.set_many::<I, N>(row0 + i / cols, i % cols * n, flight[j]);
-        } else {
-            if i / cols < shape.rows {
-                tile.set_many::<I, N>(row0 + i / cols, i % cols * n, flight[j]);
+    /// Asks, as the `worker`-th of those that do it, for the features `col0..` of `rows` rows, the first at `at.0` and each
+    /// `at.1` after the one before.
+    pub fn ask(&mut self, x: &[Vector<I, N>], at: (usize, usize), rows: usize, col0: usize, dim: usize, worker: usize) {
+        if comptime!(self.wanted) {
+            let (n, size) = (N::value().comptime(), I::size().comptime());
+            let cols = comptime!(self.shape.cols / n);
+            #[unroll]
+            for j in 0..comptime!(self.shape.vectors(n)) {
+                let i = worker + j * self.shape.units;
+                let (row, col) = (i / cols, col0 + i % cols * n);
+                if comptime!(n * size == 16 && size == 2) {
+                    self.words[j] = Vector::new(0u32);
+                    if row < rows && col < dim {
+                        self.words[j] = Vector::reinterpret(x[(at.0 + row * at.1 + col) / n]);
+                    }
+                } else {
+                    self.vectors[j] = read::<I, N>(x, at, rows, row, col, dim);
+                }
             }
         }
+    }
+
+    /// Asks for the features `k0..` of a chunk's queries or keys, as one of all units.
+    pub fn ask_keys(&mut self, x: &[Vector<I, N>], place: &Place, sizes: &Sizes, k0: usize) {
+        self.ask(x, place.keys(sizes), place.rows, k0, sizes.key_dim, unit());
+    }
+
+    /// Asks for a chunk's scores, `[chunk, chunk]` at `at`, as one of all units.
+    pub fn ask_scores(&mut self, x: &[Vector<I, N>], at: usize) {
+        let side = comptime!(self.shape.rows).runtime();
+        self.ask(x, (at, side), side, 0, side, unit());
+    }
+
+    /// Asks for a block of a state, `[key_dim, value_dim]` at `at`, as one of all units.
+    pub fn ask_state(&mut self, x: &[Vector<I, N>], at: usize, k0: usize, v0: usize, sizes: &Sizes) {
+        let from = (at + k0 * sizes.value_dim, sizes.value_dim);
+        self.ask(x, from, sizes.key_dim - k0, v0, sizes.value_dim, unit());
+    }
+
+    /// Vectors of a worker.
+    pub fn vectors(&self) -> comptime_type!(usize) {
+        let n = N::value().comptime();
+        comptime!(self.shape.vectors(n))
+    }
+
+    /// Row and first column of the `j`-th vector, of one of all units.
+    pub fn place(&self, #[comptime] j: usize) -> (usize, usize) {
+        let n = N::value().comptime();
+        let cols = comptime!(self.shape.cols / n);
+        let i = unit() + j * self.shape.units;
+        (i / cols, i % cols * n)
+    }
+
+    /// Whether there is a `j`-th vector.
+    pub fn has(&self, #[comptime] j: usize) -> bool {
+        let n = N::value().comptime();
+        if comptime!(self.shape.even(n)) { true.runtime() } else { self.place(j).0 < self.shape.rows }
+    }
+
+    /// Puts what all units have asked for into a tile.
+    pub fn put_all<E: Float>(&self, tile: &mut Tile<E>) {
+        self.put::<E>(tile, 0, unit());
+    }
+
+    /// Puts what has arrived into a tile, from row `row0` on.
+    pub fn put<E: Float>(&self, tile: &mut Tile<E>, row0: usize, worker: usize) {
+        if comptime!(self.wanted) {
+            let n = N::value().comptime();
+            let cols = comptime!(self.shape.cols / n);
+            #[unroll]
+            for j in 0..comptime!(self.shape.vectors(n)) {
+                let i = worker + j * self.shape.units;
+                if comptime!(self.shape.even(n)) {
+                    tile.set_many::<I, N>(row0 + i / cols, i % cols * n, self.vector(j));
+                } else {
+                    if i / cols < self.shape.rows {
+                        tile.set_many::<I, N>(row0 + i / cols, i % cols * n, self.vector(j));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The `j`-th vector of this worker.
+    pub fn vector(&self, #[comptime] j: usize) -> Vector<I, N> {
+        let (n, size) = (N::value().comptime(), I::size().comptime());
+        if comptime!(n * size == 16 && size == 2) { Vector::reinterpret(self.words[j]) } else { self.vectors[j] }
     }
 }
