@@ -142,7 +142,7 @@ impl WalkBlueprint {
 }
 
 /// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
-const SHARED_MEMORY: usize = 100 << 10;
+const SHARED_MEMORY: usize = 112 << 10;
 
 /// Key features of a state that a plane has registers for.
 const MOST_ROWS: usize = 128;
@@ -287,7 +287,7 @@ impl Blueprint {
     fn common_memory(&self) -> usize {
         let (c, d) = (self.chunk, self.block);
         let decay = match self.gate {
-            GateKind::Key => self.float(c, d) + self.segments() * d * 4 + self.units,
+            GateKind::Key => 2 * self.float(c, d) + self.segments() * d * 4 + self.units,
             GateKind::None | GateKind::Head => (4 * c + self.segments()) * 4 + self.float(1, 1),
         };
         decay + 512
@@ -316,7 +316,7 @@ impl Blueprint {
         let more = if self.gate == GateKind::Key { left + 1 } else { 0 };
         self.operand(c + delta, c)
             + (2 + left + more) * sums(c)
-            + self.float(c, d)
+            + if self.gate == GateKind::Key { 0 } else { self.float(c, d) }
             + self.operand(3 * c + 2 * d, d)
             + (2 * c + d + self.units) * 4
             + self.common_memory()

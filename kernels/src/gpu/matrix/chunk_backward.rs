@@ -115,7 +115,12 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         k_right: Sums::new(comptime!(b.spread(c, b.block))),
         k_end: Sums::new(comptime!(b.spread(c, b.block))),
     };
-    let mut scratch = Tile::<f32>::new(c, b.block, comptime!(b.padding()));
+    // Weights are not needed any more when this is.
+    let mut scratch = if comptime!(b.gate == GateKind::Key) {
+        decay.after.alias()
+    } else {
+        Tile::<f32>::new(c, b.block, comptime!(b.padding()))
+    };
     let mut tokens = ByToken {
         diagonal: Shared::new_slice(c),
         beta: Shared::new_slice(c),
@@ -407,13 +412,10 @@ fn through_state<I: Float, E: Float, N: Size>(
             tokens.carry[k] = sum * decay.end(k, b);
         }
     }
-    decay.prepare(&x.g, place, sizes, k0, Role::FromStart, b);
     scale(&mut roles.q_left, sizes.scale, &*decay, Role::FromStart, b);
     if comptime!(b.delta) {
         scale(&mut roles.k_left, -1.0, &*decay, Role::FromStart, b);
     }
-    sync_cube();
-    decay.prepare(&x.g, place, sizes, k0, Role::ToEnd, b);
     scale(&mut roles.k_end, 1.0, &*decay, Role::ToEnd, b);
     sync_cube();
 }

@@ -3,8 +3,8 @@
 //! `c_i` is the sum of the log-decays up to and including token `i`. Tensors meet the decay in one of the [`Role`]s, each
 //! an exponential of a sum over just the tokens between two places. No two sums are ever subtracted, so every exponent is
 //! at most 0 and a gate of -1e4 costs no digits later in the chunk. A scalar gate has one weight per token; a key-wise
-//! gate has one per token and feature, prepared for one block of features at a time: units walk the sub-blocks of 16
-//! tokens side by side, from the sums of the sub-blocks between (`totals`).
+//! gate has one per token and feature, made for one block of features at a time of exponentials of sums within sub-blocks
+//! of 16 tokens and over them; a product of numbers of at most 1 only vanishes where it should.
 
 use cubecl::prelude::*;
 
@@ -24,7 +24,8 @@ pub(crate) enum Role {
     ToEnd,
     /// From the start of the token's own sub-block through the token. Key-wise gates only.
     Within,
-    /// After the token to the start of a later sub-block. Key-wise gates only.
+    /// After the token to the start of a later sub-block; for tokens of that one, where [`Blueprint::inverts`], what undoes
+    /// the decay since. Key-wise gates only.
     Toward(usize),
 }
 
@@ -37,10 +38,12 @@ pub(crate) struct Decay {
     later: Shared<[f32]>,
     from_start: Shared<[f32]>,
     to_end: Shared<[f32]>,
-    /// Sums of the sub-blocks, `[segments]` or, with key-wise gates, `[segments, block]`.
+    /// Sums over the sub-blocks, `[segments]`; with key-wise gates their exponentials, `[segments, block]`.
     totals: Shared<[f32]>,
-    /// Key-wise gates: the weights prepared last, `[chunk, block]`.
-    weights: Tile<f32>,
+    /// Key-wise gates: the decay from the start of a token's sub-block through it, and after it to the end of that,
+    /// `[chunk, block]`. All weights are products of these and the totals.
+    within: Tile<f32>,
+    pub after: Tile<f32>,
     /// By plane, the least of the totals, where it is asked for ([`Blueprint::inverts`]).
     strongest: Shared<[f32]>,
 }
@@ -62,7 +65,8 @@ impl Decay {
             from_start: Shared::new_slice(tokens),
             to_end: Shared::new_slice(tokens),
             totals: Shared::new_slice(totals),
-            weights: Tile::<f32>::new(rows, cols, comptime!(b.padding())),
+            within: Tile::<f32>::new(rows, cols, comptime!(b.padding())),
+            after: Tile::<f32>::new(rows, cols, comptime!(b.padding())),
             strongest: Shared::new_slice(comptime!(if b.inverts { b.units / WARP } else { 1 })),
         }
     }
@@ -143,12 +147,27 @@ impl Decay {
             let mut least = f32::new(0.0);
             for item in range_stepped(unit(), comptime!(b.segments() * b.block), units()) {
                 let (segment, k) = (item / b.block, item % b.block);
-                let mut sum = f32::new(0.0);
-                for row in segment * BLOCK..(segment + 1) * BLOCK {
-                    sum += key_gate(g, place, sizes, row, k0 + k);
+                let first = segment * BLOCK;
+                let mut gates = Array::<f32>::new(BLOCK);
+                #[unroll]
+                for i in 0..BLOCK {
+                    gates[i] = key_gate(g, place, sizes, first + i, k0 + k);
                 }
-                self.totals[item] = sum;
+                let mut sum = f32::new(0.0);
+                #[unroll]
+                for i in 0..BLOCK {
+                    sum += gates[i];
+                    self.within.set(first + i, k, sum.exp());
+                }
+                self.totals[item] = sum.exp();
                 least = least.min(sum);
+                let mut sum = f32::new(0.0);
+                #[unroll]
+                for i in 0..BLOCK {
+                    let back = comptime!(BLOCK - 1 - i);
+                    self.after.set(first + back, k, sum.exp());
+                    sum += gates[back];
+                }
             }
             if comptime!(b.inverts) {
                 let least = plane_min(least);
@@ -170,97 +189,23 @@ impl Decay {
         least >= MILD
     }
 
-    /// Prepares for the tokens of a sub-block what undoes the decay from its start through the token.
-    pub fn invert(
-        &mut self,
-        g: &[f32],
-        place: &Place,
-        sizes: &Sizes,
-        k0: usize,
-        segment: usize,
-        #[comptime] b: Blueprint,
-    ) {
-        for k in range_stepped(unit(), b.block, units()) {
-            let mut sum = f32::new(0.0);
-            for i in 0..BLOCK {
-                let row = segment * BLOCK + i;
-                sum -= key_gate(g, place, sizes, row, k0 + k);
-                self.weights.set(row, k, sum.exp());
-            }
-        }
-    }
-
-    /// Prepares the weights of a role for the block of key features that began last. Synchronises.
-    pub fn prepare(
-        &mut self,
-        g: &[f32],
-        place: &Place,
-        sizes: &Sizes,
-        k0: usize,
-        #[comptime] role: Role,
-        #[comptime] b: Blueprint,
-    ) {
-        if comptime!(b.gate == GateKind::Key && role != Role::Plain) {
-            let (segments, forward) = comptime!(match role {
-                Role::Toward(later) => (later, false),
-                Role::ToEnd => (b.segments(), false),
-                _ => (b.segments(), true),
-            });
-            for item in range_stepped(unit(), segments * b.block, units()) {
-                let (segment, k) = (item / b.block, item % b.block);
-                let mut sum = f32::new(0.0);
-                if comptime!(role == Role::FromStart) {
-                    for s in 0..segment {
-                        sum += self.totals[s * b.block + k];
-                    }
-                }
-                if comptime!(!forward) {
-                    for s in segment + 1..segments {
-                        sum += self.totals[s * b.block + k];
-                    }
-                }
-                for i in 0..BLOCK {
-                    if comptime!(forward) {
-                        let row = segment * BLOCK + i;
-                        sum += key_gate(g, place, sizes, row, k0 + k);
-                        self.weights.set(row, k, sum.exp());
-                    } else {
-                        let row = (segment + 1) * BLOCK - 1 - i;
-                        self.weights.set(row, k, sum.exp());
-                        sum += key_gate(g, place, sizes, row, k0 + k);
-                    }
-                }
-            }
-            sync_cube();
-        }
-    }
-
-    /// Leaves `e^g` of each token and feature of the block in the place of the weights. Key-wise gates only.
+    /// Leaves `e^g` of each token and feature of the block in the place of what [`Role::Within`] and those made of it need.
+    /// Key-wise gates only.
     pub fn factors(&mut self, g: &[f32], place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) {
         for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
             let (row, k) = (i / b.block, i % b.block);
-            self.weights.set(row, k, key_gate(g, place, sizes, row, k0 + k).exp());
+            self.within.set(row, k, key_gate(g, place, sizes, row, k0 + k).exp());
         }
     }
 
     /// `e^g` of a token and feature, after [`Decay::factors`].
     pub fn factor(&self, row: usize, k: usize) -> f32 {
-        self.weights.get(row, k)
+        self.within.get(row, k)
     }
 
-    /// The weight of a row and feature (counted from the block's first) in a role that is prepared.
+    /// The weight of a row and feature (counted from the block's first) in a role.
     pub fn weight(&self, row: usize, k: usize, #[comptime] role: Role, #[comptime] b: Blueprint) -> f32 {
-        let mut weight = f32::new(1.0);
-        if comptime!(b.gate == GateKind::Key && role != Role::Plain) {
-            weight = self.weights.get(row, k);
-        }
-        if comptime!(b.gate == GateKind::Head && role == Role::FromStart) {
-            weight = self.from_start[row];
-        }
-        if comptime!(b.gate == GateKind::Head && role == Role::ToEnd) {
-            weight = self.to_end[row];
-        }
-        weight
+        self.weights::<Const<1>>(row, k, role, b).extract(0usize)
     }
 
     /// The weights of `N` features of a row.
@@ -271,11 +216,57 @@ impl Decay {
         #[comptime] role: Role,
         #[comptime] b: Blueprint,
     ) -> Vector<f32, N> {
-        if comptime!(b.gate == GateKind::Key && role != Role::Plain) {
-            self.weights.get_many::<N>(row, k)
-        } else {
-            Vector::new(self.weight(row, k, role, b))
+        let mut weight = Vector::<f32, N>::new(f32::new(1.0));
+        if comptime!(b.gate == GateKind::Head && role == Role::FromStart) {
+            weight = Vector::new(self.from_start[row]);
         }
+        if comptime!(b.gate == GateKind::Head && role == Role::ToEnd) {
+            weight = Vector::new(self.to_end[row]);
+        }
+        if comptime!(b.gate == GateKind::Key) {
+            let segment = row / BLOCK;
+            match comptime!(role) {
+                Role::Plain => {}
+                Role::Within => weight = self.within.get_many::<N>(row, k),
+                Role::FromStart => {
+                    weight = self.within.get_many::<N>(row, k);
+                    #[unroll]
+                    for s in 0..comptime!(b.segments() - 1) {
+                        weight *= self.total::<N>(s, k, s.runtime() < segment, b);
+                    }
+                }
+                Role::ToEnd => {
+                    weight = self.after.get_many::<N>(row, k);
+                    #[unroll]
+                    for s in 1..comptime!(b.segments()) {
+                        weight *= self.total::<N>(s, k, s.runtime() > segment, b);
+                    }
+                }
+                Role::Toward(later) => {
+                    weight = self.after.get_many::<N>(row, k);
+                    #[unroll]
+                    for s in 1..later {
+                        weight *= self.total::<N>(s, k, s.runtime() > segment, b);
+                    }
+                    if comptime!(b.inverts) {
+                        if segment == later {
+                            weight = Vector::new(f32::new(1.0)) / self.within.get_many::<N>(row, k);
+                        }
+                    }
+                }
+            }
+        }
+        weight
+    }
+
+    /// The decay over a sub-block if it `counts`, else 1.
+    fn total<N: Size>(&self, segment: usize, k: usize, counts: bool, #[comptime] b: Blueprint) -> Vector<f32, N> {
+        let mut total = Vector::<f32, N>::new(f32::new(1.0));
+        #[unroll]
+        for j in 0..N::value().comptime() {
+            total.insert(j, select(counts, self.totals[segment * b.block + k + j], f32::new(1.0)));
+        }
+        total
     }
 
     /// `e^{c_n}`, the decay of a row of the state over the whole chunk.
@@ -285,11 +276,9 @@ impl Decay {
             weight = self.from_start[comptime!(b.chunk - 1)];
         }
         if comptime!(b.gate == GateKind::Key) {
-            let mut sum = f32::new(0.0);
             for s in 0..comptime!(b.segments()) {
-                sum += self.totals[s * b.block + k];
+                weight *= self.totals[s * b.block + k];
             }
-            weight = sum.exp();
         }
         weight
     }
@@ -418,7 +407,7 @@ pub(crate) fn key_gate(g: &[f32], place: &Place, sizes: &Sizes, row: usize, k: u
     select(inside, g[select(inside, at + row * stride + k, at)], f32::new(0.0))
 }
 
-/// Puts a block of queries or keys into a tile, times their weight in a role that is prepared, times `factor`.
+/// Puts a block of queries or keys into a tile, times their weight in a role, times `factor`.
 #[cube]
 pub(crate) fn put_weighted<I: Float, E: Float, N: Size>(
     flight: &Flight<I, N>,

@@ -103,43 +103,29 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     let both = Both::<I, N>::ask(x, place, sizes, k0, b);
     // Pairs within sub-blocks are products too if gates are mild.
     let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
+    both.put::<E>(&*decay, pairs, Role::Within, b);
     #[unroll]
     for later in comptime!(if b.inverts { 0 } else { 1 })..comptime!(b.segments()) {
         let toward = comptime!(Role::Toward(later));
         let row = comptime!(later * BLOCK).runtime();
-        if mild {
-            decay.invert(&x.g, place, sizes, k0, later, b);
-        }
-        decay.prepare(&x.g, place, sizes, k0, toward, b);
         both.put_stepped::<E>(&*decay, tokens, &mut pairs.other, toward, b);
         sync_cube();
         if mild {
-            left_pairs::<E>(&*pairs, &mut q_pairs, &mut k_pairs, row, comptime!((later + 1) * BLOCK), b);
+            let n = comptime!((later + 1) * BLOCK);
+            left_pairs::<E>(&*pairs, &mut q_pairs, &mut k_pairs, row, n, b);
+            right_pairs::<E>(&*pairs, &mut earlier, row, n, b);
         } else if comptime!(later > 0) {
-            left_pairs::<E>(&*pairs, &mut q_pairs, &mut k_pairs, row, comptime!(later * BLOCK), b);
+            let n = comptime!(later * BLOCK);
+            left_pairs::<E>(&*pairs, &mut q_pairs, &mut k_pairs, row, n, b);
+            right_pairs::<E>(&*pairs, &mut earlier, row, n, b);
         }
         sync_cube();
-        decay.prepare(&x.g, place, sizes, k0, Role::Within, b);
-        both.put::<E>(&*decay, pairs, Role::Within, b);
-        sync_cube();
-        if mild {
-            right_pairs::<E>(&*pairs, &mut earlier, row, comptime!((later + 1) * BLOCK), b);
-        } else if comptime!(later > 0) {
-            right_pairs::<E>(&*pairs, &mut earlier, row, comptime!(later * BLOCK), b);
-        }
-        sync_cube();
-        if mild {
-            decay.invert(&x.g, place, sizes, k0, later, b);
-        }
-        decay.prepare(&x.g, place, sizes, k0, toward, b);
         if mild {
             add_weighted(&earlier, &mut roles.k_right, &*decay, toward, comptime!((later + 1) * BLOCK), b);
         } else if comptime!(later > 0) {
             add_weighted(&earlier, &mut roles.k_right, &*decay, toward, comptime!(later * BLOCK), b);
         }
-        sync_cube();
     }
-    decay.prepare(&x.g, place, sizes, k0, Role::Within, b);
     add_weighted(&q_pairs, &mut roles.q_left, &*decay, Role::Within, b.chunk, b);
     if comptime!(b.delta) {
         add_weighted(&k_pairs, &mut roles.k_left, &*decay, Role::Within, b.chunk, b);
@@ -190,7 +176,7 @@ fn right_pairs<E: Float>(
     }
 }
 
-/// Adds the first `rows` rows, times their weight in a role that is prepared.
+/// Adds the first `rows` rows, times their weight in a role.
 #[cube]
 fn add_weighted(
     from: &Sums,

@@ -72,7 +72,6 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         q_flight.ask_keys(q, &place, sizes, k0);
         k_flight.ask_keys(k, &place, sizes, k0);
         decay.load_block(g, &place, sizes, k0, b);
-        decay.prepare(g, &place, sizes, k0, Role::Within, b);
         put_weighted::<I, E, N>(&q_flight, 1.0, &decay, &mut q_left, Role::Within, b);
         if comptime!(b.delta) {
             put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut k_left, Role::Within, b);
@@ -83,12 +82,6 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
             #[unroll]
             for later in comptime!(if b.inverts { 0 } else { 1 })..comptime!(b.segments()) {
                 sync_cube();
-                if comptime!(b.inverts) {
-                    if mild {
-                        decay.invert(g, &place, sizes, k0, later, b);
-                    }
-                }
-                decay.prepare(g, &place, sizes, k0, comptime!(Role::Toward(later)), b);
                 put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut right, comptime!(Role::Toward(later)), b);
                 sync_cube();
                 let row = comptime!(later * BLOCK).runtime();
@@ -108,14 +101,6 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 }
             }
             sync_cube();
-            if !mild {
-                decay.factors(g, &place, sizes, k0, b);
-                q_flight.put_all::<E>(&mut q_left);
-                k_flight.put_all::<E>(&mut right);
-                sync_cube();
-                pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
-            }
-            decay.prepare(g, &place, sizes, k0, Role::FromStart, b);
             weigh_rows::<I, N>(
                 &q_flight,
                 &place,
@@ -140,13 +125,19 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                     b,
                 );
             }
-            sync_cube();
-            decay.prepare(g, &place, sizes, k0, Role::ToEnd, b);
             weigh_rows::<I, N>(&k_flight, &place, sizes, k0, 1.0, &decay, &mut weighted.k_end, Role::ToEnd, b);
             for i in range_stepped(unit(), b.block, units()) {
                 if k0 + i < sizes.key_dim {
                     weighted.ends[place.ends(sizes) + k0 + i] = decay.end(i, b);
                 }
+            }
+            if !mild {
+                sync_cube();
+                decay.factors(g, &place, sizes, k0, b);
+                q_flight.put_all::<E>(&mut q_left);
+                k_flight.put_all::<E>(&mut right);
+                sync_cube();
+                pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
             }
         } else {
             k_flight.put_all::<E>(&mut right);
@@ -194,7 +185,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     }
 }
 
-/// Writes a block of queries or keys times their weight in a role that is prepared.
+/// Writes a block of queries or keys times their weight in a role.
 #[cube]
 fn weigh_rows<I: Float, N: Size>(
     x: &Flight<I, N>,
