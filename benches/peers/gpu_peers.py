@@ -106,13 +106,14 @@ def operations():
 
 
 def hgrn(batch, length, channels):
-    """A scan whose gate is a logarithm."""
+    """Scans whose gate is a logarithm, by name of the peer, and their inputs."""
     import torch
-    from fla.ops.hgrn import fused_recurrent_hgrn
+    from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
 
     x = (2 * torch.rand(batch, length, channels, device="cuda") - 1).bfloat16()
     gate = (0.5 + 0.5 * torch.rand_like(x.float())).log().bfloat16()
-    return (lambda x, g: fused_recurrent_hgrn(x, g)[0]), [x, gate]
+    return {"fla chunk_hgrn": lambda x, g: chunk_hgrn(x, g)[0],
+            "fla fused_recurrent_hgrn": lambda x, g: fused_recurrent_hgrn(x, g)[0]}, [x, gate]
 
 
 def passes(f, inputs):
@@ -173,9 +174,12 @@ def cases(shapes):
                     inputs = tensors(*shape)
                     return passes(chunked, [inputs[name] for name in takes])[what]
                 yield name, peer, what, [batch, length, heads, dim, dim], make
-        for what in (FORWARD, TRAIN):
-            make = lambda sizes=(batch, length, heads * dim), what=what: passes(*hgrn(*sizes))[what]
-            yield "hgrn", "fla fused_recurrent_hgrn", what, [batch, length, heads * dim], make
+        for peer in ("fla chunk_hgrn", "fla fused_recurrent_hgrn"):
+            for what in (FORWARD, TRAIN):
+                def make(peer=peer, what=what, sizes=(batch, length, heads * dim)):
+                    calls, inputs = hgrn(*sizes)
+                    return passes(calls[peer], inputs)[what]
+                yield "hgrn", peer, what, [batch, length, heads * dim], make
     for batch, heads, dim in STEPS:
         for name, peer, takes, _, recurrent in found:
             if recurrent is None:
