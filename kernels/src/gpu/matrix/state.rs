@@ -19,7 +19,7 @@ use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role};
 use super::place::{Sizes, Walk};
-use super::transfer::{Flight, load, read, store};
+use super::transfer::{Flight, load, store};
 
 /// The part of the state that a cube holds.
 #[derive(CubeType, Clone, Copy)]
@@ -48,29 +48,6 @@ impl Part {
     /// Where the head's state is in `[sequences, value_heads, key_dim, value_dim]`.
     pub fn state(&self, sizes: &Sizes) -> usize {
         (self.sequence * sizes.value_heads + self.head) * (sizes.key_dim * sizes.value_dim)
-    }
-}
-
-/// Reads a state, or a block of it, from `[key_dim, value_dim]` at `at`; zero where `present` is not.
-#[cube]
-pub(crate) fn load_state<A: Float, E: Float, N: Size>(
-    x: &[Vector<A, N>],
-    at: usize,
-    k0: usize,
-    v0: usize,
-    sizes: &Sizes,
-    tile: &mut Tile<E>,
-    #[comptime] present: bool,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(tile.cols / n);
-    for i in range_stepped(unit(), comptime!(tile.rows * cols), units()) {
-        let (row, col) = (i / cols, i % cols * n);
-        let mut values = Vector::<A, N>::new(A::new(0.0));
-        if comptime!(present) {
-            values = read::<A, N>(x, (at, sizes.value_dim), sizes.key_dim, k0 + row, v0 + col, sizes.value_dim);
-        }
-        tile.set_many::<A, N>(row, col, values);
     }
 }
 

@@ -164,12 +164,3 @@ pub(crate) fn fill<E: Float>(tile: &mut Tile<E>, value: f32) {
         tile.set(i / cols, i % cols, value);
     }
 }
-
-/// `to = from`, in the element type of `to`, from row `row` of `from` on.
-#[cube]
-pub(crate) fn copy<A: Float, B: Float>(from: &Tile<A>, row: usize, to: &mut Tile<B>) {
-    let (rows, cols) = comptime!((to.rows, to.cols));
-    for i in range_stepped(unit(), rows * cols, units()) {
-        to.set(i / cols, i % cols, from.get(row + i / cols, i % cols));
-    }
-}
