@@ -100,15 +100,15 @@ pub struct Kernel {
     pub outcome: Result<Option<Resources>, String>,
 }
 
-/// Bytes that the assembler may move through the stack of its own accord, in scans.
+/// Bytes of stack that the assembler may use of its own accord.
 const TRADED: u32 = 32;
 
 impl Kernel {
-    /// It compiles and spills nothing. In scans, with registers to spare, the assembler trades some words on the stack for
-    /// more blocks on a multiprocessor; that is its choice, and passes up to a bound.
+    /// It compiles and spills nothing. With registers to spare, the assembler trades some words on the stack for more blocks
+    /// on a multiprocessor; that is its choice, and passes up to a bound.
     pub fn passes(&self) -> bool {
         let limit = (65536 / self.threads.max(1) / 8 * 8).min(255);
-        let trades = |r: Resources| self.name.starts_with("scan_") && r.registers < limit && r.spilled() <= TRADED;
+        let trades = |r: Resources| r.registers < limit && r.stack <= TRADED;
         matches!(self.outcome, Ok(found) if found.is_none_or(|r| r.spilled() == 0 || trades(r)))
     }
 }

@@ -180,7 +180,10 @@ impl Blueprint {
     /// For the launch that computes the gradients of queries and keys, which has the most in shared memory.
     pub fn for_gradients(&self, client: &Client) -> Option<Self> {
         let room = client.properties().hardware.max_shared_memory_size.min(SHARED_MEMORY);
-        let blocks = [self.block, 64, 32, 16].into_iter().filter(|block| *block <= self.block);
+        // Pairs that are summed one by one under gates per key feature take registers for each element.
+        let singly = self.gate == GateKind::Key && self.engine == Engine::Mma && !self.inverts;
+        let widest = if singly { self.block.min(32) } else { self.block };
+        let blocks = [widest, 64, 32, 16].into_iter().filter(|block| *block <= widest);
         blocks.map(|block| self.with_block(client, block)).find(|b| b.gradients_memory() <= room)
     }
 
@@ -223,10 +226,10 @@ impl Blueprint {
         while value_block.is_multiple_of(2 * BLOCK) && cubes(value_block) < processors {
             value_block /= 2;
         }
-        // Twice the units for keys that would fill too many registers while they are on their way.
+        // Twice the units for keys that would fill many registers while they are on their way.
         let hardware = &client.properties().hardware;
         let registers = self.chunk * state_blocks * self.block * self.operand_size / (4 * self.units);
-        let wide = if registers > 32 { 2 } else { 1 };
+        let wide = if registers >= 32 { 2 } else { 1 };
         let units = (wide * self.units).min(hardware.max_units_per_cube as usize);
         let panels = [64, 32, 16].into_iter().filter(|block| *block <= p.value_dim.next_multiple_of(BLOCK));
         let mut panels = panels.map(|block| self.panels(state_blocks, block));

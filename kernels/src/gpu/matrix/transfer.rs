@@ -110,12 +110,21 @@ pub(crate) struct Flight<I: Float, N: Size> {
     wanted: bool,
 }
 
+/// Whether vectors travel as words: 16 bytes of 16-bit numbers, where the device takes one for the other.
+#[cube]
+fn in_words<I: Float, N: Size>() -> comptime_type!(bool) {
+    let (n, size) = (N::value().comptime(), I::size().comptime());
+    let device = comptime::device_properties().comptime();
+    comptime!(n * size == 16 && size == 2 && device.features.memory_reinterpret)
+}
+
 #[cube]
 impl<I: Float, N: Size> Flight<I, N> {
     /// Of rows as `shape` says, if any are `wanted`.
     pub fn new(#[comptime] shape: Shape, #[comptime] wanted: bool) -> Self {
-        let (n, size) = (N::value().comptime(), I::size().comptime());
-        let (vectors, words) = comptime!(match (wanted, n * size == 16 && size == 2) {
+        let n = N::value().comptime();
+        let words = in_words::<I, N>();
+        let (vectors, words) = comptime!(match (wanted, words) {
             (false, _) => (1, 1),
             (_, false) => (shape.vectors(n), 1),
             (_, true) => (1, shape.vectors(n)),
@@ -127,13 +136,14 @@ impl<I: Float, N: Size> Flight<I, N> {
     /// `at.1` after the one before.
     pub fn ask(&mut self, x: &[Vector<I, N>], at: (usize, usize), rows: usize, col0: usize, dim: usize, worker: usize) {
         if comptime!(self.wanted) {
-            let (n, size) = (N::value().comptime(), I::size().comptime());
+            let n = N::value().comptime();
+            let words = in_words::<I, N>();
             let cols = comptime!(self.shape.cols / n);
             #[unroll]
             for j in 0..comptime!(self.shape.vectors(n)) {
                 let i = worker + j * self.shape.units;
                 let (row, col) = (i / cols, col0 + i % cols * n);
-                if comptime!(n * size == 16 && size == 2) {
+                if comptime!(words) {
                     self.words[j] = Vector::new(0u32);
                     if row < rows && col < dim {
                         self.words[j] = Vector::reinterpret(x[(at.0 + row * at.1 + col) / n]);
@@ -208,7 +218,7 @@ impl<I: Float, N: Size> Flight<I, N> {
 
     /// The `j`-th vector of this worker.
     pub fn vector(&self, #[comptime] j: usize) -> Vector<I, N> {
-        let (n, size) = (N::value().comptime(), I::size().comptime());
-        if comptime!(n * size == 16 && size == 2) { Vector::reinterpret(self.words[j]) } else { self.vectors[j] }
+        let words = in_words::<I, N>();
+        if comptime!(words) { Vector::reinterpret(self.words[j]) } else { self.vectors[j] }
     }
 }

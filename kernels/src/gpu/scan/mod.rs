@@ -64,8 +64,10 @@ impl Scan<'_> {
         let outputs = buffers(self.outputs, storage, sequences.tokens() * problem.channels);
         let last = buffers(self.plan.planes, Storage::F32, states);
         let sums = buffers(self.plan.sums, Storage::F32, states);
-        // 16-bit elements in pairs, which are words of u32: a warp reads 128 bytes at once.
-        let vector = if storage.size() == 2 && problem.channels.is_multiple_of(2) { 2 } else { 1 };
+        // 16-bit elements in pairs, which are words of u32 where the device takes them for such: a warp reads 128 bytes at
+        // once.
+        let words = client.properties().features.memory_reinterpret;
+        let vector = if words && storage.size() == 2 && problem.channels.is_multiple_of(2) { 2 } else { 1 };
         let longest = (0..count).map(|n| sequences.range(n).len()).max().unwrap_or(1);
         let packed = problem.cu_seqlens.is_some();
         let extra = if packed { 8 } else { 0 } + if address == AddressType::U64 { 16 } else { 0 };
