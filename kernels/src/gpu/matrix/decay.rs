@@ -170,8 +170,8 @@ impl Decay {
                 }
             }
             if comptime!(b.inverts) {
-                let least = plane_min(least);
-                if unit() % WARP == 0 {
+                let (least, lane) = (plane_min(least), unit() % WARP);
+                if lane == 0 {
                     self.strongest[unit() / WARP] = least;
                 }
             }
