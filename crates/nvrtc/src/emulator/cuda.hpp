@@ -226,8 +226,6 @@ template <typename... A> static void call(void (*entry)(A...), void** args) {
 
 static void __syncthreads() { emulator::wait(emulator::AT_BARRIER); }
 
-static void __syncwarp() { emulator::wait(emulator::AT_WARP); }
-
 constexpr unsigned warpSize = 32;
 
 template <typename T> static T min(T a, T b) { return a < b ? a : b; }

@@ -108,7 +108,7 @@ impl WalkBlueprint {
     }
 
     fn tile(&self, cols: usize) -> Shape {
-        Shape { rows: self.chunk.chunk, cols, units: self.chunk.units }
+        self.chunk.shape(self.chunk.chunk, cols)
     }
 
     /// The most that a state pass by panels needs, in bytes.

@@ -202,7 +202,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Ending, b);
             sum_over_rows(&mut scratch, &mut tokens, false, b);
             // What was at the end of the chunk has been read; each unit reads what it sets.
-            take(&mut roles.k_end, &scratch);
+            roles.k_end.take(&scratch, 0);
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dc, b);
             sum_over_rows(&mut scratch, &mut tokens, true, b);
             add(&roles.k_end, &mut scratch);
@@ -314,19 +314,6 @@ fn sum_over_rows(tile: &mut Tile<f32>, tokens: &mut ByToken, #[comptime] back: b
         }
     }
     sync_cube();
-}
-
-/// `sums = tile`
-#[cube]
-fn take(sums: &mut Sums, tile: &Tile<f32>) {
-    let unit = unit();
-    #[unroll]
-    for j in 0..comptime!(sums.spread.len()) {
-        if sums.has(unit, j) {
-            let place = sums.place(unit, j);
-            sums.set(place, j, tile.get(place.0, place.1));
-        }
-    }
 }
 
 /// `tile += sums`

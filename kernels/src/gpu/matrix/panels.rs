@@ -17,7 +17,7 @@ use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::RowGates;
 use super::place::{Place, Sizes, Walk};
 use super::state::Part;
-use super::transfer::Shape;
+use super::transfer::{Shape, store_as};
 
 /// Units of a cube that bring and take away.
 pub(crate) const CARRIERS: usize = 128;
@@ -31,11 +31,6 @@ impl WalkBlueprint {
     /// A tile of `cols` columns for the rows of a chunk, as the carriers see it.
     pub fn carried(&self, cols: usize) -> Shape {
         Shape { rows: self.chunk.chunk, cols, units: CARRIERS }
-    }
-
-    /// The state for the other launches, as the carriers see it.
-    pub fn carried_state(&self) -> Shape {
-        Shape { rows: self.rows(), cols: self.value_block, units: CARRIERS }
     }
 }
 
@@ -213,30 +208,6 @@ impl WeightsAhead {
     }
 }
 
-/// Writes a half of a tile to a tensor.
-#[cube]
-pub(crate) fn take_away<I: Float, E: Float, N: Size>(
-    tile: &Tile<E>,
-    half: usize,
-    out: &mut [Vector<I, N>],
-    at: (usize, usize),
-    rows: usize,
-    col0: usize,
-    dim: usize,
-    carrier: usize,
-    #[comptime] shape: Shape,
-) {
-    let n = N::value().comptime();
-    let cols = comptime!(shape.cols / n);
-    let row0 = half * comptime!(shape.rows);
-    for i in range_stepped(carrier, comptime!(shape.rows * cols), CARRIERS) {
-        let (row, col) = (i / cols, i % cols * n);
-        if row < rows && col0 + col < dim {
-            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(tile.get_many::<N>(row0 + row, col));
-        }
-    }
-}
-
 /// Takes a state, or zeros where `present` is not; the plane has the value features from `v0` on.
 #[cube]
 pub(crate) fn take_state(
@@ -300,10 +271,11 @@ pub(crate) fn take_away_chunk<I: Float, E: Float, N: Size>(
     let place = walk.place(sizes, chunk, part.head, w.chunk);
     let at = (place.state(sizes) + part.k0 * sizes.value_dim, sizes.value_dim);
     let rows = sizes.key_dim - part.k0;
-    let shape = comptime!(w.carried_state());
-    take_away::<E, E, N>(narrow, half, states, at, rows, part.v0, sizes.value_dim, carrier, shape);
+    let carriers = (carrier, CARRIERS.runtime());
+    let height = comptime!(w.rows());
+    store_as::<E, E, N>(carriers, narrow, half * height, height, states, at, rows, part.v0, sizes.value_dim);
     if comptime!(w.chunk.delta) {
-        let (at, shape) = (place.values(sizes), comptime!(w.carried(w.value_block)));
-        take_away::<I, E, N>(stage, half, values, at, place.rows, part.v0, sizes.value_dim, carrier, shape);
+        let (at, c) = (place.values(sizes), comptime!(w.chunk.chunk));
+        store_as::<I, E, N>(carriers, stage, half * c, c, values, at, place.rows, part.v0, sizes.value_dim);
     }
 }

@@ -52,12 +52,28 @@ pub(crate) fn store<I: Float, E: Float, N: Size>(
     col0: usize,
     dim: usize,
 ) {
+    store_as::<I, E, N>((unit(), units()), tile, 0, tile.rows, out, at, rows, col0, dim);
+}
+
+/// The same of `tile_rows` rows from `row0` on, as the first of so many workers.
+#[cube]
+pub(crate) fn store_as<I: Float, E: Float, N: Size>(
+    worker: (usize, usize),
+    tile: &Tile<E>,
+    row0: usize,
+    #[comptime] tile_rows: usize,
+    out: &mut [Vector<I, N>],
+    at: (usize, usize),
+    rows: usize,
+    col0: usize,
+    dim: usize,
+) {
     let n = N::value().comptime();
     let cols = comptime!(tile.cols / n);
-    for i in range_stepped(unit(), comptime!(tile.rows * cols), units()) {
+    for i in range_stepped(worker.0, comptime!(tile_rows * cols), worker.1) {
         let (row, col) = (i / cols, i % cols * n);
         if row < rows && col0 + col < dim {
-            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(tile.get_many::<N>(row, col));
+            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(tile.get_many::<N>(row0 + row, col));
         }
     }
 }
