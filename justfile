@@ -13,7 +13,7 @@ test:
 
 # Run the tests that need a GPU, or Mesa's software driver in place of one
 test-gpu:
-    THALWEG_REQUIRE_GPU=1 LP_NATIVE_VECTOR_WIDTH=128 cargo test --release --workspace --features wgpu --test gpu --test oracle --test elementwise --test matrix
+    THALWEG_REQUIRE_GPU=1 LP_NATIVE_VECTOR_WIDTH=128 cargo test --release --workspace --features wgpu --test gpu_kernels --test gpu --test oracle --test elementwise --test matrix
 
 # Compile every GPU kernel for CUDA, on any machine
 check-cuda:

@@ -1,6 +1,6 @@
 //! f32 tensors on matrix units: a process of its own, as [`allow_tf32`](matrix::allow_tf32) is for all of one.
 
-#[path = "../../../kernels/tests/gpu/matrix_check.rs"]
+#[path = "../../../kernels/tests/gpu_kernels/matrix_check.rs"]
 mod matrix_check;
 
 use matrix_check::{FORMS, Sizes, check};
@@ -13,7 +13,7 @@ use thalweg_reference::cases::{Gates, Precision};
 fn every_form_on_matrix_units() {
     gpu::poison_outputs();
     matrix::allow_tf32(true);
-    let client = emulator(Arch::Sm80).expect("a folder for compiled kernels");
+    let client = emulator(Arch::Sm80);
     for (i, form) in FORMS.into_iter().enumerate() {
         let sizes = Sizes { time: 150, heads: 1, value_heads: 1, key_dim: 128, value_dim: 64, cu_seqlens: None };
         check::<f32>(&client, &sizes, form, Precision::Bf16, Gates::Mean(0.05), i as u64);

@@ -12,6 +12,7 @@ use std::ffi::{CStr, c_char, c_void};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cubecl::bytes::Bytes;
 use cubecl::client::Client;
@@ -20,64 +21,60 @@ use cubecl::prelude::{CubeCount, CubeKernel, KernelId};
 use cubecl_server::memory_management::{ManagedMemoryHandle, ManagedMemoryId};
 use cubecl_server::server::{BufferBinding, CopyDescriptor, KernelArguments, KernelResource};
 use libloading::Library;
-use tempfile::TempDir;
 
 use crate::device::Arch;
 use crate::server::{HostServer, Work};
 use crate::transpile::transpile;
 use memory::Memory;
 
-/// A client of a device like `arch`.
-///
-/// # Errors
-/// If there is no folder for compiled kernels.
-pub fn emulator(arch: Arch) -> std::io::Result<Client> {
+/// A client of a new device like `arch`. Devices run side by side and share their compiled kernels.
+pub fn emulator(arch: Arch) -> Client {
     let mut properties = arch.properties();
     // A name that promises no PTX.
     let name = format!("compute capability {}.{}, emulated", arch.version() / 10, arch.version() % 10);
     properties.identity = DeviceIdentity { fingerprint: name.clone(), name, physical: None };
     // A short axis: a CPU tells soon what happens beyond its end.
     properties.hardware.max_cube_count.0 = 1024;
-    let (kernels, memory) = (HashMap::new(), HashMap::new());
-    let work = Emulator { arch, kernels, memory, folder: tempfile::tempdir()?, failure: None };
-    Ok(HostServer::client(properties, work))
+    HostServer::client(properties, Emulator { arch, memory: HashMap::new(), failure: None })
 }
 
 struct Emulator {
     arch: Arch,
-    kernels: HashMap<KernelId, Loaded>,
     memory: HashMap<ManagedMemoryId, Memory>,
-    folder: TempDir,
     /// What went wrong first. From then on nothing runs, and whoever reads is told.
     failure: Option<String>,
 }
 
 const UNALLOCATED: &str = "a buffer that was never allocated";
 
-/// A kernel, as code.
+/// A kernel, as code, or why it is none.
+type Compiled = Result<Loaded, String>;
+
 struct Loaded {
-    library: Library,
+    /// Its variables are those of one launch.
+    library: Mutex<Library>,
     name: String,
     shared: usize,
 }
+
+/// A place for each kernel, which all emulators share: whoever asks first compiles it, while others compile other ones.
+type Kernels = Mutex<HashMap<(Arch, KernelId), Arc<OnceLock<Compiled>>>>;
+
+static KERNELS: LazyLock<Kernels> = LazyLock::new(Kernels::default);
 
 /// Arguments, blocks along each axis, threads of a block, bytes of shared memory; gives what went wrong.
 type Run = unsafe extern "C" fn(*const *const c_void, *const u32, u32, usize) -> *const c_char;
 
 impl Emulator {
-    /// The kernel as code, compiled when it is first asked for.
-    fn load(&mut self, properties: &DeviceProperties, kernel: &dyn CubeKernel) -> Result<&Loaded, String> {
-        let id = kernel.id();
-        if !self.kernels.contains_key(&id) {
-            let compiled = transpile(properties, &self.arch.options((12, 0)), kernel)?;
-            let file = self.folder.path().join(format!("{}.so", self.kernels.len()));
-            compile(&host_source(&compiled.source, &compiled.entrypoint_name)?, &file)?;
-            // Safety: the library has no initialisers but those of the C++ library.
-            let library = unsafe { Library::new(&file) }.map_err(|e| e.to_string())?;
-            let shared = compiled.repr.map_or(0, |repr| repr.shared_memory_size);
-            self.kernels.insert(id.clone(), Loaded { library, name: compiled.entrypoint_name, shared });
-        }
-        Ok(&self.kernels[&id])
+    fn compile(&self, properties: &DeviceProperties, kernel: &dyn CubeKernel) -> Compiled {
+        let compiled = transpile(properties, &self.arch.options((12, 0)), kernel)?;
+        let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let file = folder.path().join("kernel.so");
+        compile(&host_source(&compiled.source, &compiled.entrypoint_name)?, &file)?;
+        // Safety: the library has no initialisers but those of the C++ library. Once mapped it needs its file no more.
+        let library = Mutex::new(unsafe { Library::new(&file) }.map_err(|e| e.to_string())?);
+        let shared = compiled.repr.map_or(0, |repr| repr.shared_memory_size);
+        Ok(Loaded { library, name: compiled.entrypoint_name, shared })
     }
 
     fn address(&self, buffer: &BufferBinding) -> Result<*const c_void, String> {
@@ -107,10 +104,12 @@ impl Emulator {
             addresses.iter().map(|address| std::ptr::from_ref(address).cast()).collect();
         pointers.push(info.data.as_ptr().cast());
         let threads = kernel.id().cube_dim.num_elems();
-        let loaded = self.load(properties, kernel)?;
+        let place = held(&KERNELS).entry((self.arch, kernel.id())).or_default().clone();
+        let loaded = place.get_or_init(|| self.compile(properties, kernel)).as_ref().map_err(String::clone)?;
+        let library = held(&loaded.library);
         // Safety: `host_source` defines it so; that the kernel stays within its arguments is what this is there to see.
         let failure = unsafe {
-            let run = loaded.library.get::<Run>(b"run\0").map_err(|e| e.to_string())?;
+            let run = library.get::<Run>(b"run\0").map_err(|e| e.to_string())?;
             run(pointers.as_ptr(), [x, y, z].as_ptr(), threads, loaded.shared)
         };
         if failure.is_null() {
@@ -120,6 +119,10 @@ impl Emulator {
         let why = unsafe { CStr::from_ptr(failure) }.to_string_lossy();
         Err(format!("{}: {why}", loaded.name))
     }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// CUDA C++ as C++ for the CPU, with a function `run`.
