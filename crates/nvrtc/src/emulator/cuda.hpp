@@ -226,6 +226,8 @@ template <typename... A> static void call(void (*entry)(A...), void** args) {
 
 static void __syncthreads() { emulator::wait(emulator::AT_BARRIER); }
 
+static void __syncwarp() { emulator::wait(emulator::AT_WARP); }
+
 constexpr unsigned warpSize = 32;
 
 template <typename T> static T min(T a, T b) { return a < b ? a : b; }
@@ -267,6 +269,14 @@ template <int N, bool TRANSPOSED> static void ldmatrix(uint32_t* out, uint32_t a
         }
         memcpy(&out[m], pair, 4);
     }
+}
+
+// The same to the rows that the lanes name.
+template <int N> static void stmatrix(uint32_t address, const uint32_t* in) {
+    if (address % 16) fail("a matrix is not aligned");
+    const uint32_t* rows = exchange(address);
+    const unsigned lane = current % WARP;
+    for (unsigned m = 0; m < N; m++) memcpy(shared + rows[8 * m + lane / 4] + 2 * (lane % 4 * 2), &in[m], 4);
 }
 
 template <typename T> static float element(const uint32_t* registers, unsigned i) {

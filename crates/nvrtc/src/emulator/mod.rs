@@ -35,6 +35,8 @@ pub fn emulator(arch: Arch) -> Client {
     properties.identity = DeviceIdentity { fingerprint: name.clone(), name, physical: None };
     // A short axis: a CPU tells soon what happens beyond its end.
     properties.hardware.max_cube_count.0 = 1024;
+    // Few multiprocessors: some sequences fill them already, and what is selected for many is seen too.
+    properties.hardware.num_streaming_multiprocessors = Some(8);
     HostServer::client(properties, Emulator { arch, memory: HashMap::new(), failure: None })
 }
 

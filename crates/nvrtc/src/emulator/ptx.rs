@@ -46,6 +46,11 @@ fn call(statement: &Statement) -> Result<String, String> {
             let (n, transposed) = (outputs.len(), words.contains(&"trans"));
             format!("uint32_t out[{n}]; emulator::ptx::ldmatrix<{n}, {transposed}>(out, {});", inputs.join(", "))
         }
+        Some(&"stmatrix") if !words.contains(&"trans") => {
+            let (address, values) = inputs.split_first().ok_or_else(|| format!("too few operands: {text}"))?;
+            let n = values.len();
+            format!("const uint32_t in[] = {{{}}}; emulator::ptx::stmatrix<{n}>({address}, in);", values.join(", "))
+        }
         Some(&"mma") => {
             let (element, k) = match text {
                 _ if text.contains("m16n8k16.row.col.f32.bf16.bf16.f32") => ("__nv_bfloat16", 16),

@@ -263,8 +263,8 @@ impl Blueprint {
     }
 
     fn panels(&self, state_blocks: usize, value_block: usize) -> WalkBlueprint {
-        let units = value_block / BLOCK * WARP + CARRIERS;
-        WalkBlueprint { chunk: Self { units, ..*self }, state_blocks, value_block, resident: true, panels: true }
+        let walk = WalkBlueprint { chunk: *self, state_blocks, value_block, resident: true, panels: true };
+        WalkBlueprint { chunk: Self { units: walk.computing() + CARRIERS, ..*self }, ..walk }
     }
 
     fn float(&self, rows: usize, cols: usize) -> usize {
@@ -321,7 +321,8 @@ impl Blueprint {
             + (2 + left + more) * sums(c)
             + if self.gate == GateKind::Key { 0 } else { self.float(c, d) }
             + self.operand(3 * c + 2 * d, d)
-            + (2 * c + d + self.units) * 4
+            + (2 * c + d + (1 + self.delta as usize) * self.units) * 4
+            + if self.gate == GateKind::Head { (2 * self.units + d) * 4 } else { 0 }
             + self.common_memory()
     }
 }

@@ -15,7 +15,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Sums, Tile, unit, units};
+use super::super::tile::{Form, Mode, Sums, Tile, fresh, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role};
 use super::pair_gradients::{key_pairs, scalar_pairs};
@@ -55,6 +55,13 @@ pub(crate) struct ByToken {
     pub carry: Shared<[f32]>,
     /// By unit, a share of a sum that several units make.
     pub shares: Shared<[f32]>,
+    /// By unit, shares of a token's sums over all key features: `dbeta`, the gradient of `c_i`, and what the end of the
+    /// chunk says of the gates after the token. In registers they would be there all the time.
+    pub d_beta: Shared<[f32]>,
+    pub dc: Shared<[f32]>,
+    pub ending: Shared<[f32]>,
+    /// Sums of `carry` over the blocks.
+    pub total: Shared<[f32]>,
 }
 
 /// Gradients of the chunk's tensors for one block of key features, by role, `[chunk, block]`.
@@ -99,6 +106,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     let place = Place::of(cube, sizes, table, b);
     let operand = comptime!(b.operand_padding());
     let (c, delta_rows) = comptime!((b.chunk, if b.delta { b.chunk } else { 1 }));
+    let head = comptime!(b.gate == GateKind::Head);
     let mut decay = Decay::new(b);
     let mut pairs = Pairs::<E> {
         p: Tile::<E>::new(c, c, operand),
@@ -126,7 +134,21 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         beta: Shared::new_slice(c),
         carry: Shared::new_slice(b.block),
         shares: Shared::new_slice(b.units),
+        d_beta: Shared::new_slice(comptime!(if b.delta { b.units } else { 1 })),
+        dc: Shared::new_slice(comptime!(if head { b.units } else { 1 })),
+        ending: Shared::new_slice(comptime!(if head { b.units } else { 1 })),
+        total: Shared::new_slice(comptime!(if head { b.block } else { 1 })),
     };
+    if comptime!(b.delta) {
+        tokens.d_beta[unit()] = f32::new(0.0);
+    }
+    if comptime!(head) {
+        tokens.dc[unit()] = f32::new(0.0);
+        tokens.ending[unit()] = f32::new(0.0);
+        if unit() < b.block {
+            tokens.total[unit()] = f32::new(0.0);
+        }
+    }
     let (scalar_at, stride) = place.scalars(sizes);
     for i in range_stepped(unit(), c, units()) {
         let mut step = f32::new(1.0);
@@ -153,10 +175,6 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     }
     sync_cube();
 
-    // By unit, shares of a token's sums over key features: `dbeta`, the gradient of `c_i`, and what the end of the chunk
-    // says of the gates after the token.
-    let (mut d_beta, mut dc, mut ending) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
-    let mut total = f32::new(0.0);
     let to = place.key_gates(sizes);
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
@@ -187,15 +205,15 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         store::<O, f32, N>(&scratch, &mut out.dk, to, place.rows, k0, sizes.key_dim);
         if comptime!(b.delta) {
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dbeta, b);
-            d_beta += sum_row(&scratch, b);
+            tokens.d_beta[unit()] += sum_row(&scratch, b);
         }
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(head) {
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dc, b);
-            dc += sum_row(&scratch, b);
+            tokens.dc[unit()] += sum_row(&scratch, b);
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Ending, b);
-            ending += sum_row(&scratch, b);
-            for k in 0..b.block {
-                total += tokens.carry[k];
+            tokens.ending[unit()] += sum_row(&scratch, b);
+            if unit() < b.block {
+                tokens.total[unit()] += tokens.carry[unit()];
             }
         }
         if comptime!(b.gate == GateKind::Key) {
@@ -216,15 +234,16 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         }
         sync_cube();
     }
+    let place = Place::of(fresh(CUBE_POS as u32) as usize, sizes, table, b);
+    let (scalar_at, stride) = place.scalars(sizes);
     if comptime!(b.delta) {
-        let d_beta = over_shares(&mut tokens.shares, d_beta, b);
+        let d_beta = over_shares(&tokens.d_beta, b);
         if unit() < place.rows {
             out.dbeta[scalar_at + unit() * stride] = d_beta;
         }
     }
-    if comptime!(b.gate == GateKind::Head) {
-        let ending = over_shares(&mut tokens.shares, ending, b);
-        let dc = over_shares(&mut tokens.shares, dc, b);
+    if comptime!(head) {
+        let (ending, dc) = (over_shares(&tokens.ending, b), over_shares(&tokens.dc, b));
         // Once more by token, as every unit reads all of them; the steps are not needed any more.
         let i = unit();
         if i < c {
@@ -235,7 +254,10 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         if i < place.rows {
             let mut sum = f32::new(0.0);
             // From the last token on, as gates that are strong make the later terms the smaller ones.
-            let mut later = total;
+            let mut later = f32::new(0.0);
+            for k in 0..b.block {
+                later += tokens.total[k];
+            }
             for j in 0..c {
                 let back = comptime!(c - 1).runtime() - j;
                 sum += select(j < i, tokens.diagonal[j], f32::new(0.0));
@@ -261,12 +283,9 @@ fn sum_row(tile: &Tile<f32>, #[comptime] b: Blueprint) -> f32 {
     sum
 }
 
-/// The sum over the shares of token `unit()`, in order; of no use to units beyond the tokens. Synchronises.
+/// The sum over the shares of token `unit()`, in order; of no use to units beyond the tokens.
 #[cube]
-fn over_shares(by_unit: &mut Shared<[f32]>, share: f32, #[comptime] b: Blueprint) -> f32 {
-    sync_cube();
-    by_unit[unit()] = share;
-    sync_cube();
+fn over_shares(by_unit: &Shared<[f32]>, #[comptime] b: Blueprint) -> f32 {
     let mut sum = f32::new(0.0);
     #[unroll]
     for share in 0..comptime!(shares(b)) {

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Panel, WARP, fresh, unit};
+use super::super::tile::{Left, Panel, WARP, fresh, unit};
 use super::ahead::WalkedKeys;
 use super::blueprint::{GateKind, WalkBlueprint};
 use super::panels::{Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
@@ -28,7 +28,7 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
     #[define(I, E)] _types: [ElemType; 2],
 ) {
     let b = comptime!(w.chunk);
-    let (c, d, rows) = comptime!((b.chunk, w.value_block, w.rows()));
+    let (c, d, rows, cols) = comptime!((b.chunk, w.value_block, w.rows(), w.panel()));
     let cube = CUBE_POS;
     if cube >= sizes.sequences * sizes.value_heads * (sizes.key_blocks / w.state_blocks * sizes.value_dim.div_ceil(d)) {
         terminate!();
@@ -47,8 +47,8 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
 
     let computes = unit() < comptime!(w.computing());
     // Of a plane that computes: its columns of the tiles.
-    let col = unit() / WARP * BLOCK;
-    let mut state = Panel::new(rows);
+    let col = unit() / WARP * cols;
+    let mut state = Panel::new(rows, cols);
     if computes {
         take_state(&mut state, initial_state, &part, part.v0 + col, sizes, has_initial);
     }
@@ -58,29 +58,39 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
         if computes {
             if turn > 0 && turn <= walk.chunks {
                 let (at, state_at) = (half * c, half * rows);
-                state.put_transposed::<E>(&mut narrow, state_at, col);
-                let mut u = Panel::new(c);
-                u.take_transposed::<E>(&values, at, col);
+                state.put::<E>(&mut narrow, state_at, col);
                 if comptime!(b.delta) {
-                    let mut x = Panel::new(c);
-                    x.add::<E>(&state, &reading, at, true);
+                    let mut u = Panel::new(c, cols);
+                    u.take::<E>(&values, at, col);
+                    sync_plane();
+                    let mut x = Panel::new(c, cols);
+                    x.add::<E>(&reading, at, &narrow, (state_at, col), Left::PLAIN, rows);
                     weights.weigh(&mut x, f32::new(1.0), half, Of::FromStart, b);
                     #[unroll]
                     for i in 0..u.pairs() {
                         u.set(i, u.get(i) - x.get(i));
                     }
+                    u.put::<E>(&mut values, at, col);
+                    sync_plane();
                     x.clear();
-                    x.add::<E>(&u, &square, at, true);
-                    x.put_transposed::<E>(&mut stage, at, col);
+                    x.add::<E>(&square, at, &values, (at, col), Left::LOWER, c);
+                    x.put::<E>(&mut stage, at, col);
                     weights.weigh(&mut x, f32::new(1.0), half, Of::Steps, b);
-                    #[unroll]
-                    for i in 0..u.pairs() {
-                        u.set(i, x.get(i));
+                    weights.weigh(&mut x, f32::new(1.0), half, Of::ToEnd, b);
+                    x.put::<E>(&mut values, at, col);
+                    sync_plane();
+                } else {
+                    if comptime!(b.gate == GateKind::Head) {
+                        let mut u = Panel::new(c, cols);
+                        u.take::<E>(&values, at, col);
+                        sync_plane();
+                        weights.weigh(&mut u, f32::new(1.0), half, Of::ToEnd, b);
+                        u.put::<E>(&mut values, at, col);
+                        sync_plane();
                     }
                 }
-                weights.weigh(&mut u, f32::new(1.0), half, Of::ToEnd, b);
                 weights.decay(&mut state, half, w);
-                state.add::<E>(&u, &writing, at, false);
+                state.add::<E>(&writing, at, &values, (at, col), Left::TRANSPOSED, c);
             }
         } else {
             let carrier = fresh(UNIT_POS) as usize - comptime!(w.computing());
@@ -106,7 +116,7 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
                     states,
                     x_out,
                     &walk,
-                    turn - 2,
+                    fresh((turn - 2) as u32) as usize,
                     other,
                     &part,
                     sizes,

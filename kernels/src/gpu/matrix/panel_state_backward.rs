@@ -3,7 +3,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Panel, WARP, fresh, unit};
+use super::super::tile::{Left, Panel, WARP, fresh, unit};
 use super::ahead::WalkedKeys;
 use super::blueprint::{GateKind, WalkBlueprint};
 use super::panels::{Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
@@ -31,7 +31,7 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
     #[define(I, E)] _types: [ElemType; 2],
 ) {
     let b = comptime!(w.chunk);
-    let (c, d, rows) = comptime!((b.chunk, w.value_block, w.rows()));
+    let (c, d, rows, cols) = comptime!((b.chunk, w.value_block, w.rows(), w.panel()));
     let cube = CUBE_POS;
     if cube >= sizes.sequences * sizes.value_heads * (sizes.key_blocks / w.state_blocks * sizes.value_dim.div_ceil(d)) {
         terminate!();
@@ -50,8 +50,8 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
     let mut weights = Weights::new(w);
 
     let computes = unit() < comptime!(w.computing());
-    let col = unit() / WARP * BLOCK;
-    let mut dstate = Panel::new(rows);
+    let col = unit() / WARP * cols;
+    let mut dstate = Panel::new(rows, cols);
     if computes {
         take_state(&mut dstate, d_final, &part, part.v0 + col, sizes, has_final);
     }
@@ -61,27 +61,35 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
         if computes {
             if turn > 0 && turn <= walk.chunks {
                 let (at, state_at) = (half * c, half * rows);
-                dstate.put_transposed::<E>(&mut narrow, state_at, col);
-                let mut d_out = Panel::new(c);
-                d_out.take_transposed::<E>(&d_outs, at, col);
-                let mut z = Panel::new(c);
+                dstate.put::<E>(&mut narrow, state_at, col);
+                let mut z = Panel::new(c, cols);
                 if comptime!(delta) {
-                    let mut du = Panel::new(c);
-                    du.add::<E>(&dstate, &reading, at, true);
+                    sync_plane();
+                    let mut du = Panel::new(c, cols);
+                    du.add::<E>(&reading, at, &narrow, (state_at, col), Left::PLAIN, rows);
                     weights.weigh(&mut du, f32::new(1.0), half, Of::ToEnd, b);
-                    du.add::<E>(&d_out, &scores, at, false);
+                    du.add::<E>(&scores, at, &d_outs, (at, col), Left::LOWER_TRANSPOSED, c);
                     weights.weigh(&mut du, f32::new(1.0), half, Of::Steps, b);
-                    z.add::<E>(&du, &inverse, at, false);
-                    z.put_transposed::<E>(&mut stage, at, col);
-                    weights.weigh(&mut z, f32::new(-1.0), half, Of::FromStart, b);
+                    du.put::<E>(&mut stage, at, col);
+                    sync_plane();
+                    z.add::<E>(&inverse, at, &stage, (at, col), Left::LOWER_TRANSPOSED, c);
+                    z.put::<E>(&mut stage, at, col);
                 }
                 if comptime!(!key_wise) {
+                    let mut d_out = Panel::new(c, cols);
+                    d_out.take::<E>(&d_outs, at, col);
+                    sync_plane();
                     weights.weigh(&mut d_out, sizes.scale, half, Of::FromStart, b);
+                    d_out.put::<E>(&mut d_outs, at, col);
+                    sync_plane();
                 }
                 weights.decay(&mut dstate, half, w);
-                dstate.add::<E>(&d_out, &queries, at, false);
+                dstate.add::<E>(&queries, at, &d_outs, (at, col), Left::TRANSPOSED, c);
                 if comptime!(delta) {
-                    dstate.add::<E>(&z, &writing, at, false);
+                    weights.weigh(&mut z, f32::new(-1.0), half, Of::FromStart, b);
+                    z.put::<E>(&mut d_outs, at, col);
+                    sync_plane();
+                    dstate.add::<E>(&writing, at, &d_outs, (at, col), Left::TRANSPOSED, c);
                 }
             }
         } else {
@@ -112,7 +120,7 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
                     dstates,
                     dv,
                     &walk,
-                    walk.chunks + 1 - turn,
+                    fresh((walk.chunks + 1 - turn) as u32) as usize,
                     other,
                     &part,
                     sizes,

@@ -1,18 +1,18 @@
 //! The state passes where a plane computes by itself ([`Panel`]), which is [`super::state`] and [`super::state_backward`]
 //! with another division of the work.
 //!
-//! A plane holds the state of 16 value features, transposed, in registers, and all that follows from it is products from
-//! the right: for the delta rule
+//! A plane holds the state of 8 or 16 value features in registers, and all that follows from it is products from the left:
+//! for the delta rule
 //!
 //! ```text
-//! x^T = (v^T - (S^T k^T) Diag(e^{c})) T^T        S'^T = e^{c_n} S^T + (x^T Diag(beta e^{c_n - c})) k
+//! x = T (v - Diag(e^{c}) k S)        S' = e^{c_n} S + k^T Diag(beta e^{c_n - c}) x
 //! ```
 //! so it waits for no other plane. Other planes bring the next chunk's tensors into one half of each tile while the other
 //! half is computed with, and take away what was computed in the chunk before: one barrier for a chunk.
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Panel, Tile, WARP};
+use super::super::tile::{Panel, Tile, WARP};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::RowGates;
 use super::place::{Place, Sizes, Walk};
@@ -25,7 +25,13 @@ pub(crate) const CARRIERS: usize = 128;
 impl WalkBlueprint {
     /// Units that compute.
     pub fn computing(&self) -> usize {
-        self.value_block / BLOCK * WARP
+        self.value_block / self.panel() * WARP
+    }
+
+    /// Value features of a plane that computes. The fewer, the shorter is its chain of products; four planes are enough to
+    /// keep a multiprocessor's matrix units busy.
+    pub fn panel(&self) -> usize {
+        (self.value_block / 4).max(8)
     }
 
     /// A tile of `cols` columns for the rows of a chunk, as the carriers see it.
@@ -93,14 +99,14 @@ impl Weights {
             if carrier / WARP < comptime!(b.chunk.div_ceil(WARP)) {
                 let (from_start, to_end) = ahead.gates.weights(carrier / WARP, b);
                 if carrier < b.chunk {
-                    self.from_start[half * b.chunk + carrier] = from_start;
-                    self.to_end[half * b.chunk + carrier] = to_end;
+                    self.from_start[half * b.chunk + dealt(carrier, b.chunk)] = from_start;
+                    self.to_end[half * b.chunk + dealt(carrier, b.chunk)] = to_end;
                 }
             }
         }
         if comptime!(b.delta) {
             if carrier < b.chunk {
-                self.steps[half * b.chunk + carrier] = ahead.step;
+                self.steps[half * b.chunk + dealt(carrier, b.chunk)] = ahead.step;
             }
         }
         if comptime!(b.gate == GateKind::Key) {
@@ -108,33 +114,30 @@ impl Weights {
             for j in 0..comptime!(w.rows().div_ceil(CARRIERS)) {
                 let k = carrier + comptime!(j * CARRIERS);
                 if k < comptime!(w.rows()) {
-                    self.ends[half * comptime!(w.rows()) + k] = ahead.ends[j];
+                    self.ends[half * comptime!(w.rows()) + dealt(k, w.rows())] = ahead.ends[j];
                 }
             }
         }
     }
 
-    /// `panel *= factor` and the weights of its columns, tokens of the chunk in `half`.
+    /// `panel *= factor` and the weights of its rows, tokens of the chunk in `half`.
     pub fn weigh(&self, panel: &mut Panel, factor: f32, half: usize, #[comptime] of: Of, #[comptime] b: Blueprint) {
         let weighed = comptime!(match of {
             Of::Steps => b.delta,
             Of::FromStart | Of::ToEnd => b.gate == GateKind::Head,
         });
-        let first = half * b.chunk + panel.first().1;
+        let first = half * b.chunk + dealt(panel.first().0, b.chunk);
         #[unroll]
-        for i in 0..comptime!(panel.cols / 8) {
-            let mut weight = Vector::<f32, Const<2>>::new(factor);
+        for i in 0..comptime!(panel.rows / 8) {
+            let mut weight = factor;
             if comptime!(weighed) {
-                let at = first + comptime!(8 * i);
-                let pair = match comptime!(of) {
-                    Of::FromStart => pair(&self.from_start, at),
-                    Of::ToEnd => pair(&self.to_end, at),
-                    Of::Steps => pair(&self.steps, at),
+                weight *= match comptime!(of) {
+                    Of::FromStart => self.from_start[first + i],
+                    Of::ToEnd => self.to_end[first + i],
+                    Of::Steps => self.steps[first + i],
                 };
-                weight *= pair;
             }
-            panel.weigh(comptime!(2 * i), weight);
-            panel.weigh(comptime!(2 * i + 1), weight);
+            panel.weigh(i, weight);
         }
     }
 
@@ -142,26 +145,24 @@ impl Weights {
     pub fn decay(&self, state: &mut Panel, half: usize, #[comptime] w: WalkBlueprint) {
         let b = comptime!(w.chunk);
         if comptime!(b.gate != GateKind::None) {
-            let first = half * comptime!(w.rows()) + state.first().1;
+            let first = half * comptime!(w.rows()) + dealt(state.first().0, w.rows());
             #[unroll]
-            for i in 0..comptime!(state.cols / 8) {
+            for i in 0..comptime!(state.rows / 8) {
                 let factor = if comptime!(b.gate == GateKind::Head) {
-                    Vector::new(self.from_start[half * b.chunk + comptime!(b.chunk - 1)])
+                    self.from_start[half * b.chunk + comptime!(b.chunk - 1)]
                 } else {
-                    pair(&self.ends, first + comptime!(8 * i))
+                    self.ends[first + i]
                 };
-                state.weigh(comptime!(2 * i), factor);
-                state.weigh(comptime!(2 * i + 1), factor);
+                state.weigh(i, factor);
             }
         }
     }
 }
 
+/// Where the weight of a row is: those of one unit, whose rows lie 8 apart, are side by side.
 #[cube]
-fn pair(x: &Shared<[f32]>, at: usize) -> Vector<f32, Const<2>> {
-    let mut pair = Vector::<f32, Const<2>>::new(x[at]);
-    pair.insert(1usize, x[at + 1]);
-    pair
+fn dealt(row: usize, #[comptime] rows: usize) -> usize {
+    row % 8 * comptime!(rows / 8) + row / 8
 }
 
 #[cube]
@@ -223,12 +224,12 @@ pub(crate) fn take_state(
         #[unroll]
         for i in 0..state.pairs() {
             let (down, right) = state.offset(i);
-            let (k, v) = (part.k0 + first.1 + right, v0 + first.0 + down);
+            let (k, v) = (part.k0 + first.0 + down, v0 + first.1 + right);
             let mut pair = Vector::<f32, Const<2>>::new(f32::new(0.0));
             #[unroll]
             for j in 0..2 {
-                if k + j < sizes.key_dim && v < sizes.value_dim {
-                    pair.insert(j, x[part.state(sizes) + (k + j) * sizes.value_dim + v]);
+                if k < sizes.key_dim && v + j < sizes.value_dim {
+                    pair.insert(j, x[part.state(sizes) + k * sizes.value_dim + v + j]);
                 }
             }
             state.set(i, pair);
@@ -243,11 +244,11 @@ pub(crate) fn leave_state(state: &Panel, out: &mut [f32], part: &Part, v0: usize
     #[unroll]
     for i in 0..state.pairs() {
         let (down, right) = state.offset(i);
-        let (k, v) = (part.k0 + first.1 + right, v0 + first.0 + down);
+        let (k, v) = (part.k0 + first.0 + down, v0 + first.1 + right);
         #[unroll]
         for j in 0..2 {
-            if k + j < sizes.key_dim && v < sizes.value_dim {
-                out[part.state(sizes) + (k + j) * sizes.value_dim + v] = state.get(i).extract(j);
+            if k < sizes.key_dim && v + j < sizes.value_dim {
+                out[part.state(sizes) + k * sizes.value_dim + v + j] = state.get(i).extract(j);
             }
         }
     }

@@ -14,7 +14,7 @@ use cubecl::prelude::*;
 
 pub(crate) use form::{Corner, Form, Mode, product_at};
 pub(crate) use opaque::depth;
-pub(crate) use panel::Panel;
+pub(crate) use panel::{Left, Panel};
 pub(crate) use sums::{Spread, Sums};
 
 /// Side of the blocks that matrix units compute, and tokens of the sub-blocks that key-wise gates are cut into. The
