@@ -18,6 +18,8 @@ pub struct Resources {
     pub stack: u32,
     /// Bytes of shared memory that the kernel declares statically.
     pub shared: u32,
+    /// [`Resources::spilled`] if one block on a multiprocessor were enough: what needs to be spilled.
+    pub must_spill: u32,
 }
 
 impl Resources {
@@ -27,8 +29,29 @@ impl Resources {
     }
 }
 
-/// Assembles a kernel; the error is the assembler's message.
+/// Assembles a kernel; the error is the assembler's message. By itself the assembler takes so few registers that several
+/// blocks fit a multiprocessor; where it spills for that, it is asked again with one.
 pub(crate) fn assemble(ptxas: &Path, arch: Arch, ptx: &str) -> Result<Result<Resources, String>, Error> {
+    let mut found = once(ptxas, arch, ptx)?;
+    if let Ok(resources) = &mut found
+        && resources.spilled() > 0
+    {
+        let alone = once(ptxas, arch, &for_one_block(ptx))?;
+        resources.must_spill = alone.map_or(resources.spilled(), |alone| alone.spilled());
+    }
+    Ok(found)
+}
+
+/// The same kernel, with a promise that more than one block on a multiprocessor is not asked for.
+fn for_one_block(ptx: &str) -> String {
+    let lines = ptx.lines().map(|line| match line.starts_with(".maxntid") {
+        true => format!("{line}\n.minnctapersm 1\n"),
+        false => format!("{line}\n"),
+    });
+    lines.collect()
+}
+
+fn once(ptxas: &Path, arch: Arch, ptx: &str) -> Result<Result<Resources, String>, Error> {
     let io = |source| Error::Io { path: ptxas.to_owned(), source };
     let mut file = tempfile::Builder::new().suffix(".ptx").tempfile().map_err(io)?;
     file.write_all(ptx.as_bytes()).map_err(io)?;
@@ -55,12 +78,19 @@ fn parse(log: &str) -> Option<Resources> {
         spill_loads: before(spills, " bytes spill loads")?,
         stack: before(spills, " bytes stack frame")?,
         shared: before(used, " bytes smem").unwrap_or(0),
+        must_spill: 0,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn promises_follow_the_number_of_threads() {
+        let ptx = ".visible .entry scores(\n)\n.maxntid 256, 1, 1\n{\n}\n";
+        assert_eq!(for_one_block(ptx), ".visible .entry scores(\n)\n.maxntid 256, 1, 1\n.minnctapersm 1\n{\n}\n");
+    }
 
     #[test]
     fn reads_what_the_assembler_prints() {
@@ -71,7 +101,8 @@ ptxas info    : Function properties for scores
 ptxas info    : Used 255 registers, used 1 barriers, 24 bytes cumulative stack size, 49152 bytes smem
 ptxas info    : Compile time = 51.203 ms
 ";
-        let expected = Resources { registers: 255, spill_stores: 16, spill_loads: 12, stack: 24, shared: 49152 };
+        let expected =
+            Resources { registers: 255, spill_stores: 16, spill_loads: 12, stack: 24, shared: 49152, must_spill: 0 };
         assert_eq!(parse(log), Some(expected));
         assert_eq!(expected.spilled(), 28);
         assert_eq!(parse("ptxas fatal   : Unresolved extern function"), None);
