@@ -116,6 +116,19 @@ pub(crate) fn sin_cos(x: f32) -> (f32, f32) {
 /// Sums of [`dot`] that run side by side.
 const LANES: usize = 16;
 
+/// The lanes by `op`, half with half: shuffles of vectors, where one lane after the other would wait for each.
+#[inline(always)]
+pub(crate) fn reduce<const N: usize>(mut lanes: [f32; N], op: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = N / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = op(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
 /// `<a, b>`, summed in a fixed order; to be called inside of [`vectorize`].
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -128,7 +141,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    lanes.iter().sum::<f32>() + rest
+    reduce(lanes, |x, y| x + y) + rest
 }
 
 /// `dst[j, i] = src[i, j]` for an `[rows, cols]` block, in 8x8 squares.

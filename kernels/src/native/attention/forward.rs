@@ -6,7 +6,7 @@ use crate::{
     element::Element,
     native::{
         gemm::{Lhs, Mode, gemm},
-        simd::{exp, vectorize},
+        simd::{exp, reduce, vectorize},
         tile::{LINE, Shared, Tile},
     },
     sequences::Sequences,
@@ -108,7 +108,7 @@ impl Rows {
                             *m = if x > *m { x } else { *m };
                         }
                     }
-                    let max = lanes.iter().fold(lanes[0], |a, &b| if b > a { b } else { a });
+                    let max = reduce(lanes, |a, b| if b > a { b } else { a });
                     let mut sums = [0.0; LINE];
                     for x in row {
                         for (s, x) in sums.iter_mut().zip(x) {
@@ -117,7 +117,7 @@ impl Rows {
                         }
                     }
                     let fade = exp(self.max[i] - max);
-                    self.sum[i] = self.sum[i] * fade + sums.iter().sum::<f32>();
+                    self.sum[i] = self.sum[i] * fade + reduce(sums, |x, y| x + y);
                     self.max[i] = max;
                     if fade != 1.0 {
                         self.o.row_mut(i).iter_mut().for_each(|x| *x *= fade);

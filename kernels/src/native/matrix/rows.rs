@@ -1,7 +1,7 @@
 //! Element-wise passes over the rows of tiles.
 
 use super::super::gemm::Mode;
-use super::super::simd::vectorize;
+use super::super::simd::{dot, vectorize};
 use super::super::tile::Tile;
 
 /// `dst_i (=, +=, -=) factors[i] * src_i` for each factor.
@@ -50,21 +50,13 @@ pub(crate) fn add_rows(rows: usize, src: &Tile, dst: &mut Tile) {
     );
 }
 
-/// `dots[i] = <a_i, b_i>`, summed in eight lanes in a fixed order.
+/// `dots[i] = <a_i, b_i>`.
 pub(crate) fn dot_rows(a: &Tile, b: &Tile, dots: &mut [f32]) {
     vectorize(
         #[inline(always)]
         || {
             for (i, d) in dots.iter_mut().enumerate() {
-                let (x, y) = (a.row(i).chunks_exact(8), b.row(i).chunks_exact(8));
-                let rest: f32 = x.remainder().iter().zip(y.remainder()).map(|(x, y)| x * y).sum();
-                let mut lanes = [0.0f32; 8];
-                for (x, y) in x.zip(y) {
-                    for l in 0..8 {
-                        lanes[l] += x[l] * y[l];
-                    }
-                }
-                *d = lanes.iter().sum::<f32>() + rest;
+                *d = dot(a.row(i), b.row(i));
             }
         },
     );
