@@ -1,7 +1,7 @@
 //! A device whose launches compile and do not run.
 
 use crate::device::Arch;
-use crate::server::{HostServer, Work};
+use crate::server::{HostServer, Work, lock};
 use crate::transpile::transpile;
 use crate::{Kernel, Toolchain};
 use cubecl::bytes::Bytes;
@@ -12,7 +12,7 @@ use cubecl_cpp::shared::CompilationOptions;
 use cubecl_server::memory_management::ManagedMemoryHandle;
 use cubecl_server::server::{CopyDescriptor, KernelArguments};
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// A device to call kernels on, and what was compiled for it.
 pub struct Recorder {
@@ -28,10 +28,6 @@ pub struct Recorder {
 struct Shared {
     case: String,
     kernels: Vec<Kernel>,
-}
-
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Recorder {

@@ -19,8 +19,8 @@ use cubecl_server::server::{
 };
 use cubecl_server::storage::{BytesResource, BytesStorage, ManagedResource};
 use cubecl_server::timestamp_profiler::TimestampProfiler;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What is done where a device would work.
 pub(crate) trait Work: Send + 'static {
@@ -37,6 +37,11 @@ pub(crate) trait Work: Send + 'static {
     fn write(&mut self, to: &CopyDescriptor, bytes: &[u8]);
     /// What went wrong so far.
     fn state(&self) -> Result<(), String>;
+}
+
+/// A lock that outlives a test which panicked while it held it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(crate) struct HostServer<W> {

@@ -12,7 +12,7 @@ use std::ffi::{CStr, c_char, c_void};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 
 use cubecl::bytes::Bytes;
 use cubecl::client::Client;
@@ -23,7 +23,7 @@ use cubecl_server::server::{BufferBinding, CopyDescriptor, KernelArguments, Kern
 use libloading::Library;
 
 use crate::device::Arch;
-use crate::server::{HostServer, Work};
+use crate::server::{HostServer, Work, lock};
 use crate::transpile::transpile;
 use memory::Memory;
 
@@ -106,9 +106,9 @@ impl Emulator {
             addresses.iter().map(|address| std::ptr::from_ref(address).cast()).collect();
         pointers.push(info.data.as_ptr().cast());
         let threads = kernel.id().cube_dim.num_elems();
-        let place = held(&KERNELS).entry((self.arch, kernel.id())).or_default().clone();
+        let place = lock(&KERNELS).entry((self.arch, kernel.id())).or_default().clone();
         let loaded = place.get_or_init(|| self.compile(properties, kernel)).as_ref().map_err(String::clone)?;
-        let library = held(&loaded.library);
+        let library = lock(&loaded.library);
         // Safety: `host_source` defines it so; that the kernel stays within its arguments is what this is there to see.
         let failure = unsafe {
             let run = library.get::<Run>(b"run\0").map_err(|e| e.to_string())?;
@@ -121,10 +121,6 @@ impl Emulator {
         let why = unsafe { CStr::from_ptr(failure) }.to_string_lossy();
         Err(format!("{}: {why}", loaded.name))
     }
-}
-
-fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// CUDA C++ as C++ for the CPU, with a function `run`.

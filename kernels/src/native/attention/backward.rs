@@ -8,7 +8,8 @@ use crate::{
     element::Element,
     native::{
         gemm::{Lhs, Mode, gemm},
-        simd::{dot, exp, vectorize},
+        matrix::rows::dot_rows,
+        simd::{exp, vectorize},
         tile::{Shared, Tile},
     },
     sequences::Sequences,
@@ -122,14 +123,7 @@ impl<E: Element> Task<'_, E> {
         let first = (token / p.time * p.heads + head) * p.time + token % p.time;
         let lse = &self.outputs.lse[first..first + rows];
         let mut mean = [0.0; QUERIES];
-        vectorize(
-            #[inline(always)]
-            || {
-                for (i, mean) in mean[..rows].iter_mut().enumerate() {
-                    *mean = dot(o.row(i), do_.row(i));
-                }
-            },
-        );
+        dot_rows(&o, &do_, &mut mean[..rows]);
         let mut dq = Tile::new(rows, p.key_dim);
         let (mut q_buffer, mut do_buffer) = (Vec::new(), Vec::new());
         let q_rows = Lhs::of(&q, 0, 0).packed(rows, p.key_dim, &mut q_buffer);

@@ -17,7 +17,7 @@ mod forward;
 mod head_decay;
 mod key_decay;
 mod lower;
-mod rows;
+pub(super) mod rows;
 mod step;
 
 use crate::element::Element;
