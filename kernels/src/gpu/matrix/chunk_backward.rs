@@ -15,7 +15,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Sums, Tile, fresh, unit, units};
+use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role};
 use super::pair_gradients::{key_pairs, scalar_pairs};
@@ -234,7 +234,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         }
         sync_cube();
     }
-    let place = Place::of(fresh(CUBE_POS as u32) as usize, sizes, table, b);
+    let place = Place::of(this_cube(), sizes, table, b);
     let (scalar_at, stride) = place.scalars(sizes);
     if comptime!(b.delta) {
         let d_beta = over_shares(&tokens.d_beta, b);

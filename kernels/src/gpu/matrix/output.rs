@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Sums, Tile, fresh, unit};
+use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, put_weighted};
 use super::place::{Place, Sizes};
@@ -71,7 +71,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
     }
     // The place again: kept, it would take the registers of the loop.
-    let cube = fresh(CUBE_POS as u32) as usize;
+    let cube = this_cube();
     let (place, v0) = (Place::of(cube / sizes.value_blocks, sizes, table, b), cube % sizes.value_blocks * b.block);
     let mut score_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), true);
     let mut written = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);

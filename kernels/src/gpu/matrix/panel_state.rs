@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Left, Panel, WARP, fresh, unit};
+use super::super::tile::{Left, Panel, WARP, fresh, this_cube, unit};
 use super::ahead::WalkedKeys;
 use super::blueprint::{GateKind, WalkBlueprint};
 use super::panels::{Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
@@ -93,7 +93,7 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
                 state.add::<E>(&writing, at, &values, (at, col), Left::TRANSPOSED, c);
             }
         } else {
-            let carrier = fresh(UNIT_POS) as usize - comptime!(w.computing());
+            let carrier = unit() - comptime!(w.computing());
             let mut reading_load = Flight::<I, N>::new(comptime!(w.carried(rows)), reads);
             let mut writing_load = Flight::<I, N>::new(comptime!(w.carried(rows)), key_wise);
             let mut values_load = Flight::<I, N>::new(comptime!(w.carried(d)), true);
@@ -135,7 +135,7 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
     }
     if computes {
-        let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
+        let part = Part::of(this_cube(), sizes, w);
         leave_state(&state, final_state, &part, part.v0 + col, sizes);
     }
 }

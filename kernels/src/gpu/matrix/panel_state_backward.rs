@@ -3,7 +3,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Left, Panel, WARP, fresh, unit};
+use super::super::tile::{Left, Panel, WARP, fresh, this_cube, unit};
 use super::ahead::WalkedKeys;
 use super::blueprint::{GateKind, WalkBlueprint};
 use super::panels::{Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
@@ -93,7 +93,7 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
                 }
             }
         } else {
-            let carrier = fresh(UNIT_POS) as usize - comptime!(w.computing());
+            let carrier = unit() - comptime!(w.computing());
             let mut queries_load = Flight::<I, N>::new(comptime!(w.carried(rows)), true);
             let mut reading_load = Flight::<I, N>::new(comptime!(w.carried(rows)), delta);
             let mut writing_load = Flight::<I, N>::new(comptime!(w.carried(rows)), comptime!(delta && key_wise));
@@ -141,7 +141,7 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
     }
     if computes {
-        let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
+        let part = Part::of(this_cube(), sizes, w);
         leave_state(&dstate, d_initial, &part, part.v0 + col, sizes);
     }
 }

@@ -11,7 +11,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, fill, fresh, product_at, unit, units};
+use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, fill, product_at, this_cube, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, put_weighted};
 use super::place::{Place, Sizes};
@@ -164,7 +164,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
     }
 
-    let place = Place::of(fresh(CUBE_POS as u32) as usize, sizes, table, b);
+    let place = Place::of(this_cube(), sizes, table, b);
     let out = place.scores(sizes, b);
     store_scores::<E, N>(&a, a_out, out, sizes.scale, b);
     if comptime!(b.delta) {

@@ -7,7 +7,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Sums, Tile, fresh, unit};
+use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::Decay;
 use super::place::{Place, Sizes};
@@ -73,7 +73,7 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     sync_cube();
     decay.multiply_lower(&mut p, &mut r, b);
     sync_cube();
-    let out = Place::of(fresh(CUBE_POS as u32) as usize, sizes, table, b).scores(sizes, b);
+    let out = Place::of(this_cube(), sizes, table, b).scores(sizes, b);
     store_scores::<E, N>(&p, p_out, out, sizes.scale, b);
     if comptime!(b.delta) {
         store_scores::<E, N>(&r, r_out, out, -1.0, b);

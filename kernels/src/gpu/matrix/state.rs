@@ -14,7 +14,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Corner, Form, Mode, Sums, Tile, fresh, unit, units};
+use super::super::tile::{Corner, Form, Mode, Sums, Tile, this_cube, unit, units};
 use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role};
@@ -296,7 +296,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
         }
     }
     state.settle();
-    let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
+    let part = Part::of(this_cube(), sizes, w);
     leave_state(&state, final_state, &part, sizes);
 }
 

@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Corner, Form, Mode, Sums, Tile, fresh, unit};
+use super::super::tile::{Corner, Form, Mode, Sums, Tile, this_cube, unit};
 use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role};
@@ -164,7 +164,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
         }
     }
     dstate.settle();
-    let part = Part::of(fresh(CUBE_POS as u32) as usize, sizes, w);
+    let part = Part::of(this_cube(), sizes, w);
     leave_state(&dstate, d_initial, &part, sizes);
 }
 

@@ -131,6 +131,12 @@ pub(crate) fn unit() -> usize {
     fresh(UNIT_POS) as usize
 }
 
+/// The number of this cube, as fresh as [`unit`]: what follows from it, asked for after a loop, takes none of its registers.
+#[cube]
+pub(crate) fn this_cube() -> usize {
+    fresh(CUBE_POS as u32) as usize
+}
+
 /// The same number, which the compiler on CUDA takes for a new one at every call: what loops make of it would else be
 /// computed once, before the walk over chunks and blocks, and kept until registers run out.
 #[cube]
