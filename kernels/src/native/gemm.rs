@@ -3,10 +3,12 @@
 //! `C (=, +=, -=) A B` with `B` and `C` row-major and `A` in either order, so that `A^T B` costs nothing extra. The
 //! register block is `MR` rows by two vectors: each step broadcasts `MR` elements of `A` against two vectors of `B`.
 //! Operands are tiles that already sit in cache, so only an `A` that is read often is packed ([`Lhs::packed`]); `A B^T`
-//! transposes `B` first (`Tile::transpose_from`).
+//! transposes `B` first (`Tile::transpose_from`). Whoever goes through more than a cache holds says what comes next
+//! ([`Rhs::before`]).
 
-use super::tile::{LINE, Tile};
+use super::tile::{LINE, Tile, prefetch_line};
 use pulp::{Arch, Simd, WithSimd};
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -167,12 +169,25 @@ impl<'a> Lhs<'a> {
 pub(crate) struct Rhs<'a> {
     pub data: &'a [f32],
     pub stride: usize,
+    /// What is read after this product: asked for meanwhile, so that nothing waits for a far cache.
+    next: &'a [f32],
+}
+
+impl<'a> Rhs<'a> {
+    pub fn strided(data: &'a [f32], stride: usize) -> Self {
+        Self { data, stride, next: &[] }
+    }
+
+    /// The same, if the product is followed by one that reads `next`.
+    pub fn before(self, next: Option<&'a [f32]>) -> Self {
+        Self { next: next.unwrap_or_default(), ..self }
+    }
 }
 
 impl<'a> From<(&'a Tile, usize, usize)> for Rhs<'a> {
     /// The block of a tile that starts at `(row, col)`.
     fn from((tile, row, col): (&'a Tile, usize, usize)) -> Self {
-        Self { data: tile.data().get(row * tile.stride() + col..).unwrap_or_default(), stride: tile.stride() }
+        Self::strided(tile.data().get(row * tile.stride() + col..).unwrap_or_default(), tile.stride())
     }
 }
 
@@ -207,8 +222,9 @@ pub(crate) fn gemm<'b, 'c>(mode: Mode, [m, n, k]: [usize; 3], a: Lhs, b: impl In
     assert!(n <= c.stride && c.data.len() >= (m - 1) * c.stride + n);
     assert!(k == 0 || (n <= b.stride && b.data.len() >= (k - 1) * b.stride + n));
     assert!(k == 0 || a.data.len() >= a.extent(m, k));
+    let next = Cell::new(b.next);
     let (b, ldb, c, ldc) = (b.data.as_ptr(), b.stride, c.data.as_mut_ptr().cast(), c.stride);
-    Arch::new().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc });
+    Arch::new().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc, next });
 }
 
 struct Product<'a> {
@@ -221,6 +237,8 @@ struct Product<'a> {
     ldb: usize,
     c: *mut f32,
     ldc: usize,
+    /// What is still to be asked for.
+    next: Cell<&'a [f32]>,
 }
 
 impl WithSimd for Product<'_> {
@@ -283,6 +301,15 @@ impl Product<'_> {
         }
     }
 
+    /// At most so many lines of what is still to be asked for.
+    #[inline(always)]
+    fn ask_for(&self, lines: usize) -> &[[f32; LINE]] {
+        let (next, _) = self.next.get().as_chunks();
+        let (now, later) = next.split_at(lines.min(next.len()));
+        self.next.set(later.as_flattened());
+        now
+    }
+
     /// Steps of the inner size for the register block at `(i, j)`.
     #[inline(always)]
     unsafe fn block<S: Simd, const MR: usize, const NR: usize, const ORDER: u8>(
@@ -308,7 +335,13 @@ impl Product<'_> {
             let mut acc = [[simd.splat_f32s(0.0); NR]; MR];
             let mut a = self.a.data.as_ptr().add(i * row + steps.start * along);
             let mut b = self.b.add(steps.start * self.ldb + j);
-            for _ in 0..steps.len() / UNROLL {
+            let rounds = steps.len() / UNROLL;
+            let mut next = self.ask_for(rounds);
+            for _ in 0..rounds {
+                if let Some((line, rest)) = next.split_first() {
+                    prefetch_line(line);
+                    next = rest;
+                }
                 accumulate::<S, MR, NR, UNROLL>(simd, &mut acc, (a, down, along), (b, self.ldb));
                 a = a.add(UNROLL * along);
                 b = b.add(UNROLL * self.ldb);

@@ -78,7 +78,7 @@ impl<'a, E: Element> Operand<'a, E> {
     /// `[inner, columns]` of the operand as it lies, if a product can take it so.
     fn panel(&self, block: usize, inner: Range<usize>, columns: Range<usize>) -> Option<Rhs<'a>> {
         let data = E::as_f32_slice(self.data).filter(|_| !self.transposed && columns.len().is_multiple_of(LINE))?;
-        Some(Rhs { data: &data[block * self.block + inner.start * self.stride + columns.start..], stride: self.stride })
+        Some(Rhs::strided(&data[block * self.block + inner.start * self.stride + columns.start..], self.stride))
     }
 
     /// `[inner, columns]` of the operand into a panel, filled up with columns of 0.
@@ -289,7 +289,7 @@ fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Opera
                 _ => {
                     packed.resize(inner.len() * PANEL, 0.0);
                     b.pack(packed, block, inner.clone(), columns.clone());
-                    Rhs { data: packed, stride: PANEL }
+                    Rhs::strided(packed, PANEL)
                 }
             };
             let out = Out::initialised(&mut c, PANEL);
@@ -356,10 +356,11 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
                 let lhs = a.lhs(tile, block, taken.clone(), inner.clone());
                 let pays = a.transposed || panels >= OFTEN;
                 let lhs = if pays { lhs.packed(taken.len(), inner.len(), buffer) } else { lhs };
-                for (data, column) in packed.chunks_exact(panel).zip((0..padded).step_by(PANEL)) {
+                for (p, column) in (0..padded).step_by(PANEL).enumerate() {
+                    let (data, later) = packed[p * panel..].split_at(panel);
                     let out = Out { data: &mut c[block * padded + column..], stride: width };
                     let size = [taken.len(), PANEL.min(padded - column), inner.len()];
-                    gemm(mode, size, lhs, Rhs { data, stride: PANEL }, out);
+                    gemm(mode, size, lhs, Rhs::strided(data, PANEL).before(later.get(..panel)), out);
                 }
             }
         };

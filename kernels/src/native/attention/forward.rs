@@ -5,7 +5,7 @@ use crate::{
     attention::{AttentionOutputs, AttentionProblem},
     element::Element,
     native::{
-        gemm::{Lhs, Mode, gemm},
+        gemm::{Lhs, Mode, Rhs, gemm},
         simd::{exp, reduce, vectorize},
         tile::{LINE, Shared, Tile},
     },
@@ -44,9 +44,9 @@ pub(crate) fn forward<E: Element>(
         scale(&mut q, p.scale);
         let q = Lhs::of(&q, 0, 0).packed(rows, p.key_dim, &mut buffer);
         let mut state = Rows::new(rows, p.value_dim);
-        for (tile, part) in Part::all(sequence, p.window, block) {
-            let (keys, values) = &tiles[(sequence.first_tile + tile) * p.kv_heads + head / (p.heads / p.kv_heads)];
-            state.add(&part, q, keys, values);
+        let index = |tile| (sequence.first_tile + tile) * p.kv_heads + head / (p.heads / p.kv_heads);
+        for (number, part) in Part::all(sequence, p.window, block) {
+            state.add(&part, q, &tiles[index(number)], tiles.get(index(number + 1)));
         }
         state.normalise(rows);
         state.o.store(&o_rows, at(token, head, p.heads, p.value_dim), rows);
@@ -79,18 +79,20 @@ impl Rows {
         }
     }
 
-    /// Another part of the keys and values for scaled queries.
-    fn add(&mut self, part: &Part, q: Lhs, keys: &Tile, values: &Tile) {
+    /// Another part of the keys and values for scaled queries; `next` follows.
+    fn add(&mut self, part: &Part, q: Lhs, (keys, values): &(Tile, Tile), next: Option<&(Tile, Tile)>) {
         let (key_dim, value_dim, start) = (keys.rows(), self.o.cols(), part.start);
         for (rows, end) in part.runs() {
             let size = [rows.len(), end - start, key_dim];
-            gemm(Mode::Set, size, q.below(rows.start), (keys, 0, start), (&mut self.scores, rows.start, start));
+            let keys = Rhs::from((keys, 0, start)).before(next.map(|(keys, _)| keys.data()));
+            gemm(Mode::Set, size, q.below(rows.start), keys, (&mut self.scores, rows.start, start));
         }
         part.mask(&mut self.scores);
         self.softmax(part);
         for (rows, end) in part.runs() {
             let (size, weights) = ([rows.len(), value_dim, end - start], Lhs::of(&self.scores, rows.start, start));
-            gemm(Mode::Add, size, weights, (values, start, 0), (&mut self.o, rows.start, 0));
+            let values = Rhs::from((values, start, 0)).before(next.map(|(_, values)| values.data()));
+            gemm(Mode::Add, size, weights, values, (&mut self.o, rows.start, 0));
         }
     }
 

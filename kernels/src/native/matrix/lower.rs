@@ -40,7 +40,7 @@ pub(crate) fn solve(rows: usize, l: &Tile, u: &mut Tile) {
         if lo > 0 {
             let (stride, cols) = (u.stride(), u.cols());
             let (solved, rest) = u.split(lo);
-            let (b, c) = (Rhs { data: solved, stride }, Out::initialised(rest, stride));
+            let (b, c) = (Rhs::strided(solved, stride), Out::initialised(rest, stride));
             gemm(Mode::Sub, [hi - lo, cols, lo], Lhs::of(l, lo, 0), b, c);
         }
         vectorize(
@@ -64,7 +64,7 @@ pub(crate) fn solve_transposed(rows: usize, l: &Tile, u: &mut Tile) {
         if hi < rows {
             let (stride, cols) = (u.stride(), u.cols());
             let (rest, solved) = u.split(hi);
-            let (b, c) = (Rhs { data: solved, stride }, Out::initialised(&mut rest[lo * stride..], stride));
+            let (b, c) = (Rhs::strided(solved, stride), Out::initialised(&mut rest[lo * stride..], stride));
             gemm(Mode::Sub, [hi - lo, cols, rows - hi], Lhs::transposed(l, hi, lo), b, c);
         }
         vectorize(
