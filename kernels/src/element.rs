@@ -1,5 +1,6 @@
 //! The element types that tensors may have in memory; arithmetic is always f32.
 
+use crate::native::simd::round;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
@@ -17,8 +18,12 @@ pub trait Element: Copy + Send + Sync + Default + 'static {
     /// Rounds a vector to nearest even; one of f32 is handed back as it is.
     fn from_f32_vec(values: Vec<f32>) -> Vec<Self> {
         let mut rounded = vec![Self::default(); values.len()];
+        if values.len() <= BLOCK {
+            round(&values, &mut rounded);
+            return rounded;
+        }
         let blocks = rounded.par_chunks_mut(BLOCK).zip(values.par_chunks(BLOCK));
-        blocks.for_each(|(to, from)| Self::from_f32_slice(from, to));
+        blocks.for_each(|(to, from)| round(from, to));
         rounded
     }
     /// The slice itself, where there is nothing to widen.

@@ -138,58 +138,75 @@ fn run_tasks<S: Default, R: Send>(
     (0..count).into_par_iter().map_init(S::default, task).collect()
 }
 
-/// A row or a few, as when tokens are decoded: bound by reading `B`, of which each task takes a run of lines in memory.
+/// A row or a few, as when tokens are decoded: bound by reading `B`, whose lines in memory are several streams. Each task
+/// goes on in all of them where the one before it ends.
 fn by_lines<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     let [blocks, m, n, k] = size;
     // Lines are rows of `B`, whose multiples are summed, or columns of it.
     let (lines, length) = if b.transposed { (n, k) } else { (k, n) };
     let runs = (lines * length * size_of::<E>()).div_ceil(RUN).min(lines.div_ceil(RUN_LINES)).next_multiple_of(2);
-    let run = lines.div_ceil(runs);
-    let runs = lines.div_ceil(run);
-    let mut x = vec![0.0; blocks * m * k];
-    for (i, x) in x.chunks_exact_mut(k).enumerate() {
-        widen(a.row(i / m, i % m, 0..k), x);
+    let stream = lines.div_ceil(STREAMS);
+    let run = stream.div_ceil(runs);
+    let runs = stream.div_ceil(run);
+    let width = if b.transposed { STREAMS * run } else { n };
+    let mut widened = vec![0.0; if E::as_f32_slice(a.data).is_none() { blocks * m * k } else { 0 }];
+    for (row, x) in widened.chunks_exact_mut(k).enumerate() {
+        widen(a.row(row / m, row % m, 0..k), x);
     }
-    let task = |buffer: &mut Tile, t: usize| {
-        let (block, first) = (t / runs, t % runs * run);
-        let taken = first..lines.min(first + run);
-        let width = if b.transposed { taken.len() } else { n };
-        let mut y = vec![0.0f32; m * width];
-        let x = &x[block * m * k..(block + 1) * m * k];
-        Arch::new().dispatch(Lines { b, x, k, length, block, taken, buffer, y: &mut y, width });
-        y
+    let x = |block, i| match E::as_f32_slice(a.row(block, i, 0..k)) {
+        Some(x) => x,
+        None => &widened[(block * m + i) * k..][..k],
     };
-    let parts = run_tasks(size, blocks * runs, task);
-    let mut c = vec![E::default(); m * blocks * n];
-    let mut sums = vec![0.0; n];
-    for (i, to) in c.chunks_exact_mut(n).enumerate() {
-        let (i, block) = (i / blocks, i % blocks);
-        match bias {
-            Some(bias) => widen(&bias[block * n..(block + 1) * n], &mut sums),
-            None => sums.fill(0.0),
-        }
-        for (r, part) in parts[block * runs..(block + 1) * runs].iter().enumerate() {
-            let part = &part[i * part.len() / m..(i + 1) * part.len() / m];
-            let at = if b.transposed { r * run } else { 0 };
-            let sums = &mut sums[at..at + part.len()];
-            vectorize(
-                #[inline(always)]
-                || add([1.0], [part], sums),
-            );
-        }
-        round(&sums, to);
+    let mut parts = vec![0.0f32; blocks * runs * m * width];
+    let task = |buffer: &mut Tile, (t, y): (usize, &mut [f32])| {
+        let (block, first) = (t / runs, t % runs * run);
+        let x = std::array::from_fn(|i| if i < m { x(block, i) } else { &[] });
+        let places = first..stream.min(first + run);
+        Arch::new().dispatch(Lines { b, x, block, lines, length, stream, run, places, buffer, y, width });
+    };
+    let tasks = parts.chunks_exact_mut(m * width).enumerate();
+    if serial(size) {
+        let mut buffer = Tile::default();
+        tasks.for_each(|part| task(&mut buffer, part));
+    } else {
+        tasks.collect::<Vec<_>>().into_par_iter().for_each_init(Tile::default, task);
     }
-    c
+    let mut c = vec![0.0; m * blocks * n];
+    for (row, sums) in c.chunks_exact_mut(n).enumerate() {
+        let (i, block) = (row / blocks, row % blocks);
+        if let Some(bias) = bias {
+            widen(&bias[block * n..(block + 1) * n], sums);
+        }
+        let parts = parts[block * runs * m * width..].chunks_exact(m * width).take(runs);
+        for (r, part) in parts.enumerate() {
+            let part = &part[i * width..(i + 1) * width];
+            // Of columns a run has a few from each stream, of rows a multiple of all.
+            let (to, from) = if b.transposed { (stream, run) } else { (n, n) };
+            for (sums, part) in sums.chunks_mut(to).zip(part.chunks_exact(from)) {
+                let at = if b.transposed { sums.len().min(r * run) } else { 0 };
+                let sums = &mut sums[at..];
+                let len = sums.len().min(part.len());
+                vectorize(
+                    #[inline(always)]
+                    || add([1.0], [&part[..len]], &mut sums[..len]),
+                );
+            }
+        }
+    }
+    E::from_f32_vec(c)
 }
 
-/// A task's lines of `B`, the rows of `A` that they meet, and what comes of it.
+/// A task's places in the streams of lines of `B`, the rows of `A` that they meet, and what comes of it.
 struct Lines<'a, E> {
     b: Operand<'a, E>,
-    x: &'a [f32],
-    k: usize,
-    length: usize,
+    x: [&'a [f32]; FEW],
     block: usize,
-    taken: Range<usize>,
+    lines: usize,
+    length: usize,
+    /// Lines of a stream; the last may have fewer.
+    stream: usize,
+    run: usize,
+    places: Range<usize>,
     buffer: &'a mut Tile,
     y: &'a mut [f32],
     width: usize,
@@ -200,22 +217,26 @@ impl<E: Element> WithSimd for Lines<'_, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let part = self.taken.len() / STREAMS;
-        for j in 0..part {
-            self.multiply::<S, STREAMS>(simd, std::array::from_fn(|s| j + s * part));
+        let Range { start, end } = self.places;
+        let all = self.lines.saturating_sub((STREAMS - 1) * self.stream).clamp(start, end);
+        for place in start..all {
+            self.multiply::<S, STREAMS>(simd, place, 0);
         }
-        for j in STREAMS * part..self.taken.len() {
-            self.multiply(simd, [j]);
+        for place in all..end {
+            for first in 0..(self.lines - place).div_ceil(self.stream) {
+                self.multiply::<S, 1>(simd, place, first);
+            }
         }
     }
 }
 
 impl<E: Element> Lines<'_, E> {
-    /// `N` lines with all rows.
+    /// The lines at this place of `N` streams, with all rows.
     #[inline(always)]
-    fn multiply<S: Simd, const N: usize>(&mut self, simd: S, places: [usize; N]) {
-        let Self { b, x, k, length, block, taken, buffer, y, width } = self;
-        let rows = places.map(|j| b.row(*block, taken.start + j, 0..*length));
+    fn multiply<S: Simd, const N: usize>(&mut self, simd: S, place: usize, first: usize) {
+        let Self { b, x, block, length, stream, run, places, buffer, y, width, .. } = self;
+        let numbers: [usize; N] = std::array::from_fn(|s| (first + s) * *stream + place);
+        let rows = numbers.map(|line| b.row(*block, line, 0..*length));
         if E::as_f32_slice(rows[0]).is_none() {
             if buffer.cols() != *length {
                 **buffer = Tile::new(STREAMS, *length);
@@ -228,13 +249,13 @@ impl<E: Element> Lines<'_, E> {
             Some(row) => row,
             None => buffer.row(i),
         });
-        for (x, y) in x.chunks_exact(*k).zip(y.chunks_exact_mut(*width)) {
+        for (x, y) in x.iter().zip(y.chunks_exact_mut(*width)) {
             if b.transposed {
-                for (j, sum) in places.into_iter().zip(dots(simd, x, lines)) {
-                    y[j] = sum;
+                for (s, sum) in dots(simd, x, lines).into_iter().enumerate() {
+                    y[(first + s) * *run + place - places.start] = sum;
                 }
             } else {
-                add(places.map(|j| x[taken.start + j]), lines, y);
+                add(numbers.map(|line| x[line]), lines, y);
             }
         }
     }
