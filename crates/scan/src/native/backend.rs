@@ -2,7 +2,8 @@
 //! kernels implements.
 
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, ExtensionType, backend_extension};
+use burn::backend::{Backend, ExtensionType, TensorMetadata, backend_extension};
+use burn::tensor::FloatDType;
 use thalweg_kernels::Error;
 
 use super::operation::{Operation, SLOTS};
@@ -34,13 +35,12 @@ pub(crate) struct Slots<B: Backend> {
 
 impl<B: Backend> Slots<B> {
     pub(crate) fn into_array(self) -> [Option<FloatTensor<B>>; SLOTS] {
-        let optional = |slot| match slot {
+        let tensor = |slot| match slot {
             Slot::Absent => None,
             Slot::Present(tensor) => Some(tensor),
         };
         let Self { x0, x1, x2, x3, x4, x5, x6 } = self;
-        let [x1, x2, x3, x4, x5, x6] = [x1, x2, x3, x4, x5, x6].map(optional);
-        [Some(x0), x1, x2, x3, x4, x5, x6]
+        [Some(x0), tensor(x1), tensor(x2), tensor(x3), tensor(x4), tensor(x5), tensor(x6)]
     }
 }
 
@@ -87,9 +87,12 @@ pub(crate) trait Kernels: Backend {
 
 /// The custom operation of a backend that has kernels, without gradients.
 pub(crate) fn plain<B: Kernels>(operation: Operation, slots: Slots<B>) -> Results<B> {
-    let fallback = slots.x0.clone();
+    let device = slots.x0.device();
     match B::forward(&operation, slots.into_array(), false) {
         Ok(Forward { o, final_state, .. }) => Results { o, final_state, status: Ok(()) },
-        Err(error) => Results { o: fallback.clone(), final_state: fallback, status: Err(error) },
+        Err(error) => {
+            let any = || B::float_zeros([1].into(), &device, FloatDType::F32);
+            Results { o: any(), final_state: any(), status: Err(error) }
+        }
     }
 }

@@ -63,10 +63,12 @@ pub(crate) fn run<const O: usize, const S: usize>(
     first: impl Into<Operand>,
     rest: [Option<Operand>; SLOTS - 1],
 ) -> Result<(Tensor<O>, Tensor<S>), Error> {
-    let [x1, x2, x3, x4, x5, x6] = rest.map(|operand| match operand {
+    let slot = |operand| match operand {
         Some(Operand(tensor)) => Slot::Present(tensor),
         None => Slot::Absent,
-    });
+    };
+    let [x1, x2, x3, x4, x5, x6] = rest;
+    let (x1, x2, x3, x4, x5, x6) = (slot(x1), slot(x2), slot(x3), slot(x4), slot(x5), slot(x6));
     let slots = Slots { x0: first.into().0, x1, x2, x3, x4, x5, x6 };
     let results = <Dispatch as Recurrence>::recurrence(operation, slots);
     results.status?;

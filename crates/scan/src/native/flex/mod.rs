@@ -52,7 +52,7 @@ impl Recurrence for Flex {
 impl Kernels for Flex {
     fn forward(operation: &Operation, mut operands: Operands, keep: bool) -> Result<Forward<Self>, Error> {
         let operation = &*as_stored(operation, &mut operands, keep);
-        let operands = contiguous(operands);
+        make_contiguous(&mut operands);
         let dtype = dtype(&operands, operation);
         match operation {
             Operation::Matrix { problem, gate, write } => {
@@ -77,7 +77,7 @@ impl Kernels for Flex {
         d_final_state: FloatTensor<Self>,
     ) -> Result<Operands, Error> {
         let operation = &*as_stored(operation, &mut operands, true);
-        let operands = contiguous(operands);
+        make_contiguous(&mut operands);
         let d_o = d_o.map(|d| d.to_contiguous());
         let d_final_state = d_final_state.to_contiguous();
         let dtype = dtype(&operands, operation);
@@ -119,8 +119,10 @@ fn as_stored<'a>(operation: &'a Operation, operands: &mut Operands, gradients: b
 }
 
 /// Views that are no plain run of memory are copied; everything else is lent as it is.
-fn contiguous(operands: Operands) -> Operands {
-    operands.map(|x| x.map(|x| if x.is_contiguous() { x } else { x.to_contiguous() }))
+fn make_contiguous(operands: &mut Operands) {
+    for x in operands.iter_mut().flatten().filter(|x| !x.is_contiguous()) {
+        *x = x.to_contiguous();
+    }
 }
 
 /// The element type of an operation.
@@ -161,7 +163,7 @@ fn stateless<E: Number>(y: Vec<E>, operands: &Operands, features: Option<usize>)
         shape[last] = features;
     }
     // The operation's second result is a placeholder.
-    Forward { o: tensor(y, shape), final_state: FlexTensor::zeros([1].into(), DType::F32), saved: Vec::new() }
+    Forward { o: tensor(y, shape), final_state: tensor(vec![0.0f32], [1]), saved: Vec::new() }
 }
 
 /// The cotangent of the first output; zeros if only the state is used.
