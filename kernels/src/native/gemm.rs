@@ -4,11 +4,11 @@
 //! register block is `MR` rows by two vectors: each step broadcasts `MR` elements of `A` against two vectors of `B`.
 //! Operands are tiles that already sit in cache, so only an `A` that is read often is packed ([`Lhs::packed`]); `A B^T`
 //! transposes `B` first (`Tile::transpose_from`). Whoever goes through more than a cache holds says what comes next
-//! ([`Rhs::before`]).
+//! ([`Rhs::asking`]).
 
-use super::tile::{LINE, Tile, prefetch_line};
+use super::ahead::{Ahead, Strip};
+use super::tile::{LINE, Tile};
 use pulp::{Arch, Simd, WithSimd};
-use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -169,18 +169,17 @@ impl<'a> Lhs<'a> {
 pub(crate) struct Rhs<'a> {
     pub data: &'a [f32],
     pub stride: usize,
-    /// What is read after this product: asked for meanwhile, so that nothing waits for a far cache.
-    next: &'a [f32],
+    ahead: Option<&'a Ahead>,
 }
 
 impl<'a> Rhs<'a> {
     pub fn strided(data: &'a [f32], stride: usize) -> Self {
-        Self { data, stride, next: &[] }
+        Self { data, stride, ahead: None }
     }
 
-    /// The same, if the product is followed by one that reads `next`.
-    pub fn before(self, next: Option<&'a [f32]>) -> Self {
-        Self { next: next.unwrap_or_default(), ..self }
+    /// The same in a product that meanwhile asks for what is read soon.
+    pub fn asking(self, ahead: &'a Ahead) -> Self {
+        Self { ahead: Some(ahead), ..self }
     }
 }
 
@@ -222,9 +221,9 @@ pub(crate) fn gemm<'b, 'c>(mode: Mode, [m, n, k]: [usize; 3], a: Lhs, b: impl In
     assert!(n <= c.stride && c.data.len() >= (m - 1) * c.stride + n);
     assert!(k == 0 || (n <= b.stride && b.data.len() >= (k - 1) * b.stride + n));
     assert!(k == 0 || a.data.len() >= a.extent(m, k));
-    let next = Cell::new(b.next);
+    let ahead = b.ahead;
     let (b, ldb, c, ldc) = (b.data.as_ptr(), b.stride, c.data.as_mut_ptr().cast(), c.stride);
-    Arch::new().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc, next });
+    Arch::new().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc, ahead });
 }
 
 struct Product<'a> {
@@ -237,8 +236,7 @@ struct Product<'a> {
     ldb: usize,
     c: *mut f32,
     ldc: usize,
-    /// What is still to be asked for.
-    next: Cell<&'a [f32]>,
+    ahead: Option<&'a Ahead>,
 }
 
 impl WithSimd for Product<'_> {
@@ -301,15 +299,6 @@ impl Product<'_> {
         }
     }
 
-    /// At most so many lines of what is still to be asked for.
-    #[inline(always)]
-    fn ask_for(&self, lines: usize) -> &[[f32; LINE]] {
-        let (next, _) = self.next.get().as_chunks();
-        let (now, later) = next.split_at(lines.min(next.len()));
-        self.next.set(later.as_flattened());
-        now
-    }
-
     /// Steps of the inner size for the register block at `(i, j)`.
     #[inline(always)]
     unsafe fn block<S: Simd, const MR: usize, const NR: usize, const ORDER: u8>(
@@ -335,13 +324,9 @@ impl Product<'_> {
             let mut acc = [[simd.splat_f32s(0.0); NR]; MR];
             let mut a = self.a.data.as_ptr().add(i * row + steps.start * along);
             let mut b = self.b.add(steps.start * self.ldb + j);
-            let rounds = steps.len() / UNROLL;
-            let mut next = self.ask_for(rounds);
-            for _ in 0..rounds {
-                if let Some((line, rest)) = next.split_first() {
-                    prefetch_line(line);
-                    next = rest;
-                }
+            let mut next = self.ahead.map_or_else(Strip::default, Ahead::take);
+            for _ in 0..steps.len() / UNROLL {
+                next.ask();
                 accumulate::<S, MR, NR, UNROLL>(simd, &mut acc, (a, down, along), (b, self.ldb));
                 a = a.add(UNROLL * along);
                 b = b.add(UNROLL * self.ldb);
@@ -350,6 +335,9 @@ impl Product<'_> {
                 accumulate::<S, MR, NR, 1>(simd, &mut acc, (a, down, along), (b, self.ldb));
                 a = a.add(along);
                 b = b.add(self.ldb);
+            }
+            if let Some(ahead) = self.ahead {
+                ahead.put_back(next);
             }
             for (r, row) in acc.iter().enumerate() {
                 for (v, &sum) in row.iter().enumerate() {

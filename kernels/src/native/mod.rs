@@ -1,4 +1,5 @@
 //! The kernels on the CPU.
+mod ahead;
 pub(crate) mod attention;
 pub(crate) mod complex_scan;
 pub(crate) mod elementwise_scan;

@@ -4,6 +4,7 @@
 //! threads; these take rows of `C` and pack their rows of `A`. With few rows each element of `B` is read once, by columns
 //! or line by line. Where sums are cut does not depend on the number of threads, nor do the bits.
 
+use super::ahead::Ahead;
 use super::gemm::{Lhs, Mode, Out, PANEL, Rhs, gemm};
 use super::rows::{Output, zeroed};
 use super::simd::{round, transpose, vectorize, widen};
@@ -346,7 +347,7 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
     let threads = if serial { 1 } else { rayon::current_num_threads() };
     let rows = m.div_ceil(4 * threads).next_multiple_of(8).min(ROWS);
     let depth = k.div_ceil(k.div_ceil(DEPTH));
-    let scratch = || (Tile::default(), Vec::new());
+    let scratch = || (Tile::default(), Vec::new(), Ahead::default());
 
     let mut packed = Vec::new();
     let mut c = Output::new(m * width, Vec::new());
@@ -366,7 +367,7 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
         }
         // Safety: every panel has been packed.
         packed = unsafe { output.finish() };
-        let task = |(tile, buffer): &mut (Tile, Vec<f32>), (i, c): (usize, &mut [MaybeUninit<f32>])| {
+        let task = |(tile, buffer, ahead): &mut (Tile, Vec<f32>, Ahead), (i, c): (usize, &mut [MaybeUninit<f32>])| {
             if let (0, Some(first)) = (from, &first) {
                 c.chunks_exact_mut(width).for_each(|row| _ = row.write_copy_of_slice(first));
             }
@@ -381,7 +382,9 @@ fn by_rows<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Operand<
                     let (data, later) = packed[p * panel..].split_at(panel);
                     let out = Out { data: &mut c[block * padded + column..], stride: width };
                     let size = [taken.len(), PANEL.min(padded - column), inner.len()];
-                    gemm(mode, size, lhs, Rhs::strided(data, PANEL).before(later.get(..panel)), out);
+                    ahead.clear();
+                    ahead.slice(&later[..panel.min(later.len())]);
+                    gemm(mode, size, lhs, Rhs::strided(data, PANEL).asking(ahead), out);
                 }
             }
         };

@@ -154,29 +154,6 @@ impl Tile {
     }
 }
 
-/// Asks for `rows` rows of `cols` elements ahead of their use. The rows of one head lie far apart in memory, too far for
-/// the hardware to guess the next.
-pub(crate) fn prefetch<E>(src: &[E], at: Rows, rows: usize, cols: usize) {
-    for i in 0..rows {
-        let from = at.offset + i * at.stride;
-        let Some(row) = src.get(from..from + cols) else { return };
-        row.chunks(64 / size_of::<E>()).for_each(prefetch_line);
-    }
-}
-
-/// Asks for the cache line of the first element.
-#[inline(always)]
-pub(crate) fn prefetch_line<E>(line: &[E]) {
-    #[cfg(target_arch = "x86_64")]
-    // Safety: a prefetch has no effect but on the cache.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = line;
-}
-
 /// An output buffer written by several tasks, each to its own rows.
 pub(crate) struct Shared<E> {
     ptr: *mut E,

@@ -7,6 +7,7 @@ use crate::{
     attention::{AttentionGradients, AttentionOutputs, AttentionProblem},
     element::Element,
     native::{
+        ahead::Ahead,
         gemm::{Lhs, Mode, Rhs, gemm},
         matrix::rows::dot_rows,
         simd::{exp, vectorize},
@@ -128,37 +129,38 @@ impl<E: Element> Task<'_, E> {
         let (mut q_buffer, mut do_buffer) = (Vec::new(), Vec::new());
         let q_rows = Lhs::of(&q, 0, 0).packed(rows, p.key_dim, &mut q_buffer);
         let do_rows = Lhs::of(&do_, 0, 0).packed(rows, p.value_dim, &mut do_buffer);
+        let mut ahead = Ahead::default();
         let index = |tile| (sequence.first_tile + tile) * p.kv_heads + self.kv_head;
         for (tile, part) in Part::all(sequence, p.window, block) {
-            let (keys, next) = (&self.tiles[index(tile)], self.tiles.get(index(tile + 1)));
-            let (now, later) = self.sums.split_at_mut(tile + 1);
-            let ((dk, dv), next_sums) = (&mut now[tile], later.first());
+            ahead.clear();
+            if let (Some(keys), Some((dk, dv))) = (self.tiles.get(index(tile + 1)), self.sums.get(tile + 1)) {
+                for tile in [&keys.k_transposed, &keys.v_transposed, dv, dk, &keys.k] {
+                    ahead.slice(tile.data());
+                }
+            }
+            let (keys, (dk, dv)) = (&self.tiles[index(tile)], &mut self.sums[tile]);
             let start = part.start;
             for (rows, end) in part.runs() {
                 let (scores, row) = ([rows.len(), end - start, p.key_dim], rows.start);
-                let k = Rhs::from((&keys.k_transposed, 0, start)).before(next.map(|next| next.k_transposed.data()));
+                let k = Rhs::from((&keys.k_transposed, 0, start)).asking(&ahead);
                 gemm(Mode::Set, scores, q_rows.below(row), k, (&mut *weights, row, start));
                 let products = [rows.len(), end - start, p.value_dim];
                 let out = (&mut *d_scores, row, start);
-                let v = Rhs::from((&keys.v_transposed, 0, start)).before(next.map(|next| next.v_transposed.data()));
+                let v = Rhs::from((&keys.v_transposed, 0, start)).asking(&ahead);
                 gemm(Mode::Set, products, do_rows.below(row), v, out);
             }
             part.mask(weights);
             softmax(&part, lse, &mean, weights, d_scores);
             for (cols, row) in part.column_runs() {
-                let sums = [
-                    (&*weights, &do_, &mut *dv, next_sums.map(|(_, dv)| dv.data())),
-                    (&*d_scores, &q, &mut *dk, next_sums.map(|(dk, _)| dk.data())),
-                ];
-                for (left, right, sum, next) in sums {
+                for (left, right, sum) in [(&*weights, &do_, &mut *dv), (&*d_scores, &q, &mut *dk)] {
                     let (size, left) = ([cols.len(), right.cols(), rows - row], Lhs::transposed(left, row, cols.start));
-                    gemm(Mode::Add, size, left, Rhs::from((right, row, 0)).before(next), (sum, cols.start, 0));
+                    gemm(Mode::Add, size, left, Rhs::from((right, row, 0)).asking(&ahead), (sum, cols.start, 0));
                 }
             }
             for (rows, end) in part.runs() {
                 let d_scores = Lhs::of(d_scores, rows.start, start);
                 let size = [rows.len(), p.key_dim, end - start];
-                let k = Rhs::from((&keys.k, start, 0)).before(next.map(|next| next.k.data()));
+                let k = Rhs::from((&keys.k, start, 0)).asking(&ahead);
                 gemm(Mode::Add, size, d_scores, k, (&mut dq, rows.start, 0));
             }
         }

@@ -5,6 +5,7 @@ use crate::{
     attention::{AttentionOutputs, AttentionProblem},
     element::Element,
     native::{
+        ahead::Ahead,
         gemm::{Lhs, Mode, Rhs, gemm},
         simd::{exp, reduce, vectorize},
         tile::{LINE, Shared, Tile},
@@ -43,10 +44,15 @@ pub(crate) fn forward<E: Element>(
         let (mut q, mut buffer) = (load(q, token, rows, head, p.heads, p.key_dim), Vec::new());
         scale(&mut q, p.scale);
         let q = Lhs::of(&q, 0, 0).packed(rows, p.key_dim, &mut buffer);
-        let mut state = Rows::new(rows, p.value_dim);
+        let (mut state, mut ahead) = (Rows::new(rows, p.value_dim), Ahead::default());
         let index = |tile| (sequence.first_tile + tile) * p.kv_heads + head / (p.heads / p.kv_heads);
         for (number, part) in Part::all(sequence, p.window, block) {
-            state.add(&part, q, &tiles[index(number)], tiles.get(index(number + 1)));
+            ahead.clear();
+            if let Some((keys, values)) = tiles.get(index(number + 1)) {
+                ahead.slice(keys.data());
+                ahead.slice(values.data());
+            }
+            state.add(&part, q, &tiles[index(number)], &ahead);
         }
         state.normalise(rows);
         state.o.store(&o_rows, at(token, head, p.heads, p.value_dim), rows);
@@ -79,19 +85,19 @@ impl Rows {
         }
     }
 
-    /// Another part of the keys and values for scaled queries; `next` follows.
-    fn add(&mut self, part: &Part, q: Lhs, (keys, values): &(Tile, Tile), next: Option<&(Tile, Tile)>) {
+    /// Another part of the keys and values for scaled queries.
+    fn add(&mut self, part: &Part, q: Lhs, (keys, values): &(Tile, Tile), ahead: &Ahead) {
         let (key_dim, value_dim, start) = (keys.rows(), self.o.cols(), part.start);
         for (rows, end) in part.runs() {
             let size = [rows.len(), end - start, key_dim];
-            let keys = Rhs::from((keys, 0, start)).before(next.map(|(keys, _)| keys.data()));
+            let keys = Rhs::from((keys, 0, start)).asking(ahead);
             gemm(Mode::Set, size, q.below(rows.start), keys, (&mut self.scores, rows.start, start));
         }
         part.mask(&mut self.scores);
         self.softmax(part);
         for (rows, end) in part.runs() {
             let (size, weights) = ([rows.len(), value_dim, end - start], Lhs::of(&self.scores, rows.start, start));
-            let values = Rhs::from((values, start, 0)).before(next.map(|(_, values)| values.data()));
+            let values = Rhs::from((values, start, 0)).asking(ahead);
             gemm(Mode::Add, size, weights, values, (&mut self.o, rows.start, 0));
         }
     }

@@ -5,10 +5,11 @@
 //! from `t` on. Pairs with `i = j` do not meet the decay at all and are kept apart, as is what a key at `j` leaves to the
 //! end of the chunk (it goes to the gates after `j`, summed forwards): under strong gates either would drown the rest.
 
-use super::super::gemm::{Lhs, Mode, gemm};
+use super::super::ahead::Ahead;
+use super::super::gemm::{Lhs, Mode, Rhs, gemm};
 use super::super::rows::{Output, Rows as Sink, fence};
 use super::super::simd::vectorize;
-use super::super::tile::{Rows, Shared, Tile, prefetch};
+use super::super::tile::{Rows, Shared, Tile};
 use super::chunk::{Chunk, Layout, Place, Rule};
 use super::decay::{Decay, Reads};
 use super::lower;
@@ -66,11 +67,12 @@ pub(crate) fn backward<E: Element, D: Decay>(
                 w.state.load(chunk_states, layout.chunk_state(at), p.key_dim);
                 w.chunk.load(layout, x, decay, &mut w.sums, at);
                 w.do_.load(cotangents.o, layout.value(at), at.rows);
+                w.chunk.ahead.clear();
                 if i > 0 {
                     let next = walk[i - 1];
-                    Chunk::prefetch(layout, x, next);
-                    prefetch(cotangents.o, layout.value(next), next.rows, layout.width());
-                    prefetch(chunk_states, layout.chunk_state(next), p.key_dim, layout.width());
+                    w.chunk.ahead.rows(chunk_states, layout.chunk_state(next), p.key_dim, layout.width());
+                    w.chunk.ask_for(layout, x, next);
+                    w.chunk.ahead.rows(cotangents.o, layout.value(next), next.rows, layout.width());
                 }
                 w.run(rule, decay, at.rows);
 
@@ -223,7 +225,7 @@ impl<S> Work<S> {
         }
 
         // Through what the chunk wrote.
-        let mut write = Written { decay, do_, dstate, dstate_t, q_left: &mut self.q_left, q: &c.q, s };
+        let mut write = Written { decay, do_, dstate, dstate_t, q_left: &mut self.q_left, q: &c.q, s, ahead: &c.ahead };
         let (k_right, k_end) = (&mut self.k_right, &mut self.k_end);
         let mut by_k = Key { key: &c.k, right: k_right, end: k_end, diagonal: &mut self.diagonal_k };
         match rule {
@@ -238,10 +240,12 @@ impl<S> Work<S> {
         }
 
         // Through the queries' reading of the state.
-        gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(do_, 0, 0), (&*state_t, 0, 0), (&mut s.unscaled, 0, 0));
+        let by_state = Rhs::from((&*state_t, 0, 0)).asking(&c.ahead);
+        gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(do_, 0, 0), by_state, (&mut s.unscaled, 0, 0));
         decay.scale_from_start(sums, Reads::Decayed, Mode::Add, &s.unscaled, &mut self.q_left);
         decay.decay_state(sums, dstate);
-        gemm(Mode::Add, [k_dim, v_dim, rows], Lhs::transposed(&c.q_in, 0, 0), (&*do_, 0, 0), (&mut *dstate, 0, 0));
+        let by_do = Rhs::from((&*do_, 0, 0)).asking(&c.ahead);
+        gemm(Mode::Add, [k_dim, v_dim, rows], Lhs::transposed(&c.q_in, 0, 0), by_do, (&mut *dstate, 0, 0));
 
         match rule {
             Rule::Additive => {}
@@ -340,6 +344,7 @@ struct Written<'a, D> {
     q: &'a Tile,
     q_left: &'a mut Tile,
     s: &'a mut Scratch,
+    ahead: &'a Ahead,
 }
 
 impl<D: Decay> Written<'_, D> {
@@ -355,11 +360,13 @@ impl<D: Decay> Written<'_, D> {
         let Scratch { unscaled, key_out, value_t, dp, .. } = &mut *self.s;
         let (k_dim, v_dim) = (self.dstate.rows(), self.dstate.cols());
         self.decay.scale_to_end(sums, Mode::Set, by.key, key_out);
-        gemm(Mode::Set, [rows, v_dim, k_dim], Lhs::of(key_out, 0, 0), (self.dstate, 0, 0), (&mut *dvalue, 0, 0));
+        let by_dstate = Rhs::from((self.dstate, 0, 0)).asking(self.ahead);
+        gemm(Mode::Set, [rows, v_dim, k_dim], Lhs::of(key_out, 0, 0), by_dstate, (&mut *dvalue, 0, 0));
         self.decay.scores(sums, (self.q, Reads::Decayed), by.key, true, p);
         lower::apply_transposed(Mode::Add, rows, p, self.do_, dvalue);
 
-        gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(value, 0, 0), (self.dstate_t, 0, 0), (&mut *unscaled, 0, 0));
+        let by_dstate = Rhs::from((self.dstate_t, 0, 0)).asking(self.ahead);
+        gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(value, 0, 0), by_dstate, (&mut *unscaled, 0, 0));
         self.decay.scale_to_end(sums, Mode::Set, unscaled, by.end);
         self.decay.gradient_of_end(sums, by.key, by.end);
 

@@ -1,8 +1,9 @@
 //! One chunk of one head in scratch tiles: loading, and the values that the chunk writes.
 
-use super::super::gemm::{Lhs, Mode, gemm};
+use super::super::ahead::Ahead;
+use super::super::gemm::{Lhs, Mode, Rhs, gemm};
 use super::super::simd::vectorize;
-use super::super::tile::{LINE, Rows, Tile, prefetch};
+use super::super::tile::{LINE, Rows, Tile};
 use super::decay::{Decay, Reads};
 use super::{chunks_before, lower};
 use crate::element::Element;
@@ -121,6 +122,8 @@ pub(crate) struct Chunk {
     /// `P_q,k`, and `P_q,b`.
     pub p_k: Tile,
     pub p_b: Tile,
+    /// The next chunk's inputs, for the products with the state.
+    pub ahead: Ahead,
 }
 
 /// Which of the two solved writes, or none.
@@ -168,6 +171,7 @@ impl Chunk {
             p_feed: square(low),
             p_k: square(true),
             p_b: square(low),
+            ahead: Ahead::default(),
         }
     }
 
@@ -205,16 +209,21 @@ impl Chunk {
         decay.load(sums, at.token, at.rows, at.value_head);
     }
 
-    /// Asks for the inputs of a chunk that will be loaded next.
-    pub fn prefetch<E: Element>(layout: Layout, x: &MatrixInputs<E>, next: Place) {
-        let p = layout.p;
-        prefetch(x.q, layout.key(next), next.rows, p.key_dim);
-        prefetch(x.k, layout.key(next), next.rows, p.key_dim);
-        prefetch(x.v, layout.value(next), next.rows, layout.width());
+    /// The inputs of a chunk that will be loaded next are asked for.
+    pub fn ask_for<E: Element>(&mut self, layout: Layout, x: &MatrixInputs<E>, next: Place) {
+        let (p, ahead) = (layout.p, &mut self.ahead);
+        let mut ask_for_keys = |x| ahead.rows(x, layout.key(next), next.rows, p.key_dim);
+        ask_for_keys(x.q);
+        ask_for_keys(x.k);
+        if let Write::LowRank { a, b } = x.write {
+            ask_for_keys(a);
+            ask_for_keys(b);
+        }
+        ahead.rows(x.v, layout.value(next), next.rows, layout.width());
         if let Gate::Key(g) = x.gate {
             let stride = p.value_heads * p.key_dim;
-            let rows = Rows { offset: next.token * stride + next.value_head * p.key_dim, stride };
-            prefetch(g, rows, next.rows, p.key_dim);
+            let at = Rows { offset: next.token * stride + next.value_head * p.key_dim, stride };
+            ahead.rows(g, at, next.rows, p.key_dim);
         }
     }
 
@@ -230,7 +239,7 @@ impl Chunk {
                     Mode::Sub,
                     [rows, v_dim, k_dim],
                     Lhs::of(&self.read_in, 0, 0),
-                    (state, 0, 0),
+                    Rhs::from((state, 0, 0)).asking(&self.ahead),
                     (&mut self.residual, 0, 0),
                 );
                 super::rows::scale_rows(&self.beta[..rows], Mode::Set, &self.residual, &mut self.u);
@@ -240,7 +249,8 @@ impl Chunk {
             }
             Rule::LowRank => {
                 decay.scale_from_start(sums, Reads::Before, Mode::Set, &self.a, &mut self.read_in);
-                gemm(Mode::Set, [rows, v_dim, k_dim], Lhs::of(&self.read_in, 0, 0), (state, 0, 0), (&mut self.u, 0, 0));
+                let (a, s) = (Lhs::of(&self.read_in, 0, 0), Rhs::from((state, 0, 0)).asking(&self.ahead));
+                gemm(Mode::Set, [rows, v_dim, k_dim], a, s, (&mut self.u, 0, 0));
                 decay.scores(sums, (&self.a, Reads::Before), &self.k, false, &mut self.p_feed);
                 lower::apply(Mode::Add, rows, &self.p_feed, &self.v, &mut self.u);
                 decay.scores(sums, (&self.a, Reads::Before), &self.b, false, &mut self.p_solve);
@@ -254,10 +264,11 @@ impl Chunk {
     pub fn update_state<D: Decay>(&mut self, rule: Rule, decay: &D, sums: &D::Sums, rows: usize, state: &mut Tile) {
         let (k_dim, v_dim) = (state.rows(), state.cols());
         decay.decay_state(sums, state);
-        let Self { k, b, v, u, key_out, .. } = self;
+        let Self { k, b, v, u, key_out, ahead, .. } = self;
         let mut add = |key: &Tile, value: &Tile| {
             decay.scale_to_end(sums, Mode::Set, key, key_out);
-            gemm(Mode::Add, [k_dim, v_dim, rows], Lhs::transposed(key_out, 0, 0), (value, 0, 0), (&mut *state, 0, 0));
+            let value = Rhs::from((value, 0, 0)).asking(ahead);
+            gemm(Mode::Add, [k_dim, v_dim, rows], Lhs::transposed(key_out, 0, 0), value, (&mut *state, 0, 0));
         };
         match rule {
             Rule::Additive => add(k, v),

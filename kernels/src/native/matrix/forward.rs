@@ -1,6 +1,6 @@
 //! The forward pass.
 
-use super::super::gemm::{Lhs, Mode, gemm};
+use super::super::gemm::{Lhs, Mode, Rhs, gemm};
 use super::super::rows::{Output, fence};
 use super::super::tile::{Shared, Tile};
 use super::chunk::{Chunk, Layout, Rule};
@@ -55,8 +55,9 @@ pub(crate) fn forward<E: Element, D: Decay>(
                     w.state.put(&chunk_states, layout.chunk_state(at), p.key_dim);
                 }
                 w.chunk.load(layout, x, decay, &mut w.sums, at);
+                w.chunk.ahead.clear();
                 if let Some(&next) = walk.get(i + 1) {
-                    Chunk::prefetch(layout, x, next);
+                    w.chunk.ask_for(layout, x, next);
                 }
                 w.chunk.solve(rule, decay, &mut w.sums, at.rows, &w.state);
                 output(&mut w.chunk, rule, decay, &mut w.sums, at.rows, &w.state, &mut w.o);
@@ -75,7 +76,8 @@ pub(crate) fn forward<E: Element, D: Decay>(
 /// `o = (q e^c) S + sum over writes of tril(P_q,key) value`.
 fn output<D: Decay>(c: &mut Chunk, rule: Rule, decay: &D, sums: &mut D::Sums, rows: usize, state: &Tile, o: &mut Tile) {
     decay.scale_from_start(sums, Reads::Decayed, Mode::Set, &c.q, &mut c.q_in);
-    gemm(Mode::Set, [rows, state.cols(), state.rows()], Lhs::of(&c.q_in, 0, 0), (state, 0, 0), (&mut *o, 0, 0));
+    let s = Rhs::from((state, 0, 0)).asking(&c.ahead);
+    gemm(Mode::Set, [rows, state.cols(), state.rows()], Lhs::of(&c.q_in, 0, 0), s, (&mut *o, 0, 0));
     decay.scores(sums, (&c.q, Reads::Decayed), &c.k, true, &mut c.p_k);
     lower::apply(Mode::Add, rows, &c.p_k, if rule == Rule::Delta { &c.u } else { &c.v }, o);
     if rule == Rule::LowRank {
