@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """thalweg beside other libraries: the same computations at the same shapes, by turns, in one session.
 
-usage: side_by_side.py [--only SUBSTRING] [--threads 2,1] [--rounds 5] [--json FILE] [--markdown FILE]
+usage: side_by_side.py [--only SUBSTRING] [--threads 2,1] [--rounds 5] [--avx2] [--json FILE] [--markdown FILE]
 
 Build first: `cargo build --release`. Ours runs in a child process (`thalweg bench serve`), which compares its results with
 the f64 oracle before it times anything; theirs runs here. A round times one after the other; figures are medians over
@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# What keeps each side from AVX-512.
+AVX2 = {"THALWEG_SIMD": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 F, FB, STEP = "forward", "forward+backward", "step"
 
@@ -172,7 +175,7 @@ def table(report):
     """The markdown table, and what it was measured with."""
     machine = report["machine"]
     lines = [
-        f"{machine['cpu']}, {machine['processors']} processors; torch {machine['torch']}, transformers "
+        f"{machine['cpu']}, {machine['processors']} processors{machine['instructions']}; torch {machine['torch']}, transformers "
         f"{machine['transformers']}; commit {machine['commit']}; load before the start {machine['load']:.1f}. Medians of "
         "samples taken by turns, with the interquartile range; *kernel* is called on slices, *Burn* on tensors.",
         "",
@@ -224,6 +227,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.2, help="of each side in each round")
     parser.add_argument("--binary", default=str(ROOT / "target" / "release" / "thalweg"))
+    parser.add_argument("--avx2", action="store_true", help="neither side uses AVX-512")
     parser.add_argument("--json", help="writes all figures to this file")
     parser.add_argument("--markdown", help="writes the table to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -239,6 +243,7 @@ def main():
         print(f"the load is {load:.1f}: the figures will not be those of a quiet machine", file=sys.stderr)
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     machine = {"cpu": processor(), "processors": os.cpu_count(), "load": load, "commit": git.stdout.strip(),
+               "instructions": ", AVX2 instructions alone on both sides" if options.avx2 else "",
                "python": platform.python_version()}
     report = {"machine": machine, "rows": []}
     import tempfile
@@ -247,6 +252,7 @@ def main():
             answer = Path(folder) / "rows.json"
             command = [sys.executable, __file__, *sys.argv[1:], "--threads", threads, "--child", str(answer)]
             environment = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONPATH=str(Path(__file__).parent))
+            environment |= AVX2 if options.avx2 else {}
             subprocess.run(command, check=True, env=environment)
             part = json.loads(answer.read_text())
         report["rows"] += part.pop("rows")

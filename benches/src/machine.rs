@@ -18,8 +18,11 @@ pub struct Machine {
     pub target: String,
     /// Processors that this process may use.
     pub processors: usize,
-    /// Vector features that the kernels can choose from.
+    /// Vector features of the processor.
     pub features: Vec<String>,
+    /// The vector unit that the kernels use; empty in older reports.
+    #[serde(default)]
+    pub vector_unit: String,
     /// Version of thalweg.
     pub version: String,
     /// Commit of the checkout that it was built from, with a `+` if it has changes; empty outside of one.
@@ -34,6 +37,7 @@ impl Machine {
             target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             features: features(),
+            vector_unit: thalweg_kernels::vector_unit().into(),
             version: env!("CARGO_PKG_VERSION").into(),
             commit: commit().unwrap_or_default(),
         }

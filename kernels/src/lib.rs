@@ -25,4 +25,5 @@ mod testing;
 pub use channels::ScanProblem;
 pub use element::Element;
 pub use error::Error;
+pub use native::simd::vector_unit;
 pub use sequences::Sequences;

@@ -153,10 +153,11 @@ fn writable(args: &Args) -> Result<(), Error> {
 fn describe(machine: &Machine, earlier: Option<&Report>) {
     let or = |text: &str, other: &str| if text.is_empty() { other.to_string() } else { text.to_string() };
     let line = |machine: &Machine| -> String {
-        let Machine { cpu, target, processors, features, version, commit } = machine;
+        let Machine { cpu, target, processors, features, vector_unit, version, commit } = machine;
         let features = or(&features.join(" "), "no vector features");
         let commit = or(commit, "unknown commit");
-        format!("thalweg {version} ({commit}); {cpu}, {processors} processors, {target}, {features}")
+        let used = if vector_unit.is_empty() { String::new() } else { format!(", kernels use {vector_unit}") };
+        format!("thalweg {version} ({commit}); {cpu}, {processors} processors, {target}, {features}{used}")
     };
     println!("{}", line(machine));
     if let Some(earlier) = earlier {

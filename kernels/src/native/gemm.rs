@@ -7,8 +7,9 @@
 //! ([`Rhs::asking`]).
 
 use super::ahead::{Ahead, Strip};
+use super::simd::arch;
 use super::tile::{LINE, Tile};
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -51,7 +52,7 @@ fn many_registers() -> bool {
             S::REGISTER_COUNT >= 32
         }
     }
-    Arch::new().dispatch(Count)
+    arch().dispatch(Count)
 }
 
 /// What a product does with the previous content of its output.
@@ -223,7 +224,7 @@ pub(crate) fn gemm<'b, 'c>(mode: Mode, [m, n, k]: [usize; 3], a: Lhs, b: impl In
     assert!(k == 0 || a.data.len() >= a.extent(m, k));
     let ahead = b.ahead;
     let (b, ldb, c, ldc) = (b.data.as_ptr(), b.stride, c.data.as_mut_ptr().cast(), c.stride);
-    Arch::new().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc, ahead });
+    arch().dispatch(Product { mode, m, n, k, a, b, ldb, c, ldc, ahead });
 }
 
 struct Product<'a> {

@@ -7,10 +7,10 @@
 use super::ahead::Ahead;
 use super::gemm::{Lhs, Mode, Out, PANEL, Rhs, gemm};
 use super::rows::{Output, zeroed};
-use super::simd::{round, transpose, vectorize, widen};
+use super::simd::{arch, round, transpose, vectorize, widen};
 use super::tile::{LINE, Tile};
 use crate::Element;
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -163,7 +163,7 @@ fn by_lines<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Op
         let (block, first) = (t / runs, t % runs * run);
         let x = std::array::from_fn(|i| if i < m { x(block, i) } else { &[] });
         let places = first..stream.min(first + run);
-        Arch::new().dispatch(Lines { b, x, block, lines, length, stream, run, places, buffer, y, width });
+        arch().dispatch(Lines { b, x, block, lines, length, stream, run, places, buffer, y, width });
     };
     let tasks = parts.chunks_exact_mut(m * width).enumerate();
     if serial(size) {

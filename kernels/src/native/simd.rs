@@ -5,8 +5,36 @@
 
 use crate::Element;
 use pulp::{Arch, Simd, WithSimd};
+use std::sync::OnceLock;
 
-/// Runs `body` compiled for the best instruction set of this machine. The closure must be `#[inline(always)]`.
+/// The best vector unit of this machine, or the lesser one that the environment variable `THALWEG_SIMD` names: `avx2` or
+/// `scalar`. So one machine can test and time what others run.
+pub(crate) fn arch() -> Arch {
+    static ARCH: OnceLock<Arch> = OnceLock::new();
+    *ARCH.get_or_init(|| match std::env::var("THALWEG_SIMD").as_deref() {
+        Ok("scalar") => Arch::Scalar,
+        #[cfg(target_arch = "x86_64")]
+        Ok("avx2") => pulp::x86::V3::try_new().map_or(Arch::Scalar, Arch::V3),
+        _ => Arch::new(),
+    })
+}
+
+/// The vector unit that the kernels use: `avx512`, `avx2`, `neon`, `scalar`, or `other`. The environment variable
+/// `THALWEG_SIMD` may name a lesser one than the machine has (`avx2` or `scalar`; anything else is ignored).
+pub fn vector_unit() -> &'static str {
+    match arch() {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(_) => "avx512",
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(_) => "avx2",
+        #[cfg(target_arch = "aarch64")]
+        Arch::Neon(_) => "neon",
+        Arch::Scalar => "scalar",
+        _ => "other",
+    }
+}
+
+/// Runs `body` compiled for [`arch`]. The closure must be `#[inline(always)]`.
 #[inline(always)]
 pub(crate) fn vectorize<R>(body: impl FnOnce() -> R) -> R {
     struct Body<F>(F);
@@ -17,7 +45,7 @@ pub(crate) fn vectorize<R>(body: impl FnOnce() -> R) -> R {
             (self.0)()
         }
     }
-    Arch::new().dispatch(Body(body))
+    arch().dispatch(Body(body))
 }
 
 /// [`Element::to_f32_slice`] in vector code, for callers that are not inside of [`vectorize`].
