@@ -11,6 +11,10 @@ train *args:
 test:
     cargo test --release --workspace
 
+# Run the CPU kernels' tests with a lesser vector unit than the machine's: `avx2` or `scalar`
+test-simd unit="avx2":
+    THALWEG_SIMD={{unit}} cargo test --release --workspace --lib --test native_matrix
+
 # Run the tests that need a GPU, or Mesa's software driver in place of one
 test-gpu:
     THALWEG_REQUIRE_GPU=1 LP_NATIVE_VECTOR_WIDTH=128 cargo test --release --workspace --features wgpu --test gpu_kernels --test gpu --test oracle --test elementwise --test matrix
