@@ -126,17 +126,17 @@ fn serial([blocks, m, n, k]: [usize; 4]) -> bool {
     blocks * m.max(8) * n * k < SERIAL || rayon::current_num_threads() == 1
 }
 
-/// What the tasks `0..count` of a product leave, in their order; each thread has scratch of its own.
-fn run_tasks<S: Default, R: Send>(
+/// What the tasks of a product leave, in their order; each thread has scratch of its own.
+fn run_tasks<S: Default, T: Send, R: Send>(
     size: [usize; 4],
-    count: usize,
-    task: impl Fn(&mut S, usize) -> R + Sync + Send,
+    tasks: impl Iterator<Item = T>,
+    run: impl Fn(&mut S, T) -> R + Sync + Send,
 ) -> Vec<R> {
     if serial(size) {
         let mut scratch = S::default();
-        return (0..count).map(|t| task(&mut scratch, t)).collect();
+        return tasks.map(|task| run(&mut scratch, task)).collect();
     }
-    (0..count).into_par_iter().map_init(S::default, task).collect()
+    tasks.collect::<Vec<_>>().into_par_iter().map_init(S::default, run).collect()
 }
 
 /// A row or a few, as when tokens are decoded: bound by reading `B`, whose lines in memory are several streams. Each task
@@ -165,13 +165,7 @@ fn by_lines<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Op
         let places = first..stream.min(first + run);
         arch().dispatch(Lines { b, x, block, lines, length, stream, run, places, buffer, y, width });
     };
-    let tasks = parts.chunks_exact_mut(m * width).enumerate();
-    if serial(size) {
-        let mut buffer = Tile::default();
-        tasks.for_each(|part| task(&mut buffer, part));
-    } else {
-        tasks.collect::<Vec<_>>().into_par_iter().for_each_init(Tile::default, task);
-    }
+    run_tasks(size, parts.chunks_exact_mut(m * width).enumerate(), task);
     let mut c = vec![0.0; m * blocks * n];
     for (row, sums) in c.chunks_exact_mut(n).enumerate() {
         let (i, block) = (row / blocks, row % blocks);
@@ -182,10 +176,10 @@ fn by_lines<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Op
         for (r, part) in parts.enumerate() {
             let part = &part[i * width..(i + 1) * width];
             // Of columns a run has a few from each stream, of rows a multiple of all.
-            let (to, from) = if b.transposed { (stream, run) } else { (n, n) };
+            let (to, from, first) = if b.transposed { (stream, run, r * run) } else { (n, n, 0) };
             for (sums, part) in sums.chunks_mut(to).zip(part.chunks_exact(from)) {
-                let at = if b.transposed { sums.len().min(r * run) } else { 0 };
-                let sums = &mut sums[at..];
+                let first = sums.len().min(first);
+                let sums = &mut sums[first..];
                 let len = sums.len().min(part.len());
                 vectorize(
                     #[inline(always)]
@@ -320,7 +314,7 @@ fn by_columns<E: Element>([blocks, m, n, k]: [usize; 4], a: Operand<E>, b: Opera
         }
         c
     };
-    let tasks = run_tasks([blocks, m, n, k], blocks * panels, task);
+    let tasks = run_tasks([blocks, m, n, k], 0..blocks * panels, task);
     let mut c = vec![E::default(); m * blocks * n];
     for (i, row) in c.chunks_exact_mut(n).enumerate() {
         let (i, block) = (i / blocks, i % blocks);

@@ -87,12 +87,7 @@ impl<B: Kernels, C: CheckpointStrategy> Recurrence for Autodiff<B, C> {
         let [Some(first), ..] = &operands else { unreachable!("the first slot is never empty") };
         // An absent operand is represented by the first; it gets no gradient twice (see `present`).
         let guards = operands.each_ref().map(|x| x.as_ref().unwrap_or(first).node());
-        let fallback = first.primitive().clone();
-        let failed = |error| Results {
-            o: Self::from_inner(fallback.clone()),
-            final_state: Self::from_inner(fallback.clone()),
-            status: Err(error),
-        };
+        let device = first.device();
 
         match StateNode.prepare::<C>(guards).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
@@ -100,7 +95,7 @@ impl<B: Kernels, C: CheckpointStrategy> Recurrence for Autodiff<B, C> {
                 let primitives = operands.map(|x| x.map(|x| x.into_primitive()));
                 let Forward { o, final_state, saved } = match B::forward(&operation, primitives, true) {
                     Ok(forward) => forward,
-                    Err(error) => return failed(error),
+                    Err(error) => return Results::failed(&device, error),
                 };
                 let d_o = Handover::<B>::default();
                 let output = OutputNodeState { d_o: d_o.clone(), final_state: final_state.clone() };
@@ -118,7 +113,7 @@ impl<B: Kernels, C: CheckpointStrategy> Recurrence for Autodiff<B, C> {
                     Ok(Forward { o, final_state, .. }) => {
                         Results { o: Self::from_inner(o), final_state: prep.finish(final_state), status: Ok(()) }
                     }
-                    Err(error) => failed(error),
+                    Err(error) => Results::failed(&device, error),
                 }
             }
         }

@@ -52,6 +52,13 @@ pub(crate) struct Results<B: Backend> {
     pub status: Result<(), Error>,
 }
 
+impl<B: Backend> Results<B> {
+    pub(crate) fn failed(device: &B::Device, error: Error) -> Self {
+        let any = || B::float_zeros([1].into(), device, FloatDType::F32);
+        Self { o: any(), final_state: any(), status: Err(error) }
+    }
+}
+
 /// The one custom operation: every recurrence, by its [`Operation`].
 #[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff)]
 pub(crate) trait Recurrence: Backend {
@@ -90,9 +97,6 @@ pub(crate) fn plain<B: Kernels>(operation: Operation, slots: Slots<B>) -> Result
     let device = slots.x0.device();
     match B::forward(&operation, slots.into_array(), false) {
         Ok(Forward { o, final_state, .. }) => Results { o, final_state, status: Ok(()) },
-        Err(error) => {
-            let any = || B::float_zeros([1].into(), &device, FloatDType::F32);
-            Results { o: any(), final_state: any(), status: Err(error) }
-        }
+        Err(error) => Results::failed(&device, error),
     }
 }

@@ -131,9 +131,11 @@ impl<E: Element> Task<'_, E> {
         let do_rows = Lhs::of(&do_, 0, 0).packed(rows, p.value_dim, &mut do_buffer);
         let mut ahead = Ahead::default();
         let index = |tile| (sequence.first_tile + tile) * p.kv_heads + self.kv_head;
-        for (tile, part) in Part::all(sequence, p.window, block) {
+        let mut parts = Part::all(sequence, p.window, block).peekable();
+        while let Some((tile, part)) = parts.next() {
             ahead.clear();
-            if let (Some(keys), Some((dk, dv))) = (self.tiles.get(index(tile + 1)), self.sums.get(tile + 1)) {
+            if let Some(&(next, _)) = parts.peek() {
+                let (keys, (dk, dv)) = (&self.tiles[index(next)], &self.sums[next]);
                 for tile in [&keys.k_transposed, &keys.v_transposed, dv, dk, &keys.k] {
                     ahead.slice(tile.data());
                 }

@@ -46,13 +46,15 @@ pub(crate) fn forward<E: Element>(
         let q = Lhs::of(&q, 0, 0).packed(rows, p.key_dim, &mut buffer);
         let (mut state, mut ahead) = (Rows::new(rows, p.value_dim), Ahead::default());
         let index = |tile| (sequence.first_tile + tile) * p.kv_heads + head / (p.heads / p.kv_heads);
-        for (number, part) in Part::all(sequence, p.window, block) {
+        let mut parts = Part::all(sequence, p.window, block).peekable();
+        while let Some((tile, part)) = parts.next() {
             ahead.clear();
-            if let Some((keys, values)) = tiles.get(index(number + 1)) {
+            if let Some(&(next, _)) = parts.peek() {
+                let (keys, values) = &tiles[index(next)];
                 ahead.slice(keys.data());
                 ahead.slice(values.data());
             }
-            state.add(&part, q, &tiles[index(number)], &ahead);
+            state.add(&part, q, &tiles[index(tile)], &ahead);
         }
         state.normalise(rows);
         state.o.store(&o_rows, at(token, head, p.heads, p.value_dim), rows);
