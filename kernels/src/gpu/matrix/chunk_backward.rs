@@ -200,9 +200,9 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         }
         roles.q_left.settle();
         gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dq, b);
-        store::<O, f32, N>(&scratch, &mut out.dq, to, place.rows, k0, sizes.key_dim);
+        store::<O, f32, N>(&scratch, &mut out.dq, to, place.rows, k0, sizes.key_dim, b.units);
         gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dk, b);
-        store::<O, f32, N>(&scratch, &mut out.dk, to, place.rows, k0, sizes.key_dim);
+        store::<O, f32, N>(&scratch, &mut out.dk, to, place.rows, k0, sizes.key_dim, b.units);
         if comptime!(b.delta) {
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dbeta, b);
             tokens.d_beta[unit()] += sum_row(&scratch, b);

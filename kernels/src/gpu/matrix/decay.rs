@@ -32,14 +32,15 @@ pub(crate) enum Role {
 /// The decay of one chunk and head.
 #[derive(CubeType)]
 pub(crate) struct Decay {
-    /// Scalar gates: by token the gate, its sum over the later tokens of the sub-block, and the weights of `FromStart`
-    /// and `ToEnd`.
-    g: Shared<[f32]>,
-    later: Shared<[f32]>,
+    /// Scalar gates: by token the gate, its sums over the sub-block through the token and over the later ones, and the
+    /// weights of `FromStart` and `ToEnd`.
+    pub(super) g: Shared<[f32]>,
+    pub(super) so_far: Shared<[f32]>,
+    pub(super) later: Shared<[f32]>,
     from_start: Shared<[f32]>,
     to_end: Shared<[f32]>,
     /// Sums over the sub-blocks, `[segments]`; with key-wise gates their exponentials, `[segments, block]`.
-    totals: Shared<[f32]>,
+    pub(super) totals: Shared<[f32]>,
     /// Key-wise gates: the decay from the start of a token's sub-block through it, and after it to the end of that,
     /// `[chunk, block]`. All weights are products of these and the totals.
     within: Tile<f32>,
@@ -51,6 +52,10 @@ pub(crate) struct Decay {
 /// Sums of gates over a sub-block down to which an operand may hold what undoes them.
 const MILD: f32 = -30.0;
 
+/// Scalar gates below are taken for this one: what has met it is 0 in f32 either way, and sums stay small enough for the
+/// difference of two of them ([`super::lower`]).
+const FLOOR: f32 = -104.0;
+
 #[cube]
 impl Decay {
     pub fn new(#[comptime] b: Blueprint) -> Decay {
@@ -61,6 +66,7 @@ impl Decay {
         });
         Decay {
             g: Shared::new_slice(tokens),
+            so_far: Shared::new_slice(tokens),
             later: Shared::new_slice(tokens),
             from_start: Shared::new_slice(tokens),
             to_end: Shared::new_slice(tokens),
@@ -80,7 +86,7 @@ impl Decay {
     pub fn begin(&mut self, gate: f32, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Head) {
             if unit() < b.chunk {
-                self.g[unit()] = gate;
+                self.g[unit()] = select(gate < FLOOR, FLOOR, gate);
             }
             sync_cube();
             // Within sub-blocks, then over them: every unit reads 16 gates and a few sums, side by side.
@@ -92,7 +98,7 @@ impl Decay {
                     before += select(first + j <= i, gate, f32::new(0.0));
                     after += select(first + j > i, gate, f32::new(0.0));
                 }
-                self.from_start[i] = before;
+                self.so_far[i] = before;
                 self.later[i] = after;
                 if i + 1 == first + BLOCK {
                     self.totals[i / BLOCK] = before;
@@ -101,7 +107,7 @@ impl Decay {
             sync_cube();
             for i in range_stepped(unit(), b.chunk, units()) {
                 let segment = i / BLOCK;
-                let (mut before, mut after) = (self.from_start[i], self.later[i]);
+                let (mut before, mut after) = (self.so_far[i], self.later[i]);
                 for s in 0..comptime!(b.segments()) {
                     before += select(s < segment, self.totals[s], f32::new(0.0));
                     after += select(s > segment, self.totals[s], f32::new(0.0));
@@ -281,37 +287,6 @@ impl Decay {
             }
         }
         weight
-    }
-
-    /// `p_ij *= e^{c_i - c_j}` for `i >= j`, and zero above the diagonal; with the delta rule the same of `r`, which is zero
-    /// from the diagonal on. Scalar gates, or none.
-    pub fn multiply_lower(&self, p: &mut Tile<f32>, r: &mut Tile<f32>, #[comptime] b: Blueprint) {
-        for item in range_stepped(unit(), comptime!(b.segments() * b.chunk), units()) {
-            let (segment, j) = (item / b.chunk, item % b.chunk);
-            let first = segment * BLOCK;
-            let mut sum = f32::new(0.0);
-            if comptime!(b.gate == GateKind::Head) {
-                if j < first {
-                    sum = self.later[j];
-                }
-                for s in 1..comptime!(b.segments()) {
-                    sum += select(s > j / BLOCK && s < segment, self.totals[s], f32::new(0.0));
-                }
-            }
-            for i in first..first + BLOCK {
-                let mut weight = f32::new(1.0);
-                if comptime!(b.gate == GateKind::Head) {
-                    if i > j {
-                        sum += self.g[i];
-                    }
-                    weight = sum.exp();
-                }
-                p.set(i, j, select(i >= j, p.get(i, j) * weight, f32::new(0.0)));
-                if comptime!(b.delta) {
-                    r.set(i, j, select(i > j, r.get(i, j) * weight, f32::new(0.0)));
-                }
-            }
-        }
     }
 }
 

@@ -7,7 +7,7 @@ use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use super::super::buffer::{Buffer, Storage};
 use super::super::device::{address_type, grid};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::blueprint::{Blueprint, GateKind, WalkBlueprint, operands};
+use super::blueprint::{Blueprint, GateKind, ReadBlueprint, WalkBlueprint, operands};
 use super::output::Direction;
 use super::place::{SizesLaunch, table};
 use super::step::{COLUMNS, StepBlueprint, StepSizesLaunch, step_kernel};
@@ -65,6 +65,7 @@ pub(crate) struct Launch<'a> {
     b: Blueprint,
     gradients: Blueprint,
     w: WalkBlueprint,
+    r: ReadBlueprint,
     chunks: usize,
     sequences: usize,
     table: Buffer,
@@ -108,7 +109,7 @@ impl<'a> Launch<'a> {
         };
         let (table, chunks) = table(&sequences, b.chunk);
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
-        let w = b.walk(client, p, sequences);
+        let (w, r) = (b.walk(client, p, sequences), b.read(p));
         let nothing = Buffer::from_slice(client, &[0.0f32; ABSENT]);
         let chunk_heads = chunks * p.value_heads;
         let lengths = [
@@ -120,7 +121,7 @@ impl<'a> Launch<'a> {
         let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operands(b.engine, storage).1];
         let vector = b.vector(p);
-        Ok(Self { client, p, x, b, gradients, w, chunks, sequences, table, nothing, address, vector, types })
+        Ok(Self { client, p, x, b, gradients, w, r, chunks, sequences, table, nothing, address, vector, types })
     }
 
     fn sizes(&self, b: &Blueprint) -> SizesLaunch {
@@ -137,10 +138,6 @@ impl<'a> Launch<'a> {
             self.p.value_dim.div_ceil(b.block),
             self.p.scale,
         )
-    }
-
-    fn value_blocks(&self) -> usize {
-        self.p.value_dim.div_ceil(self.b.block)
     }
 
     fn operand(&self) -> Storage {
@@ -176,6 +173,11 @@ impl<'a> Launch<'a> {
     }
 
     pub fn scores(&self) -> Result<Scores, Error> {
+        let [q, k, none] = [self.x.q, self.x.k, &self.nothing].map(Clone::clone);
+        if self.r.scores {
+            let (k_start, a, t, ends) = (k.clone(), none.clone(), none.clone(), none);
+            return Ok(Scores { a, t, q_start: q, k_start, k_end: k, ends });
+        }
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
         let a = Buffer::output(self.client, self.operand(), squares);
         let t = self.output_if(self.b.delta, self.operand(), squares);
@@ -238,17 +240,17 @@ impl<'a> Launch<'a> {
     }
 
     pub fn output(&self, scores: &Scores, walk: &Walk) -> Result<Buffer, Error> {
-        self.read_out(&scores.q_start, &walk.x, &scores.a, &walk.states, Direction::Forward)
+        self.read_out([&scores.q_start, self.x.k], &walk.x, &scores.a, &walk.states, Direction::Forward)
     }
 
     /// `dv` of the additive write.
     pub fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Result<Buffer, Error> {
-        self.read_out(&scores.k_end, d_o, &scores.a, &back.dstates, Direction::Backward)
+        self.read_out([&scores.k_end, self.x.q], d_o, &scores.a, &back.dstates, Direction::Backward)
     }
 
     fn read_out(
         &self,
-        keys: &Buffer,
+        [reading, other]: [&Buffer; 2],
         x: &Buffer,
         a: &Buffer,
         states: &Buffer,
@@ -259,8 +261,9 @@ impl<'a> Launch<'a> {
             self,
             self.b,
             output::output_kernel,
-            self.cubes(self.chunk_heads() * self.value_blocks())?,
-            keys.arg(),
+            self.cubes(self.chunk_heads() * self.p.value_dim.div_ceil(self.r.value_block))?,
+            reading.arg(),
+            other.arg(),
             x.arg(),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
@@ -270,7 +273,7 @@ impl<'a> Launch<'a> {
             o.arg(),
             self.sizes(&self.b),
             direction,
-            self.b,
+            self.r,
             self.types,
         );
         Ok(o)

@@ -16,6 +16,7 @@ mod blueprint;
 mod chunk_backward;
 mod decay;
 mod launch;
+mod lower;
 mod output;
 mod pair_gradients;
 mod panel_state;

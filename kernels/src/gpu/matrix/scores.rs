@@ -11,11 +11,12 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, fill, product_at, this_cube, unit, units};
+use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, product_at, this_cube, unit, units, zero};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, put_weighted};
+use super::lower::{multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
-use super::transfer::{Flight, store_scores};
+use super::transfer::{Flight, store_scores, store_square};
 
 /// With gates per key feature, queries and keys that have met the decay, for the launches that need no more of it.
 #[derive(CubeType, CubeLaunch)]
@@ -52,10 +53,11 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     // Summed in registers where gates are scalars, then tiles.
     let mut query_sums = Sums::new(comptime!(b.spread(c, c)));
     let mut key_sums = Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, c)));
-    let (mut a, mut m) = (query_sums.whole(), key_sums.whole());
+    let tiles = comptime!(b.delta || !b.weighs_scores());
+    let (mut a, mut m) = (query_sums.whole(tiles), key_sums.whole(tiles));
     if comptime!(b.gate == GateKind::Key) {
-        fill::<f32>(&mut a, 0.0);
-        fill::<f32>(&mut m, 0.0);
+        zero(&mut a, b.units);
+        zero(&mut m, b.units);
     } else {
         query_sums.clear();
         key_sums.clear();
@@ -63,7 +65,9 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     decay.load(g, &place, sizes, b);
 
     let mut q_left = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
-    let mut k_left = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), b.block, comptime!(b.operand_padding()));
+    let weighted_keys = comptime!(b.delta && b.gate == GateKind::Key);
+    let mut k_left =
+        Tile::<E>::new(comptime!(if weighted_keys { c } else { 1 }), b.block, comptime!(b.operand_padding()));
     let mut right = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
@@ -72,11 +76,11 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         q_flight.ask_keys(q, &place, sizes, k0);
         k_flight.ask_keys(k, &place, sizes, k0);
         decay.load_block(g, &place, sizes, k0, b);
-        put_weighted::<I, E, N>(&q_flight, 1.0, &decay, &mut q_left, Role::Within, b);
-        if comptime!(b.delta) {
-            put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut k_left, Role::Within, b);
-        }
         if comptime!(b.gate == GateKind::Key) {
+            put_weighted::<I, E, N>(&q_flight, 1.0, &decay, &mut q_left, Role::Within, b);
+            if comptime!(b.delta) {
+                put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut k_left, Role::Within, b);
+            }
             // Pairs within sub-blocks are products too if gates are mild.
             let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
             #[unroll]
@@ -140,49 +144,81 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
             }
         } else {
+            // Both meet the decay in the sums.
+            q_flight.put_all::<E>(&mut q_left);
             k_flight.put_all::<E>(&mut right);
             sync_cube();
             let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
             query_sums.product::<E, E>(&q_left, &right, form);
             if comptime!(b.delta) {
-                key_sums.product::<E, E>(&k_left, &right, form);
+                key_sums.product::<E, E>(&right, &right, form);
             }
         }
         sync_cube();
     }
-    if comptime!(b.gate != GateKind::Key) {
-        query_sums.put::<f32>(&mut a);
-        if comptime!(b.delta) {
-            key_sums.put::<f32>(&mut m);
-        }
-        sync_cube();
-        decay.multiply_lower(&mut a, &mut m, b);
-        sync_cube();
-    } else if comptime!(b.inverts) {
-        // What is above the diagonal of sub-blocks.
-        decay.multiply_lower(&mut a, &mut m, b);
-        sync_cube();
-    }
-
     let place = Place::of(this_cube(), sizes, table, b);
     let out = place.scores(sizes, b);
-    store_scores::<E, N>(&a, a_out, out, sizes.scale, b);
-    if comptime!(b.delta) {
-        // `L = M Diag(beta)`, then its inverse in the place of `A`.
-        let (at, stride) = place.scalars(sizes);
-        for i in range_stepped(unit(), comptime!(c * c), units()) {
-            let (row, col) = (i / c, i % c);
-            let mut value = f32::new(0.0);
-            if col < place.rows {
-                value = m.get(row, col) * beta[at + col * stride];
-            }
-            m.set(row, col, value);
+    if comptime!(b.weighs_scores()) {
+        let mut stage = Tile::<E>::new(c, c, comptime!(b.operand_padding()));
+        weigh_lower(&mut query_sums, sizes.scale, &mut key_sums, 1.0, &decay, b);
+        query_sums.put::<E>(&mut stage);
+        if comptime!(b.delta) {
+            take_steps(&mut key_sums, beta, &place, sizes);
+            key_sums.put::<f32>(&mut m);
+            zero(&mut a, b.units);
         }
         sync_cube();
-        fill::<f32>(&mut a, 0.0);
-        sync_cube();
+        store_square::<E, N>(&stage, a_out, out, b);
+    } else {
+        if comptime!(b.gate != GateKind::Key) {
+            query_sums.put::<f32>(&mut a);
+            if comptime!(b.delta) {
+                key_sums.put::<f32>(&mut m);
+            }
+            sync_cube();
+        }
+        if comptime!(b.gate != GateKind::Key || b.inverts) {
+            // At least what is above the diagonal of sub-blocks.
+            multiply_lower(&mut a, &mut m, &decay, b);
+            sync_cube();
+        }
+        store_scores::<E, N>(&a, a_out, out, sizes.scale, b);
+        if comptime!(b.delta) {
+            // `L = M Diag(beta)`; its inverse goes to the place of `A`.
+            let (at, stride) = place.scalars(sizes);
+            for i in range_stepped(unit(), comptime!(c * c), units()) {
+                let (row, col) = (i / c, i % c);
+                let mut value = f32::new(0.0);
+                if col < place.rows {
+                    value = m.get(row, col) * beta[at + col * stride];
+                }
+                m.set(row, col, value);
+            }
+            sync_cube();
+            zero(&mut a, b.units);
+            sync_cube();
+        }
+    }
+    if comptime!(b.delta) {
         invert(&m, &mut a, b);
         store_scores::<E, N>(&a, t_out, out, 1.0, b);
+    }
+}
+
+/// `sums_ij *= beta_j`
+#[cube]
+fn take_steps(sums: &mut Sums, beta: &[f32], place: &Place, sizes: &Sizes) {
+    let (unit, (at, stride)) = (unit(), place.scalars(sizes));
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let at_sum = sums.place(unit, j);
+            let mut step = f32::new(0.0);
+            if at_sum.1 < place.rows {
+                step = beta[at + at_sum.1 * stride];
+            }
+            sums.set(at_sum, j, sums.get(at_sum, j) * step);
+        }
     }
 }
 

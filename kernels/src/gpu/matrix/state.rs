@@ -109,9 +109,9 @@ pub(crate) fn store_state<E: Float, N: Size>(
     let from = (at + part.k0 * sizes.value_dim, sizes.value_dim);
     let rows = sizes.key_dim - part.k0;
     if comptime!(w.narrow_rows() > 1) {
-        store::<E, E, N>(narrow, out, from, rows, part.v0, sizes.value_dim);
+        store::<E, E, N>(narrow, out, from, rows, part.v0, sizes.value_dim, w.chunk.units);
     } else {
-        store::<E, f32, N>(&state.memory, out, from, rows, part.v0, sizes.value_dim);
+        store::<E, f32, N>(&state.memory, out, from, rows, part.v0, sizes.value_dim, w.chunk.units);
     }
 }
 
@@ -166,9 +166,9 @@ pub(crate) fn store_sums<I: Float, E: Float, N: Size>(
     dim: usize,
 ) {
     if comptime!(sums.spread.in_memory()) {
-        store::<I, f32, N>(&sums.memory, out, at, rows, col0, dim);
+        store::<I, f32, N>(&sums.memory, out, at, rows, col0, dim, sums.spread.units);
     } else {
-        store::<I, E, N>(stage, out, at, rows, col0, dim);
+        store::<I, E, N>(stage, out, at, rows, col0, dim, sums.spread.units);
     }
 }
 

@@ -106,10 +106,16 @@ impl<E: Float> Tile<E> {
 
     /// `N` elements of a row.
     pub fn get_many<N: Size>(&self, row: usize, col: usize) -> Vector<f32, N> {
-        let mut values = Vector::<f32, N>::new(f32::new(0.0));
+        Vector::cast_from(self.as_they_are::<N>(row, col))
+    }
+
+    /// The same in the tile's type. Loads that follow each other become one; with a conversion between they do not.
+    pub fn as_they_are<N: Size>(&self, row: usize, col: usize) -> Vector<E, N> {
+        let at = self.at(row, col);
+        let mut values = Vector::<E, N>::new(E::new(0.0));
         #[unroll]
         for j in 0..N::value().comptime() {
-            values.insert(j, self.get(row, col + j));
+            values.insert(j, self.data[at + j]);
         }
         values
     }
@@ -162,11 +168,18 @@ pub(crate) fn units() -> usize {
     CUBE_DIM as usize
 }
 
-/// Sets all of a tile.
+/// Elements of a row that [`zero`] sets at a time.
+const ZEROS: usize = 4;
+
+/// Sets all of a tile to zero.
 #[cube]
-pub(crate) fn fill<E: Float>(tile: &mut Tile<E>, value: f32) {
-    let (rows, cols) = comptime!((tile.rows, tile.cols));
-    for i in range_stepped(unit(), rows * cols, units()) {
-        tile.set(i / cols, i % cols, value);
+pub(crate) fn zero(tile: &mut Tile<f32>, #[comptime] units: usize) {
+    let (rows, cols) = comptime!((tile.rows, tile.cols / ZEROS));
+    #[unroll]
+    for j in 0..comptime!((rows * cols).div_ceil(units)) {
+        let i = unit() + j * units;
+        if i < rows * cols {
+            tile.set_many::<f32, Const<ZEROS>>(i / cols, i % cols * ZEROS, Vector::new(f32::new(0.0)));
+        }
     }
 }

@@ -27,7 +27,7 @@ impl Spread {
     }
 
     /// Blocks of 16 x 8 that a plane computes side by side, with one row of operands.
-    pub(super) fn strip(&self) -> usize {
+    pub fn strip(&self) -> usize {
         let (blocks, planes) = (self.cols / NARROW, self.units / WARP);
         let share = (self.rows / BLOCK * blocks).div_ceil(planes);
         (1..=share.min(blocks)).rev().find(|n| blocks.is_multiple_of(*n)).unwrap_or(1)
@@ -47,17 +47,17 @@ impl Spread {
     }
 
     /// How many of them each gets.
-    pub(super) fn parts(&self) -> usize {
+    pub fn parts(&self) -> usize {
         self.all().div_ceil(self.hands())
     }
 
     /// Whether each gets as many.
-    pub(super) fn even(&self) -> bool {
+    pub fn even(&self) -> bool {
         self.all().is_multiple_of(self.hands())
     }
 
     /// Elements of a part that a unit has.
-    pub(super) fn part(&self) -> usize {
+    pub fn part(&self) -> usize {
         match self.engine {
             Engine::Mma => self.strip() * 4,
             Engine::Registers { side } if side > 1 => side * side,
@@ -100,13 +100,14 @@ impl Sums {
         }
     }
 
-    /// A tile as large: the sums themselves, if they are one.
-    pub fn whole(&self) -> Tile<f32> {
+    /// A tile as large, if it is `wanted`: the sums themselves, if they are one.
+    pub fn whole(&self, #[comptime] wanted: bool) -> Tile<f32> {
         let spread = comptime!(self.spread);
         if comptime!(spread.in_memory()) {
             self.memory.alias()
         } else {
-            Tile::<f32>::new(comptime!(spread.rows.max(1)), spread.cols, comptime!(spread.engine.padding(4)))
+            let rows = comptime!(if wanted { spread.rows.max(1) } else { 1 });
+            Tile::<f32>::new(rows, spread.cols, comptime!(spread.engine.padding(4)))
         }
     }
 
@@ -120,7 +121,7 @@ impl Sums {
     /// Sets all to zero.
     pub fn clear(&mut self) {
         if comptime!(self.spread.in_memory()) {
-            super::fill::<f32>(&mut self.memory, 0.0);
+            super::zero(&mut self.memory, self.spread.units);
         } else {
             #[unroll]
             for i in 0..comptime!(self.spread.len().div_ceil(2)) {
