@@ -343,11 +343,8 @@ impl Blueprint {
     /// The most that one of the kernels needs, in bytes; the state passes with a block of keys at a time.
     pub fn shared_memory(&self, key_dim: usize) -> usize {
         let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
-        let stage = if self.weighs_scores() { self.operand(c + delta, c) } else { 0 };
-        let scores = stage
-            + self.float(c + delta, c)
-            + self.operand(2 * c + delta, d)
-            + self.delta as usize * self.float(c / 2, c / 2);
+        let inverse = if self.delta { self.float(c / 2, c / 2) } else { 0 };
+        let scores = self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.operand(c, c) + inverse;
         let output = ReadBlueprint { chunk: *self, value_block: d, scores: self.scores_in_place() }.shared_memory();
         let state_blocks = self.state_blocks(key_dim);
         let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false, panels: false };

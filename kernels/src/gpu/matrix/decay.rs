@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Engine, Tile, WARP, unit, units};
+use super::super::tile::{BLOCK, Engine, Tile, WARP, exp2, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
 use super::transfer::Flight;
@@ -56,6 +56,17 @@ const MILD: f32 = -30.0;
 /// difference of two of them ([`super::lower`]).
 const FLOOR: f32 = -104.0;
 
+/// Sums of scalar gates on [`Engine::Mma`], whose operands are of 16 bits anyway, are binary logarithms.
+fn scale_of_logs(engine: Engine) -> f32 {
+    if engine == Engine::Mma { std::f32::consts::LOG2_E } else { 1.0 }
+}
+
+/// The exponential of sums of scalar gates.
+#[cube]
+pub(super) fn exponential(sum: f32, #[comptime] b: Blueprint) -> f32 {
+    if comptime!(b.engine == Engine::Mma) { exp2(sum) } else { sum.exp() }
+}
+
 #[cube]
 impl Decay {
     pub fn new(#[comptime] b: Blueprint) -> Decay {
@@ -86,7 +97,7 @@ impl Decay {
     pub fn begin(&mut self, gate: f32, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Head) {
             if unit() < b.chunk {
-                self.g[unit()] = select(gate < FLOOR, FLOOR, gate);
+                self.g[unit()] = select(gate < FLOOR, FLOOR, gate) * comptime!(scale_of_logs(b.engine));
             }
             sync_cube();
             // Within sub-blocks, then over them: every unit reads 16 gates and a few sums, side by side.
@@ -107,13 +118,13 @@ impl Decay {
             sync_cube();
             for i in range_stepped(unit(), b.chunk, units()) {
                 let segment = i / BLOCK;
-                let (mut before, mut after) = (self.so_far[i], self.later[i]);
+                let (mut before, mut after) = (f32::new(0.0), f32::new(0.0));
                 for s in 0..comptime!(b.segments()) {
                     before += select(s < segment, self.totals[s], f32::new(0.0));
                     after += select(s > segment, self.totals[s], f32::new(0.0));
                 }
-                self.from_start[i] = before.exp();
-                self.to_end[i] = after.exp();
+                self.from_start[i] = exponential(self.so_far[i] + before, b);
+                self.to_end[i] = exponential(self.later[i] + after, b);
             }
             sync_cube();
         }

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::tile::{BLOCK, Sums, Tile, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::Decay;
+use super::decay::{Decay, exponential};
 
 /// `p_ij *= scale e^{c_i - c_j}` for `i >= j`, and zero for all others; with the delta rule `r_ij *= factor e^{c_i - c_j}`
 /// for `i > j`. In registers, on [`super::super::tile::Engine::Mma`], whose blocks have the rows of a sub-block.
@@ -37,7 +37,7 @@ pub(crate) fn weigh_lower(
                     let (row, col) = place;
                     let mut weight = f32::new(1.0);
                     if comptime!(b.gate == GateKind::Head) {
-                        weight = (decay.so_far[row] + until(decay, col, segment, b)).exp();
+                        weight = exponential(decay.so_far[row] + until(decay, col, segment, b), b);
                     }
                     p.set(place, j, select(row >= col, p.get(place, j) * weight * scale, f32::new(0.0)));
                     if comptime!(b.delta) {
@@ -92,7 +92,7 @@ pub(crate) fn multiply_lower(p: &mut Tile<f32>, r: &mut Tile<f32>, decay: &Decay
                 if i > j {
                     sum += decay.g[i];
                 }
-                weight = sum.exp();
+                weight = exponential(sum, b);
             }
             p.set(i, j, select(i >= j, p.get(i, j) * weight, f32::new(0.0)));
             if comptime!(b.delta) {

@@ -15,6 +15,8 @@ mod ahead;
 mod blueprint;
 mod chunk_backward;
 mod decay;
+mod gather;
+mod inverse;
 mod launch;
 mod lower;
 mod output;

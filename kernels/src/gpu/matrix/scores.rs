@@ -6,14 +6,14 @@
 //! ```
 //! One cube computes one chunk of one head. With key-wise gates the exponential sits inside the sum: between sub-blocks of
 //! 16 tokens it is split at the start of the later one, so that both factors are at most 1 and a product remains; inside
-//! a sub-block the pairs are summed one by one, a key decaying from row to row. `T` is found by forward substitution,
-//! which stays accurate when keys are nearly equal, in sub-blocks, which are merged by products in f32.
+//! a sub-block the pairs are summed one by one, a key decaying from row to row. `T` is found as [`super::inverse`] says.
 
 use cubecl::prelude::*;
 
 use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, product_at, this_cube, unit, units, zero};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, put_weighted};
+use super::decay::{Decay, Role, put_weighted, step_size};
+use super::inverse::invert;
 use super::lower::{multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
 use super::transfer::{Flight, store_scores, store_square};
@@ -53,14 +53,20 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     // Summed in registers where gates are scalars, then tiles.
     let mut query_sums = Sums::new(comptime!(b.spread(c, c)));
     let mut key_sums = Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, c)));
-    let tiles = comptime!(b.delta || !b.weighs_scores());
-    let (mut a, mut m) = (query_sums.whole(tiles), key_sums.whole(tiles));
+    let weighs = comptime!(b.weighs_scores());
+    let (mut a, mut m) = (query_sums.whole(b.delta || !weighs), key_sums.whole(b.delta));
     if comptime!(b.gate == GateKind::Key) {
-        zero(&mut a, b.units);
-        zero(&mut m, b.units);
+        zero::<f32>(&mut a, b.units);
+        zero::<f32>(&mut m, b.units);
     } else {
         query_sums.clear();
         key_sums.clear();
+    }
+    let mut steps = Shared::<[f32]>::new_slice(c);
+    if comptime!(b.delta) {
+        if unit() < c {
+            steps[unit()] = step_size(beta, &place, sizes);
+        }
     }
     decay.load(g, &place, sizes, b);
 
@@ -89,7 +95,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut right, comptime!(Role::Toward(later)), b);
                 sync_cube();
                 let row = comptime!(later * BLOCK).runtime();
-                let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
+                let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: row };
                 if mild {
                     let form = comptime!(Form::abt(BLOCK, (later + 1) * BLOCK, b.block, Mode::Add));
                     product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.units, b.engine);
@@ -158,14 +164,13 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     }
     let place = Place::of(this_cube(), sizes, table, b);
     let out = place.scores(sizes, b);
-    if comptime!(b.weighs_scores()) {
+    if comptime!(weighs) {
         let mut stage = Tile::<E>::new(c, c, comptime!(b.operand_padding()));
         weigh_lower(&mut query_sums, sizes.scale, &mut key_sums, 1.0, &decay, b);
         query_sums.put::<E>(&mut stage);
         if comptime!(b.delta) {
-            take_steps(&mut key_sums, beta, &place, sizes);
+            take_steps(&mut key_sums, &steps);
             key_sums.put::<f32>(&mut m);
-            zero(&mut a, b.units);
         }
         sync_cube();
         store_square::<E, N>(&stage, a_out, out, b);
@@ -184,22 +189,16 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         }
         store_scores::<E, N>(&a, a_out, out, sizes.scale, b);
         if comptime!(b.delta) {
-            // `L = M Diag(beta)`; its inverse goes to the place of `A`.
-            let (at, stride) = place.scalars(sizes);
+            // `L = M Diag(beta)`
             for i in range_stepped(unit(), comptime!(c * c), units()) {
                 let (row, col) = (i / c, i % c);
-                let mut value = f32::new(0.0);
-                if col < place.rows {
-                    value = m.get(row, col) * beta[at + col * stride];
-                }
-                m.set(row, col, value);
+                m.set(row, col, m.get(row, col) * steps[col]);
             }
-            sync_cube();
-            zero(&mut a, b.units);
             sync_cube();
         }
     }
     if comptime!(b.delta) {
+        // In the place of `A`.
         invert(&m, &mut a, b);
         store_scores::<E, N>(&a, t_out, out, 1.0, b);
     }
@@ -207,17 +206,13 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
 
 /// `sums_ij *= beta_j`
 #[cube]
-fn take_steps(sums: &mut Sums, beta: &[f32], place: &Place, sizes: &Sizes) {
-    let (unit, (at, stride)) = (unit(), place.scalars(sizes));
+fn take_steps(sums: &mut Sums, steps: &Shared<[f32]>) {
+    let unit = unit();
     #[unroll]
     for j in 0..comptime!(sums.spread.len()) {
         if sums.has(unit, j) {
-            let at_sum = sums.place(unit, j);
-            let mut step = f32::new(0.0);
-            if at_sum.1 < place.rows {
-                step = beta[at + at_sum.1 * stride];
-            }
-            sums.set(at_sum, j, sums.get(at_sum, j) * step);
+            let place = sums.place(unit, j);
+            sums.set(place, j, sums.get(place, j) * steps[place.1]);
         }
     }
 }
@@ -307,65 +302,3 @@ fn pairs<E: Float>(
         sync_cube();
     }
 }
-
-/// `t = (I + l)^-1` for strictly lower-triangular `l`; `t` is zero before. Synchronises.
-#[cube]
-fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
-    // The sub-blocks on the diagonal, a column per unit.
-    for j in range_stepped(unit(), b.chunk, units()) {
-        let first = (j / BLOCK) * BLOCK;
-        let mut x = Array::<f32>::new(BLOCK);
-        #[unroll]
-        for i in 0..BLOCK {
-            let mut sum = f32::new(0.0);
-            #[unroll]
-            for earlier in 0..i {
-                sum += l.get(first + i, first + earlier) * x[earlier];
-            }
-            x[i] = -sum;
-            if first + i < j {
-                x[i] = f32::new(0.0);
-            }
-            if first + i == j {
-                x[i] = f32::new(1.0);
-            }
-            t.set(first + i, j, x[i]);
-        }
-    }
-    sync_cube();
-    // Two solved blocks side by side make one of twice the size: below the diagonal `-T_11 (L_10 T_00)`.
-    let side = comptime!((b.chunk / 2).max(1));
-    let mut w = Tile::<f32>::new(side, side, comptime!(b.padding()));
-    #[unroll]
-    for level in 0..comptime!(b.segments().ilog2()) {
-        let half = comptime!(BLOCK << level);
-        let columns = comptime!(half / COLUMNS);
-        let items = comptime!(b.chunk / 2 * columns);
-        for item in range_stepped(unit(), items, units()) {
-            let (row, col) = (item / columns, item % columns * COLUMNS);
-            let first = row / half * (2 * half);
-            let mut sum = Vector::<f32, Const<COLUMNS>>::new(f32::new(0.0));
-            for k in 0..half {
-                let factor = l.get(first + half + row % half, first + k);
-                sum += Vector::new(factor) * t.get_many::<Const<COLUMNS>>(first + k, first + col);
-            }
-            // The blocks of a level lie below each other, so that they fit.
-            w.set_many::<f32, Const<COLUMNS>>(row, col, sum);
-        }
-        sync_cube();
-        for item in range_stepped(unit(), items, units()) {
-            let (row, col) = (item / columns, item % columns * COLUMNS);
-            let (block, first) = (row / half * half, row / half * (2 * half));
-            let mut sum = Vector::<f32, Const<COLUMNS>>::new(f32::new(0.0));
-            for k in 0..half {
-                let factor = -t.get(first + half + row % half, first + half + k);
-                sum += Vector::new(factor) * w.get_many::<Const<COLUMNS>>(block + k, col);
-            }
-            t.set_many::<f32, Const<COLUMNS>>(first + half + row % half, first + col, sum);
-        }
-        sync_cube();
-    }
-}
-
-/// Columns of a product that a unit computes at a time.
-const COLUMNS: usize = 4;

@@ -95,6 +95,19 @@ impl<E: Float> Tile<E> {
         row * comptime!(self.stride) + col
     }
 
+    /// The elements from one on.
+    pub fn from(&self, at: usize) -> &[E] {
+        let at = self.bounded(at);
+        &self.data[at..self.data.len()]
+    }
+
+    /// The same index, of which the compiler on CUDA knows that it is in the tile: to one that might wrap nothing can be
+    /// added by the instruction that loads, so that each load of many would have an addition of its own.
+    pub fn bounded(&self, at: usize) -> usize {
+        let device = comptime::device_properties().comptime();
+        if comptime!(takes_ptx(&device)) { at % comptime!((self.rows * self.stride).next_power_of_two()) } else { at }
+    }
+
     pub fn get(&self, row: usize, col: usize) -> f32 {
         f32::cast_from(self.data[self.at(row, col)])
     }
@@ -157,6 +170,20 @@ pub(crate) fn fresh(x: u32) -> u32 {
     }
 }
 
+/// `2^x`. On CUDA one instruction, right to 22 bits; what has fewer digits because it is so small is 0. `x` is the
+/// result of an operation: of a variable that changes, CubeCL hands out the address.
+#[cube]
+pub(crate) fn exp2(x: f32) -> f32 {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) {
+        let y: f32;
+        gpu_asm!("ex2.approx.ftz.f32 {}, {};", out(_) y, in(_) x, options(nomem));
+        y
+    } else {
+        (x * std::f32::consts::LN_2).exp()
+    }
+}
+
 /// Whether kernels may have instructions in PTX.
 pub(crate) fn takes_ptx(device: &DeviceProperties) -> bool {
     cfg!(feature = "inline-ptx") && device.identity.fingerprint.starts_with("ptx")
@@ -173,13 +200,13 @@ const ZEROS: usize = 4;
 
 /// Sets all of a tile to zero.
 #[cube]
-pub(crate) fn zero(tile: &mut Tile<f32>, #[comptime] units: usize) {
+pub(crate) fn zero<E: Float>(tile: &mut Tile<E>, #[comptime] units: usize) {
     let (rows, cols) = comptime!((tile.rows, tile.cols / ZEROS));
     #[unroll]
     for j in 0..comptime!((rows * cols).div_ceil(units)) {
         let i = unit() + j * units;
         if i < rows * cols {
-            tile.set_many::<f32, Const<ZEROS>>(i / cols, i % cols * ZEROS, Vector::new(f32::new(0.0)));
+            tile.set_many::<E, Const<ZEROS>>(i / cols, i % cols * ZEROS, Vector::new(E::new(0.0)));
         }
     }
 }

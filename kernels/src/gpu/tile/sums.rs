@@ -33,10 +33,15 @@ impl Spread {
         (1..=share.min(blocks)).rev().find(|n| blocks.is_multiple_of(*n)).unwrap_or(1)
     }
 
+    /// Such strips side by side.
+    pub fn across(&self) -> usize {
+        self.cols / NARROW / self.strip()
+    }
+
     /// What is dealt out, to units or to planes.
     pub(super) fn all(&self) -> usize {
         match self.engine {
-            Engine::Mma => self.rows / BLOCK * (self.cols / NARROW / self.strip()),
+            Engine::Mma => self.rows / BLOCK * self.across(),
             Engine::Registers { side } if side > 1 => self.rows * self.cols / (side * side),
             _ => self.rows * self.cols,
         }
@@ -121,7 +126,7 @@ impl Sums {
     /// Sets all to zero.
     pub fn clear(&mut self) {
         if comptime!(self.spread.in_memory()) {
-            super::zero(&mut self.memory, self.spread.units);
+            super::zero::<f32>(&mut self.memory, self.spread.units);
         } else {
             #[unroll]
             for i in 0..comptime!(self.spread.len().div_ceil(2)) {
@@ -136,7 +141,7 @@ impl Sums {
         let (part, i) = comptime!((j / spread.part(), j % spread.part()));
         match comptime!(spread.engine) {
             Engine::Mma => {
-                let (across, lane) = (comptime!(spread.cols / NARROW / spread.strip()), unit % WARP);
+                let (across, lane) = (comptime!(spread.across()), unit % WARP);
                 let strip = unit / WARP + comptime!(part * (spread.units / WARP));
                 let col = strip % across * comptime!(spread.strip() * NARROW) + lane % 4 * 2;
                 let row = strip / across * BLOCK + lane / 4;
@@ -172,6 +177,27 @@ impl Sums {
         } else {
             self.pairs[comptime!(j / 2)].extract(comptime!(j % 2))
         }
+    }
+
+    /// The `i`-th two elements of this unit, neighbours in a row, on [`Engine::Mma`].
+    pub fn pair(&self, #[comptime] i: usize) -> Vector<f32, Const<2>> {
+        self.pairs[i]
+    }
+
+    /// Rows of which this unit has elements, on [`Engine::Mma`]: that of the first element of a part, and the one 8 after it.
+    pub fn rows(&self) -> comptime_type!(usize) {
+        comptime!(2 * self.spread.parts())
+    }
+
+    /// Which of them has the `i`-th pair.
+    pub fn row_of(&self, #[comptime] i: usize) -> comptime_type!(usize) {
+        comptime!(2 * i / self.spread.part() * 2 + i % 2)
+    }
+
+    /// The sum over the units of a plane that have elements of the same row, on [`Engine::Mma`].
+    pub fn over_row(&self, share: f32) -> f32 {
+        let half = share + plane_shuffle_xor(share, 1u32);
+        half + plane_shuffle_xor(half, 2u32)
     }
 
     /// Sets it.
