@@ -69,7 +69,7 @@ pub(crate) struct Launch<'a> {
     chunks: usize,
     sequences: usize,
     table: Buffer,
-    /// Stands for tensors that are absent.
+    /// Stands for tensors that are absent, and is never read.
     nothing: Buffer,
     address: AddressType,
     /// Elements that are read and written at a time.
@@ -110,7 +110,7 @@ impl<'a> Launch<'a> {
         let (table, chunks) = table(&sequences, b.chunk);
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
         let (w, r) = (b.walk(client, p, sequences), b.read(p));
-        let nothing = Buffer::from_slice(client, &[0.0f32; ABSENT]);
+        let nothing = Buffer::output(client, Storage::F32, ABSENT);
         let chunk_heads = chunks * p.value_heads;
         let lengths = [
             chunk_heads * p.key_dim * p.value_dim,
@@ -418,23 +418,27 @@ pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffe
     let b = StepBlueprint::new(x.gate.kind(), x.write.beta().is_some(), p.key_dim, units);
     let cubes = p.batch * p.value_heads * p.value_dim.div_ceil(COLUMNS);
     let gate_stride = if let Gate::Constant(_) = x.gate { 0 } else { p.value_heads };
-    let nothing = Buffer::from_slice(client, &[0.0f32]);
+    // Never read.
+    let nothing = Buffer::output(client, Storage::F32, ABSENT);
     let tensor = |x: Option<&Buffer>| x.unwrap_or(&nothing).arg();
-    step_kernel::launch(
-        client,
-        grid(client, cubes)?,
-        CubeDim::new_1d((b.groups * COLUMNS) as u32),
-        address_type(client, x.q.storage, [state.len])?,
-        x.q.arg(),
-        x.k.arg(),
-        x.v.arg(),
-        tensor(x.gate.tensor()),
-        tensor(x.write.beta()),
-        state.arg(),
-        o.arg(),
-        StepSizesLaunch::new(p.batch, p.heads, p.value_heads, p.key_dim, p.value_dim, gate_stride, p.scale),
-        b,
-        x.q.storage.elem_type(),
-    );
+    // Safety: the kernel stays within the rows and features that the sizes describe, and the buffers have those sizes.
+    unsafe {
+        step_kernel::launch_unchecked(
+            client,
+            grid(client, cubes)?,
+            CubeDim::new_1d((b.groups * COLUMNS) as u32),
+            address_type(client, x.q.storage, [state.len])?,
+            x.q.arg(),
+            x.k.arg(),
+            x.v.arg(),
+            tensor(x.gate.tensor()),
+            tensor(x.write.beta()),
+            state.arg(),
+            o.arg(),
+            StepSizesLaunch::new(p.batch, p.heads, p.value_heads, p.key_dim, p.value_dim, gate_stride, p.scale),
+            b,
+            x.q.storage.elem_type(),
+        );
+    }
     Ok(o)
 }

@@ -4,7 +4,9 @@
 //! S = Diag(e^g) S      u = beta (v - S^T k)   (delta; u = v without it)      S += k u^T      o = scale S^T q
 //! ```
 //! One launch: a cube holds a head's state for 32 value features. A unit keeps the rows `group, group + groups, ...` of
-//! one column in registers between reading and writing it; sums over the rows meet in shared memory.
+//! one column in registers between reading and writing it; sums over the rows meet in shared memory, where what all columns
+//! read of a row is too. All of a unit's rows are asked for before one is touched, and without a branch, behind which a
+//! load would wait for the one before.
 
 use cubecl::prelude::*;
 
@@ -22,12 +24,14 @@ pub(crate) struct StepBlueprint {
     /// Units that share a column, and the rows that each of them holds.
     pub groups: usize,
     pub rows: usize,
+    /// Whether there are exactly as many rows.
+    pub whole: bool,
 }
 
 impl StepBlueprint {
     pub fn new(gate: GateKind, delta: bool, key_dim: usize, max_units: usize) -> Self {
         let groups = key_dim.div_ceil(16).min(max_units.min(256) / COLUMNS).next_power_of_two();
-        Self { gate, delta, groups, rows: key_dim.div_ceil(groups) }
+        Self { gate, delta, groups, rows: key_dim.div_ceil(groups), whole: key_dim.is_multiple_of(groups) }
     }
 }
 
@@ -43,7 +47,7 @@ pub(crate) struct StepSizes {
     pub scale: f32,
 }
 
-#[cube(launch, launch_unchecked, address_type = "dynamic")]
+#[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn step_kernel<I: Float>(
     q: &[I],
     k: &[I],
@@ -68,49 +72,118 @@ pub(crate) fn step_kernel<I: Float>(
     let key_at = (sequence * sizes.heads + head / (sizes.value_heads / sizes.heads)) * sizes.key_dim;
     let state_at = cube * sizes.key_dim * sizes.value_dim;
 
-    // Reads the decayed state, and with it what the key finds there.
     let mut held = Array::<f32>::new(b.rows);
-    let (mut read, mut out) = (f32::new(0.0), f32::new(0.0));
     #[unroll]
     for i in 0..b.rows {
         let row = group + i * b.groups;
-        held[i] = f32::new(0.0);
-        if inside && row < sizes.key_dim {
-            let mut decay = f32::new(1.0);
-            if comptime!(b.gate == GateKind::Head) {
-                decay = g[sequence * sizes.gate_stride + head].exp();
-            }
-            if comptime!(b.gate == GateKind::Key) {
-                decay = g[cube * sizes.key_dim + row].exp();
-            }
-            held[i] = state[state_at + row * sizes.value_dim + col] * decay;
-            if comptime!(b.delta) {
-                read += held[i] * f32::cast_from(k[key_at + row]);
-            }
-        }
+        let at = state_at + row * sizes.value_dim + col;
+        held[i] = state[select(inside && there(row, sizes.key_dim, b), at, state_at)];
     }
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(b.groups * COLUMNS));
-    let mut u = f32::new(0.0);
+    let (mut u, mut step) = (f32::new(0.0), f32::new(0.0));
     if inside {
         u = f32::cast_from(v[cube * sizes.value_dim + col]);
     }
     if comptime!(b.delta) {
-        u = beta[cube] * (u - over_groups(read, &mut sums, column, group, b));
+        step = beta[cube];
+    }
+    let mut rows = Rows::new(b);
+    rows.load::<I>(q, k, g, (key_at, cube * sizes.key_dim), sizes.key_dim, b);
+    let mut decay = f32::new(1.0);
+    if comptime!(b.gate == GateKind::Head) {
+        decay = g[sequence * sizes.gate_stride + head].exp();
+    }
+    sync_cube();
+
+    // The decayed state, and with it what the key finds there.
+    let (mut read, mut out) = (f32::new(0.0), f32::new(0.0));
+    #[unroll]
+    for i in 0..b.rows {
+        let row = group + i * b.groups;
+        if comptime!(b.gate == GateKind::Key) {
+            decay = rows.decay[row];
+        }
+        held[i] = select(there(row, sizes.key_dim, b), held[i] * decay, f32::new(0.0));
+        if comptime!(b.delta) {
+            read += held[i] * rows.key[row];
+        }
+    }
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(b.groups * COLUMNS));
+    if comptime!(b.delta) {
+        u = step * (u - over_groups(read, &mut sums, column, group, b));
     }
     // The addresses again: kept, they would take as many registers as the state.
     let group = unit() / COLUMNS;
     #[unroll]
     for i in 0..b.rows {
         let row = group + i * b.groups;
-        if inside && row < sizes.key_dim {
-            let value = held[i] + f32::cast_from(k[key_at + row]) * u;
+        let value = held[i] + rows.key[row] * u;
+        out += value * rows.query[row];
+        if inside && there(row, sizes.key_dim, b) {
             state[state_at + row * sizes.value_dim + col] = value;
-            out += value * f32::cast_from(q[key_at + row]);
         }
     }
     let out = over_groups(out, &mut sums, column, group, b);
     if inside && group == 0 {
         o[cube * sizes.value_dim + col] = I::cast_from(out * sizes.scale);
+    }
+}
+
+/// Whether there is such a row.
+#[cube]
+fn there(row: usize, key_dim: usize, #[comptime] b: StepBlueprint) -> bool {
+    if comptime!(b.whole) { true.runtime() } else { row < key_dim }
+}
+
+/// What a row of the state meets, by key feature; zeros beyond the last.
+#[derive(CubeType)]
+struct Rows {
+    query: Shared<[f32]>,
+    key: Shared<[f32]>,
+    /// Under a gate per key feature.
+    decay: Shared<[f32]>,
+}
+
+#[cube]
+impl Rows {
+    fn new(#[comptime] b: StepBlueprint) -> Rows {
+        let rows = comptime!(b.groups * b.rows);
+        Rows {
+            query: Shared::new_slice(rows),
+            key: Shared::new_slice(rows),
+            decay: Shared::new_slice(comptime!(if b.gate == GateKind::Key { rows } else { 1 })),
+        }
+    }
+
+    /// Reads them; queries and keys begin at `at.0`, gates at `at.1`.
+    fn load<I: Float>(
+        &mut self,
+        q: &[I],
+        k: &[I],
+        g: &[f32],
+        at: (usize, usize),
+        key_dim: usize,
+        #[comptime] b: StepBlueprint,
+    ) {
+        let (rows, units) = comptime!((b.groups * b.rows, b.groups * COLUMNS));
+        #[unroll]
+        for j in 0..comptime!(rows.div_ceil(units)) {
+            let row = unit() + j * units;
+            if row < rows {
+                let (mut query, mut key, mut gate) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
+                if there(row, key_dim, b) {
+                    query = f32::cast_from(q[at.0 + row]);
+                    key = f32::cast_from(k[at.0 + row]);
+                    if comptime!(b.gate == GateKind::Key) {
+                        gate = g[at.1 + row];
+                    }
+                }
+                self.query[row] = query;
+                self.key[row] = key;
+                if comptime!(b.gate == GateKind::Key) {
+                    self.decay[row] = gate.exp();
+                }
+            }
+        }
     }
 }
 

@@ -101,11 +101,10 @@ impl<E: Float> Tile<E> {
         &self.data[at..self.data.len()]
     }
 
-    /// The same index, of which the compiler on CUDA knows that it is in the tile: to one that might wrap nothing can be
-    /// added by the instruction that loads, so that each load of many would have an addition of its own.
+    /// The same index, of which the compiler on CUDA then knows that it is in the tile: to one that might wrap nothing can
+    /// be added by the instruction that loads, so that each load of many would have an addition of its own.
     pub fn bounded(&self, at: usize) -> usize {
-        let device = comptime::device_properties().comptime();
-        if comptime!(takes_ptx(&device)) { at % comptime!((self.rows * self.stride).next_power_of_two()) } else { at }
+        at % comptime!((self.rows * self.stride).next_power_of_two())
     }
 
     pub fn get(&self, row: usize, col: usize) -> f32 {
