@@ -161,6 +161,7 @@ impl ReadBlueprint {
             + b.operand(c + keys, b.block)
             + b.operand(b.block + c, d)
             + b.operand(c, c)
+            + b.between()
             + b.by_row().common_memory()
     }
 }
@@ -319,6 +320,16 @@ impl Blueprint {
         self.engine == Engine::Mma && self.gate != GateKind::Key
     }
 
+    /// Whether that takes the decay between the tokens of a sub-block.
+    pub fn sums_between(&self) -> bool {
+        self.weighs_scores() && self.gate == GateKind::Head
+    }
+
+    /// Shared memory for it.
+    fn between(&self) -> usize {
+        if self.sums_between() { self.float(self.chunk, BLOCK) } else { self.float(1, 1) }
+    }
+
     /// For launches whose queries and keys have met a gate per key feature already: what is left to weigh are rows.
     pub fn by_row(&self) -> Self {
         let gate = if self.gate == GateKind::Key { GateKind::None } else { self.gate };
@@ -344,7 +355,8 @@ impl Blueprint {
     pub fn shared_memory(&self, key_dim: usize) -> usize {
         let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
         let inverse = if self.delta { self.float(c / 2, c / 2) } else { 0 };
-        let scores = self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.operand(c, c) + inverse;
+        let scores =
+            self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.operand(c, c) + inverse + self.between();
         let output = ReadBlueprint { chunk: *self, value_block: d, scores: self.scores_in_place() }.shared_memory();
         let state_blocks = self.state_blocks(key_dim);
         let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false, panels: false };

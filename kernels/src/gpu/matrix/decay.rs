@@ -52,10 +52,6 @@ pub(crate) struct Decay {
 /// Sums of gates over a sub-block down to which an operand may hold what undoes them.
 const MILD: f32 = -30.0;
 
-/// Scalar gates below are taken for this one: what has met it is 0 in f32 either way, and sums stay small enough for the
-/// difference of two of them ([`super::lower`]).
-const FLOOR: f32 = -104.0;
-
 /// Sums of scalar gates on [`Engine::Mma`], whose operands are of 16 bits anyway, are binary logarithms.
 fn scale_of_logs(engine: Engine) -> f32 {
     if engine == Engine::Mma { std::f32::consts::LOG2_E } else { 1.0 }
@@ -97,7 +93,7 @@ impl Decay {
     pub fn begin(&mut self, gate: f32, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Head) {
             if unit() < b.chunk {
-                self.g[unit()] = select(gate < FLOOR, FLOOR, gate) * comptime!(scale_of_logs(b.engine));
+                self.g[unit()] = gate * comptime!(scale_of_logs(b.engine));
             }
             sync_cube();
             // Within sub-blocks, then over them: every unit reads 16 gates and a few sums, side by side.

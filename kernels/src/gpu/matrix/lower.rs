@@ -6,11 +6,40 @@ use super::super::tile::{BLOCK, Sums, Tile, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, exponential};
 
+/// The log-decay between the tokens of each sub-block, `[chunk, 16]`, where scores are weighed in registers.
+#[derive(CubeType)]
+pub(crate) struct Between {
+    sums: Tile<f32>,
+}
+
+#[cube]
+impl Between {
+    /// If it is `wanted`.
+    pub fn new(#[comptime] wanted: bool, #[comptime] b: Blueprint) -> Between {
+        let (rows, cols) = comptime!(if wanted && b.sums_between() { (b.chunk, BLOCK) } else { (1, 1) });
+        Between { sums: Tile::<f32>::new(rows, cols, comptime!(b.padding())) }
+    }
+
+    /// Adds up the gates that a chunk has begun with. They are there after the next barrier.
+    pub fn load(&mut self, decay: &Decay, #[comptime] b: Blueprint) {
+        if comptime!(b.sums_between()) {
+            let i = unit();
+            if i < b.chunk {
+                let (first, own) = (i / BLOCK * BLOCK, i % BLOCK);
+                let mut sum = f32::new(0.0);
+                #[unroll]
+                for back in 0..BLOCK {
+                    let j = comptime!(BLOCK - 1 - back);
+                    self.sums.set(i, j, sum);
+                    sum += select(j.runtime() <= own, decay.g[first + j], f32::new(0.0));
+                }
+            }
+        }
+    }
+}
+
 /// `p_ij *= scale e^{c_i - c_j}` for `i >= j`, and zero for all others; with the delta rule `r_ij *= factor e^{c_i - c_j}`
 /// for `i > j`. In registers, on [`super::super::tile::Engine::Mma`], whose blocks have the rows of a sub-block.
-///
-/// Between sub-blocks the exponent is a sum over the tokens between. Within one it is the difference of two sums of at
-/// most 16 gates: where gates are as strong as they count, it errs by less than the 16-bit operand that it goes into.
 #[cube]
 pub(crate) fn weigh_lower(
     p: &mut Sums,
@@ -18,6 +47,7 @@ pub(crate) fn weigh_lower(
     r: &mut Sums,
     factor: f32,
     decay: &Decay,
+    between: &Between,
     #[comptime] b: Blueprint,
 ) {
     comptime!(assert!(p.spread.even(), "each unit has as many elements of a square"));
@@ -30,14 +60,17 @@ pub(crate) fn weigh_lower(
         for block in 0..blocks {
             let first = comptime!(n * part + block * (part / blocks));
             // All units of a plane have their elements in one block of 16 x 8.
-            if p.place(unit, first).1 / BLOCK <= segment {
+            let own = p.place(unit, first).1 / BLOCK;
+            if own <= segment {
                 #[unroll]
                 for j in first..comptime!(first + part / blocks) {
                     let place = p.place(unit, j);
                     let (row, col) = place;
                     let mut weight = f32::new(1.0);
                     if comptime!(b.gate == GateKind::Head) {
-                        weight = exponential(decay.so_far[row] + until(decay, col, segment, b), b);
+                        let near = between.sums.get(row, col % BLOCK);
+                        let far = decay.so_far[row] + until(decay, col, segment, b);
+                        weight = exponential(select(own == segment, near, far), b);
                     }
                     p.set(place, j, select(row >= col, p.get(place, j) * weight * scale, f32::new(0.0)));
                     if comptime!(b.delta) {
@@ -58,11 +91,11 @@ pub(crate) fn weigh_lower(
     }
 }
 
-/// The log-decay after token `j` to the start of a sub-block; if that is its own, what undoes the decay since.
+/// The log-decay after token `j` to the start of a later sub-block.
 #[cube]
 fn until(decay: &Decay, j: usize, segment: usize, #[comptime] b: Blueprint) -> f32 {
     let own = j / BLOCK;
-    let mut sum = select(own == segment, -decay.so_far[j], decay.later[j]);
+    let mut sum = decay.later[j];
     #[unroll]
     for s in 1..comptime!(b.segments() - 1) {
         sum += select(s.runtime() > own && s.runtime() < segment, decay.totals[s], f32::new(0.0));

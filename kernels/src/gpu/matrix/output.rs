@@ -12,7 +12,7 @@ use cubecl::prelude::*;
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
 use super::blueprint::{Blueprint, GateKind, ReadBlueprint};
 use super::decay::{Decay, Role};
-use super::lower::weigh_lower;
+use super::lower::{Between, weigh_lower};
 use super::place::{Place, Sizes};
 use super::state::store_sums;
 use super::transfer::Flight;
@@ -51,6 +51,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     let place = Place::of(cube, sizes, table, b);
     let operand = comptime!(b.operand_padding());
     let mut decay = Decay::new(by_row);
+    let mut between = Between::new(r.scores, b);
     let mut sum = Sums::new(comptime!(b.spread(c, d)));
     let mut score_sums = Sums::new(comptime!(b.spread(if r.scores { c } else { 0 }, c)));
     let mut queries = Tile::<E>::new(c, b.block, operand);
@@ -66,6 +67,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     if comptime!(r.scores) {
         score_sums.clear();
         decay.load(g, &place, sizes, by_row);
+        between.load(&decay, b);
     } else {
         decay.load_rows(g, &place, sizes, by_row);
     }
@@ -102,7 +104,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     if comptime!(r.scores) {
         // The additive write: there are no scores of keys.
         let mut none = Sums::new(comptime!(b.spread(0, c)));
-        weigh_lower(&mut score_sums, sizes.scale, &mut none, 1.0, &decay, b);
+        weigh_lower(&mut score_sums, sizes.scale, &mut none, 1.0, &decay, &between, b);
         score_sums.put::<E>(&mut scores);
     }
     sync_cube();

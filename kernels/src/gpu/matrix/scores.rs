@@ -14,7 +14,7 @@ use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, product_at, this
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, put_weighted, step_size};
 use super::inverse::invert;
-use super::lower::{multiply_lower, weigh_lower};
+use super::lower::{Between, multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
 use super::transfer::{Flight, store_scores, store_square};
 
@@ -69,6 +69,8 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         }
     }
     decay.load(g, &place, sizes, b);
+    let mut between = Between::new(true, b);
+    between.load(&decay, b);
 
     let mut q_left = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
     let weighted_keys = comptime!(b.delta && b.gate == GateKind::Key);
@@ -165,8 +167,13 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     let place = Place::of(this_cube(), sizes, table, b);
     let out = place.scores(sizes, b);
     if comptime!(weighs) {
-        let mut stage = Tile::<E>::new(c, c, comptime!(b.operand_padding()));
-        weigh_lower(&mut query_sums, sizes.scale, &mut key_sums, 1.0, &decay, b);
+        let mut stage = if comptime!(b.block == c) {
+            // Nothing reads it any more.
+            q_left.alias()
+        } else {
+            Tile::<E>::new(c, c, comptime!(b.operand_padding()))
+        };
+        weigh_lower(&mut query_sums, sizes.scale, &mut key_sums, 1.0, &decay, &between, b);
         query_sums.put::<E>(&mut stage);
         if comptime!(b.delta) {
             take_steps(&mut key_sums, &steps);

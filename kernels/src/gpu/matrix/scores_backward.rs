@@ -10,7 +10,7 @@ use cubecl::prelude::*;
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::Decay;
-use super::lower::{multiply_lower, weigh_lower};
+use super::lower::{Between, multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
 use super::transfer::{Flight, store_scores, store_square};
 
@@ -36,6 +36,8 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     if comptime!(b.gate == GateKind::Head) {
         decay.load(g, &place, sizes, b);
     }
+    let mut between = Between::new(true, b);
+    between.load(&decay, b);
     let (c, delta_rows) = comptime!((b.chunk, if b.delta { b.chunk } else { 1 }));
     let mut p_sums = Sums::new(comptime!(b.spread(c, c)));
     let mut r_sums = Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, c)));
@@ -71,7 +73,7 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     let out = Place::of(this_cube(), sizes, table, b).scores(sizes, b);
     if comptime!(weighs) {
         let (mut p, mut r) = (Tile::<E>::new(c, c, operand), Tile::<E>::new(delta_rows, c, operand));
-        weigh_lower(&mut p_sums, sizes.scale, &mut r_sums, -1.0, &decay, b);
+        weigh_lower(&mut p_sums, sizes.scale, &mut r_sums, -1.0, &decay, &between, b);
         p_sums.put::<E>(&mut p);
         if comptime!(b.delta) {
             r_sums.put::<E>(&mut r);
