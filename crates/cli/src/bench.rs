@@ -109,17 +109,17 @@ pub fn run(args: &Args) -> Outcome {
         for case in &cases {
             let ceilings = runner.ceilings(case)?;
             if !report.ceilings.contains(ceilings) {
-                println!("{ceilings}\n{}", Row::heading());
+                say!("{ceilings}\n{}", Row::heading());
                 report.ceilings.push(ceilings.clone());
             }
             match runner.run(case) {
                 Ok(row) => {
                     let change = earlier.as_ref().map(|earlier| format!("  {}", Report::change(&row, earlier)));
-                    println!("{row}{}", change.unwrap_or_default());
+                    say!("{row}{}", change.unwrap_or_default());
                     report.rows.push(row);
                 }
                 Err(error @ Error::Wrong { .. }) => {
-                    println!("{case}: NOT TIMED: {error}");
+                    say!("{case}: NOT TIMED: {error}");
                     wrong += 1;
                 }
                 Err(error) => return Err(error.into()),
@@ -131,7 +131,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     if let Some(folder) = &args.plot {
         for file in plot::draw(&report, folder)? {
-            println!("{}", file.display());
+            say!("{}", file.display());
         }
     }
     Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
@@ -159,8 +159,8 @@ fn describe(machine: &Machine, earlier: Option<&Report>) {
         let used = if vector_unit.is_empty() { String::new() } else { format!(", kernels use {vector_unit}") };
         format!("thalweg {version} ({commit}); {cpu}, {processors} processors, {target}, {features}{used}")
     };
-    println!("{}", line(machine));
+    say!("{}", line(machine));
     if let Some(earlier) = earlier {
-        println!("compared with {}", line(&earlier.machine));
+        say!("compared with {}", line(&earlier.machine));
     }
 }

@@ -45,7 +45,7 @@ impl Display for Lines {
                 let left = self.start.elapsed().as_secs_f64() / done * (self.steps - report.step) as f64;
                 let accuracy =
                     if self.is_task { format!("  right {:6.2} %", 100.0 * report.accuracy) } else { String::new() };
-                println!(
+                say!(
                     "step {:>6}/{}  loss {:.4}{accuracy}  grad {:.3}  lr {:.2e}  {:.0} tokens/s  {} left",
                     report.step,
                     self.steps,
@@ -62,9 +62,9 @@ impl Display for Lines {
                     Some(bits) => format!("{bits:.4} bits per byte"),
                     None => format!("right {:.2} %", 100.0 * evaluation.held_out_accuracy),
                 };
-                println!("step {:>6}  {part}: loss {:.4}  {score}", evaluation.step, evaluation.held_out_loss);
+                say!("step {:>6}  {part}: loss {:.4}  {score}", evaluation.step, evaluation.held_out_loss);
             }
-            Event::Saved(path) => println!("saved {}", path.display()),
+            Event::Saved(path) => say!("saved {}", path.display()),
         }
         true
     }

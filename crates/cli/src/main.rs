@@ -3,6 +3,13 @@
 //! Exit codes: 0 all is well; 1 a check that the user asked for failed; 2 the arguments or the data cannot be worked
 //! with, told in one line on stderr.
 
+/// Prints a line. Whoever reads it may go away, as `head` does: what is computed goes on, and to files.
+macro_rules! say {
+    ($($arguments:tt)*) => {{
+        let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($arguments)*)));
+    }};
+}
+
 mod bench;
 mod conform;
 mod dashboard;

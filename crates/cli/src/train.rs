@@ -172,26 +172,26 @@ fn resume(args: &Args, device: &burn::tensor::Device) -> Outcome {
 fn train(args: &Args, mut trainer: Trainer<'_>, run: &Path, data: &Data) -> Outcome {
     let first = trainer.steps_done();
     let mut log = MetricsLog::open(run, first)?;
-    println!("{}", describe(&trainer));
-    println!("{}", data.summary);
-    println!("run folder {}{}", run.display(), if first > 0 { format!(", from step {first}") } else { String::new() });
+    say!("{}", describe(&trainer));
+    say!("{}", data.summary);
+    say!("run folder {}{}", run.display(), if first > 0 { format!(", from step {first}") } else { String::new() });
     let mut display = dashboard::open(trainer.options(), first, data.tokenizer.is_none(), args.plain);
     let evaluation = trainer.run(&mut Both(&mut log, &mut *display));
     drop(display); // gives the terminal back before anything else is printed
     let evaluation = evaluation?;
     match plot::loss_curve(run) {
-        Ok(picture) => println!("loss curve: {}", picture.display()),
+        Ok(picture) => say!("loss curve: {}", picture.display()),
         Err(error) => eprintln!("thalweg: loss curve: {error}"),
     }
     match evaluation.bits_per_byte {
-        Some(bits) => println!("held-out text: {bits:.4} bits per byte after step {}", evaluation.step),
-        None => println!("held-out examples: {:.2} % right", 100.0 * evaluation.held_out_accuracy),
+        Some(bits) => say!("held-out text: {bits:.4} bits per byte after step {}", evaluation.step),
+        None => say!("held-out examples: {:.2} % right", 100.0 * evaluation.held_out_accuracy),
     }
     if trainer.steps_done() < trainer.options().steps {
-        println!("go on with: thalweg train --resume --out {}", run.display());
+        say!("go on with: thalweg train --resume --out {}", run.display());
     }
     if data.tokenizer.is_some() {
-        println!("generate with: thalweg generate --checkpoint {} --prompt \"fn main\"", run.display());
+        say!("generate with: thalweg generate --checkpoint {} --prompt \"fn main\"", run.display());
     }
     Ok(ExitCode::SUCCESS)
 }
