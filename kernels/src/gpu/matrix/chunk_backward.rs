@@ -387,7 +387,7 @@ fn through_state<I: Float, E: Float, N: Size>(
                 #[unroll(!b.engine.in_software())]
                 for i in 0..comptime!((b.block / columns).div_ceil(CARRIED)) {
                     let v = (column + i * columns) * CARRIED;
-                    if comptime!(b.block % (columns * CARRIED) == 0) || v < b.block {
+                    if comptime!(b.block.is_multiple_of(columns * CARRIED)) || v < b.block {
                         let state = pairs.state.get_many::<Const<CARRIED>>(carry_row, v);
                         let product = state * pairs.dstate.get_many::<Const<CARRIED>>(carry_row, v);
                         #[unroll]

@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Engine, Tile, WARP, exp2, unit, units};
+use super::super::tile::{BLOCK, Engine, Tile, WARP, exp2, reciprocal, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
 use super::transfer::Flight;
@@ -52,12 +52,12 @@ pub(crate) struct Decay {
 /// Sums of gates over a sub-block down to which an operand may hold what undoes them.
 const MILD: f32 = -30.0;
 
-/// Sums of scalar gates on [`Engine::Mma`], whose operands are of 16 bits anyway, are binary logarithms.
+/// Sums of gates are binary logarithms on [`Engine::Mma`], whose operands are of 16 bits anyway.
 fn scale_of_logs(engine: Engine) -> f32 {
     if engine == Engine::Mma { std::f32::consts::LOG2_E } else { 1.0 }
 }
 
-/// The exponential of sums of scalar gates.
+/// The exponential of a sum of gates.
 #[cube]
 pub(super) fn exponential(sum: f32, #[comptime] b: Blueprint) -> f32 {
     if comptime!(b.engine == Engine::Mma) { exp2(sum) } else { sum.exp() }
@@ -164,22 +164,25 @@ impl Decay {
                 let mut gates = Array::<f32>::new(BLOCK);
                 #[unroll]
                 for i in 0..BLOCK {
-                    gates[i] = key_gate(g, place, sizes, first + i, k0 + k);
+                    gates[i] = key_gate(g, place, sizes, first + i, k0 + k) * comptime!(scale_of_logs(b.engine));
                 }
                 let mut sum = f32::new(0.0);
                 #[unroll]
                 for i in 0..BLOCK {
-                    sum += gates[i];
-                    self.within.set(first + i, k, sum.exp());
+                    let through = sum + gates[i];
+                    self.within.set(first + i, k, exponential(through, b));
+                    sum = through;
                 }
-                self.totals[item] = sum.exp();
+                self.totals[item] = self.within.get(first + comptime!(BLOCK - 1), k);
                 least = least.min(sum);
                 let mut sum = f32::new(0.0);
+                self.after.set(first + comptime!(BLOCK - 1), k, 1.0);
                 #[unroll]
-                for i in 0..BLOCK {
+                for i in 1..BLOCK {
                     let back = comptime!(BLOCK - 1 - i);
-                    self.after.set(first + back, k, sum.exp());
-                    sum += gates[back];
+                    let later = sum + gates[comptime!(back + 1)];
+                    self.after.set(first + back, k, exponential(later, b));
+                    sum = later;
                 }
             }
             if comptime!(b.inverts) {
@@ -199,7 +202,7 @@ impl Decay {
         for plane in 0..comptime!(b.units / WARP) {
             least = least.min(self.strongest[plane]);
         }
-        least >= MILD
+        least >= comptime!(MILD * scale_of_logs(b.engine))
     }
 
     /// Leaves `e^g` of each token and feature of the block in the place of what [`Role::Within`] and those made of it need.
@@ -207,7 +210,8 @@ impl Decay {
     pub fn factors(&mut self, g: &[f32], place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) {
         for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
             let (row, k) = (i / b.block, i % b.block);
-            self.within.set(row, k, key_gate(g, place, sizes, row, k0 + k).exp());
+            let gate = key_gate(g, place, sizes, row, k0 + k) * comptime!(scale_of_logs(b.engine));
+            self.within.set(row, k, exponential(gate, b));
         }
     }
 
@@ -263,7 +267,7 @@ impl Decay {
                     }
                     if comptime!(b.inverts) {
                         if segment == later {
-                            weight = Vector::new(f32::new(1.0)) / self.within.get_many::<N>(row, k);
+                            weight = reciprocal::<N>(self.within.get_many::<N>(row, k));
                         }
                     }
                 }

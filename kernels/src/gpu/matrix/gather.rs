@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Engine, Tile, WARP, unit};
+use super::super::tile::{Engine, Tile, unit};
 use super::blueprint::{Blueprint, GateKind};
 use super::chunk_backward::{ByToken, Pairs, Roles};
 
@@ -207,7 +207,7 @@ fn sum_in_registers<E: Float>(pairs: &Pairs<E>, roles: &Roles, tokens: &mut ByTo
     for n in 0..of.rows() {
         let (row, col) = of.place(unit(), comptime!(n / 2 * of.spread.part() + n % 2 * 2));
         let at = col / comptime!(of.spread.cols / of.spread.across()) * b.chunk + row;
-        let first = unit() % WARP % 4 == 0;
+        let first = unit() % 4 < 1;
         if comptime!(b.delta) {
             let sum = of.over_row(d_beta[n]);
             if first {

@@ -183,6 +183,29 @@ pub(crate) fn exp2(x: f32) -> f32 {
     }
 }
 
+/// `1 / x`, as [`exp2`] is.
+#[cube]
+pub(crate) fn reciprocal<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    let mut y = Vector::<f32, N>::new(f32::new(1.0));
+    if comptime!(takes_ptx(&device)) {
+        #[unroll]
+        for j in 0..N::value().comptime() {
+            y.insert(j, fast_reciprocal(x.extract(j)));
+        }
+    } else {
+        y /= x;
+    }
+    y
+}
+
+#[cube]
+fn fast_reciprocal(x: f32) -> f32 {
+    let y: f32;
+    gpu_asm!("rcp.approx.ftz.f32 {}, {};", out(_) y, in(_) x, options(nomem));
+    y
+}
+
 /// Whether kernels may have instructions in PTX.
 pub(crate) fn takes_ptx(device: &DeviceProperties) -> bool {
     cfg!(feature = "inline-ptx") && device.identity.fingerprint.starts_with("ptx")
