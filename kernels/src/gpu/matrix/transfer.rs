@@ -51,39 +51,29 @@ pub(crate) fn store<I: Float, E: Float, N: Size>(
     rows: usize,
     col0: usize,
     dim: usize,
-    #[comptime] units: usize,
 ) {
-    let shape = comptime!(Shape { rows: tile.rows, cols: tile.cols, units });
-    store_as::<I, E, N>(unit(), tile, 0, out, at, rows, col0, dim, shape);
+    store_as::<I, E, N>((unit(), units()), tile, 0, tile.rows, out, at, rows, col0, dim);
 }
 
-/// The same of so many rows from `row0` on, as the `worker`-th of those that do it. No loop remains: the compiler on CUDA
-/// reads a vector from a tile at once only where it sees that its place is a multiple of the vector.
+/// The same of `tile_rows` rows from `row0` on, as the first of so many workers.
 #[cube]
 pub(crate) fn store_as<I: Float, E: Float, N: Size>(
-    worker: usize,
+    worker: (usize, usize),
     tile: &Tile<E>,
     row0: usize,
+    #[comptime] tile_rows: usize,
     out: &mut [Vector<I, N>],
     at: (usize, usize),
     rows: usize,
     col0: usize,
     dim: usize,
-    #[comptime] shape: Shape,
 ) {
     let n = N::value().comptime();
-    let cols = comptime!(shape.cols / n);
-    #[unroll]
-    for j in 0..comptime!(shape.vectors(n)) {
-        let i = worker + j * shape.units;
+    let cols = comptime!(tile.cols / n);
+    for i in range_stepped(worker.0, comptime!(tile_rows * cols), worker.1) {
         let (row, col) = (i / cols, i % cols * n);
-        let mut inside = row < rows && col0 + col < dim;
-        if comptime!(!shape.even(n)) {
-            inside = inside && row < shape.rows;
-        }
-        if inside {
-            let values = tile.as_they_are::<N>(row0 + row, col);
-            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(values);
+        if row < rows && col0 + col < dim {
+            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(tile.get_many::<N>(row0 + row, col));
         }
     }
 }
@@ -103,18 +93,6 @@ pub(crate) fn store_scores<E: Float, N: Size>(
         let values = tile.get_many::<N>(i / cols, i % cols * n) * Vector::new(factor);
         out[at / n + i] = Vector::<E, N>::cast_from(values);
     }
-}
-
-/// Writes `[chunk, chunk]` scores as they are.
-#[cube]
-pub(crate) fn store_square<E: Float, N: Size>(
-    tile: &Tile<E>,
-    out: &mut [Vector<E, N>],
-    at: usize,
-    #[comptime] b: Blueprint,
-) {
-    let side = comptime!(b.chunk).runtime();
-    store::<E, E, N>(tile, out, (at, side), side, 0, side, b.units);
 }
 
 /// The shape of a tile and the units that fill it.
