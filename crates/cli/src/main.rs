@@ -6,7 +6,8 @@
 /// Prints a line. Whoever reads it may go away, as `head` does: what is computed goes on, and to files.
 macro_rules! say {
     ($($arguments:tt)*) => {{
-        let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($arguments)*)));
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($arguments)*);
     }};
 }
 

@@ -22,6 +22,11 @@ use super::{state::state_kernel, state_backward::state_backward_kernel};
 /// Elements of a tensor that stands for none: at least one vector.
 const ABSENT: usize = 8;
 
+/// Stands for a tensor that is absent: never read, so nothing is copied to the device for it.
+fn absent(client: &Client) -> Buffer {
+    Buffer::output(client, Storage::F32, ABSENT)
+}
+
 /// Stage 2 reversed.
 pub(crate) struct WalkBack {
     /// Gradient of the values, for the delta rule.
@@ -109,7 +114,7 @@ impl<'a> Launch<'a> {
         let (table, chunks) = table(&sequences, b.chunk);
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
         let w = b.walk(client, p, sequences);
-        let nothing = Buffer::from_slice(client, &[0.0f32; ABSENT]);
+        let nothing = absent(client);
         let chunk_heads = chunks * p.value_heads;
         let lengths = [
             chunk_heads * p.key_dim * p.value_dim,
@@ -415,8 +420,7 @@ pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffe
     let b = StepBlueprint::new(x.gate.kind(), x.write.beta().is_some(), p.key_dim, units);
     let cubes = p.batch * p.value_heads * p.value_dim.div_ceil(COLUMNS);
     let gate_stride = if let Gate::Constant(_) = x.gate { 0 } else { p.value_heads };
-    // Never read.
-    let nothing = Buffer::output(client, Storage::F32, ABSENT);
+    let nothing = absent(client);
     let tensor = |x: Option<&Buffer>| x.unwrap_or(&nothing).arg();
     step_kernel::launch(
         client,
