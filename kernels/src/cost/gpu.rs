@@ -52,6 +52,8 @@ struct Stages {
     x: Tensors,
     /// A `[chunk, chunk]` matrix for each chunk and head.
     squares: usize,
+    /// Whether no launch writes the scores of queries: on matrix units, what reads the states computes them.
+    in_place: bool,
     /// A state for each chunk and head, in the element type.
     states: usize,
     /// Queries or keys as the other launches read them, weighted under gates per key feature; then also the decays of
@@ -81,6 +83,7 @@ impl Stages {
             walked,
             ends: if by_key { chunks * k * 4 } else { 0 },
             squares: chunks * c * c * element,
+            in_place: !delta && !by_key,
             states: chunks * k * v * element,
             state: 2 * c * k * v,
             lower: c * (c + 1),
@@ -126,10 +129,14 @@ impl Stages {
     }
 
     fn output(&self) -> Launch {
-        let flops = self.state + self.lower * self.p[2];
-        let gates = self.scalar_gates();
-        let bytes = self.walked + 2 * self.x.values + gates + self.x.writes + self.squares + self.states;
-        self.launch("output", flops, bytes)
+        self.read_out("output", self.x.writes)
+    }
+
+    fn read_out(&self, name: &'static str, writes: usize) -> Launch {
+        let [_, k, v] = self.p;
+        let (more, scores) = if self.in_place { (self.lower * k, self.x.keys) } else { (0, self.squares) };
+        let bytes = self.walked + 2 * self.x.values + self.scalar_gates() + writes + scores + self.states;
+        self.launch(name, self.state + self.lower * v + more, bytes)
     }
 
     fn walk_back(&self) -> Launch {
@@ -143,9 +150,7 @@ impl Stages {
 
     /// The values' gradient of the additive write: the output stage with keys for queries.
     fn values_back(&self) -> Launch {
-        let flops = self.state + self.lower * self.p[2];
-        let bytes = self.walked + 2 * self.x.values + self.scalar_gates() + self.squares + self.states;
-        self.launch("output (dv)", flops, bytes)
+        self.read_out("output (dv)", 0)
     }
 
     fn scores_back(&self) -> Launch {
@@ -173,15 +178,20 @@ pub fn matrix(p: &MatrixProblem, gate: GateKind, delta: bool, element: usize, pa
     }
     let s = Stages::new(p, gate, delta, element);
     let squares = s.squares + s.delta(s.squares);
-    let kept = squares + s.states + s.delta(s.x.values) + s.weighted();
-    let (launches, tensors, scratch) = match pass {
+    let scores = if s.in_place { 0 } else { squares };
+    let kept = scores + s.states + s.delta(s.x.values) + s.weighted();
+    let mut launches: Vec<_> = (!s.in_place).then(|| s.scores()).into_iter().collect();
+    let (tensors, scratch) = match pass {
         Pass::Backward => {
-            let mut launches = vec![s.scores(), s.walk(), s.walk_back()];
+            launches.extend([s.walk(), s.walk_back()]);
             launches.extend((!delta).then(|| s.values_back()));
             launches.extend([s.scores_back(), s.chunk_back()]);
-            (launches, 2 * s.x.inputs() + s.x.values + s.x.states, kept + s.states + squares)
+            (2 * s.x.inputs() + s.x.values + s.x.states, kept + s.states + squares)
         }
-        _ => (vec![s.scores(), s.walk(), s.output()], s.x.inputs() + s.x.values + s.x.states, kept),
+        _ => {
+            launches.extend([s.walk(), s.output()]);
+            (s.x.inputs() + s.x.values + s.x.states, kept)
+        }
     };
     Pipeline { launches, tensors: tensors as u64, scratch: scratch as u64 }
 }

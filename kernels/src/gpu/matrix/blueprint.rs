@@ -141,6 +141,31 @@ impl WalkBlueprint {
     }
 }
 
+/// The compile-time key of the launch that reads the states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ReadBlueprint {
+    pub chunk: Blueprint,
+    /// Value features that a cube computes.
+    pub value_block: usize,
+    /// Whether cubes compute a chunk's scores themselves.
+    pub scores: bool,
+}
+
+impl ReadBlueprint {
+    /// What it needs, in bytes.
+    fn shared_memory(&self) -> usize {
+        let (b, c, d) = (&self.chunk, self.chunk.chunk, self.value_block);
+        let keys = if self.scores { c } else { 1 };
+        b.sums(b.spread(c, d))
+            + b.sums(b.spread(1, c))
+            + b.operand(c + keys, b.block)
+            + b.operand(b.block + c, d)
+            + b.operand(c, c)
+            + b.between()
+            + b.by_row().common_memory()
+    }
+}
+
 /// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
 const SHARED_MEMORY: usize = 112 << 10;
 
@@ -247,6 +272,21 @@ impl Blueprint {
         WalkBlueprint { resident: fits, ..walk }
     }
 
+    /// How states are read: on matrix units whose sums stay in registers, two blocks of values at a time, and with scores of
+    /// one's own where nothing else needs them.
+    pub fn read(&self, p: &MatrixProblem) -> ReadBlueprint {
+        let narrow = ReadBlueprint { chunk: *self, value_block: self.block, scores: self.scores_in_place() };
+        let wide = ReadBlueprint { value_block: 2 * self.block, ..narrow };
+        let fits = wide.shared_memory() <= SHARED_MEMORY && p.value_dim > self.block;
+        if self.engine == Engine::Mma && fits { wide } else { narrow }
+    }
+
+    /// Whether no launch writes a chunk's scores: what reads the state computes them. Only the delta rule needs them
+    /// elsewhere, and a gate per key feature makes them costly.
+    pub fn scores_in_place(&self) -> bool {
+        self.weighs_scores() && !self.delta
+    }
+
     /// A tile that all units fill.
     pub fn shape(&self, rows: usize, cols: usize) -> Shape {
         Shape { rows, cols, units: self.units }
@@ -275,6 +315,21 @@ impl Blueprint {
         rows * (cols + self.operand_padding()) * self.operand_size
     }
 
+    /// Whether scores meet the decay in registers.
+    pub fn weighs_scores(&self) -> bool {
+        self.engine == Engine::Mma && self.gate != GateKind::Key
+    }
+
+    /// Whether that takes the decay between the tokens of a sub-block.
+    pub fn sums_between(&self) -> bool {
+        self.weighs_scores() && self.gate == GateKind::Head
+    }
+
+    /// Shared memory for it.
+    fn between(&self) -> usize {
+        if self.sums_between() { self.float(self.chunk, BLOCK) } else { self.float(1, 1) }
+    }
+
     /// For launches whose queries and keys have met a gate per key feature already: what is left to weigh are rows.
     pub fn by_row(&self) -> Self {
         let gate = if self.gate == GateKind::Key { GateKind::None } else { self.gate };
@@ -291,7 +346,7 @@ impl Blueprint {
         let (c, d) = (self.chunk, self.block);
         let decay = match self.gate {
             GateKind::Key => 2 * self.float(c, d) + self.segments() * d * 4 + self.units,
-            GateKind::None | GateKind::Head => (4 * c + self.segments()) * 4 + self.float(1, 1),
+            GateKind::None | GateKind::Head => (5 * c + self.segments()) * 4 + self.float(1, 1),
         };
         decay + 512
     }
@@ -299,12 +354,10 @@ impl Blueprint {
     /// The most that one of the kernels needs, in bytes; the state passes with a block of keys at a time.
     pub fn shared_memory(&self, key_dim: usize) -> usize {
         let (c, d, delta) = (self.chunk, self.block, self.if_delta(self.chunk));
+        let inverse = if self.delta { self.float(c / 2, c / 2) } else { 0 };
         let scores =
-            self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.delta as usize * self.float(c / 2, c / 2);
-        let output = self.sums(self.spread(c, d))
-            + self.operand(2 * c + d, d)
-            + self.operand(c, c)
-            + self.by_row().common_memory();
+            self.float(c + delta, c) + self.operand(2 * c + delta, d) + self.operand(c, c) + inverse + self.between();
+        let output = ReadBlueprint { chunk: *self, value_block: d, scores: self.scores_in_place() }.shared_memory();
         let state_blocks = self.state_blocks(key_dim);
         let walk = WalkBlueprint { chunk: *self, state_blocks, value_block: d, resident: false, panels: false };
         (scores + self.common_memory()).max(output).max(walk.shared_memory())

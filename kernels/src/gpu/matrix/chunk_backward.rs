@@ -18,6 +18,7 @@ use cubecl::prelude::*;
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role};
+use super::gather::{Wanted, gather, sum_features};
 use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
 use super::transfer::{Flight, store};
@@ -62,6 +63,13 @@ pub(crate) struct ByToken {
     pub ending: Shared<[f32]>,
     /// Sums of `carry` over the blocks.
     pub total: Shared<[f32]>,
+}
+
+impl ByToken {
+    /// Units of a token, each with a share of the key features. The units of a cube are a multiple of the tokens.
+    pub fn shares(b: Blueprint) -> usize {
+        b.units / b.chunk
+    }
 }
 
 /// Gradients of the chunk's tensors for one block of key features, by role, `[chunk, block]`.
@@ -200,22 +208,10 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         }
         roles.q_left.settle();
         gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dq, b);
-        store::<O, f32, N>(&scratch, &mut out.dq, to, place.rows, k0, sizes.key_dim);
+        store::<O, f32, N>(&scratch, &mut out.dq, to, place.rows, k0, sizes.key_dim, b.units);
         gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dk, b);
-        store::<O, f32, N>(&scratch, &mut out.dk, to, place.rows, k0, sizes.key_dim);
-        if comptime!(b.delta) {
-            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dbeta, b);
-            tokens.d_beta[unit()] += sum_row(&scratch, b);
-        }
-        if comptime!(head) {
-            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dc, b);
-            tokens.dc[unit()] += sum_row(&scratch, b);
-            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Ending, b);
-            tokens.ending[unit()] += sum_row(&scratch, b);
-            if unit() < b.block {
-                tokens.total[unit()] += tokens.carry[unit()];
-            }
-        }
+        store::<O, f32, N>(&scratch, &mut out.dk, to, place.rows, k0, sizes.key_dim, b.units);
+        sum_features::<E>(&pairs, &roles, &mut tokens, &mut scratch, b);
         if comptime!(b.gate == GateKind::Key) {
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Ending, b);
             sum_over_rows(&mut scratch, &mut tokens, false, b);
@@ -268,27 +264,12 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     }
 }
 
-/// Units of a token, each with a share of the key features. The units of a cube are a multiple of the tokens.
-fn shares(b: Blueprint) -> usize {
-    b.units / b.chunk
-}
-
-/// This unit's share of the sum of a row: unit `i + share * chunk` has row `i`.
-#[cube]
-fn sum_row(tile: &Tile<f32>, #[comptime] b: Blueprint) -> f32 {
-    let mut sum = f32::new(0.0);
-    for k in range_stepped(unit() / b.chunk, tile.cols, comptime!(shares(b))) {
-        sum += tile.get(unit() % b.chunk, k);
-    }
-    sum
-}
-
 /// The sum over the shares of token `unit()`, in order; of no use to units beyond the tokens.
 #[cube]
 fn over_shares(by_unit: &Shared<[f32]>, #[comptime] b: Blueprint) -> f32 {
     let mut sum = f32::new(0.0);
     #[unroll]
-    for share in 0..comptime!(shares(b)) {
+    for share in 0..comptime!(ByToken::shares(b)) {
         sum += by_unit[unit() % b.chunk + share * b.chunk];
     }
     sum
@@ -348,6 +329,9 @@ fn add(sums: &Sums, tile: &mut Tile<f32>) {
     }
 }
 
+/// Elements of two states that a unit multiplies at a time.
+const CARRIED: usize = 4;
+
 /// Starts the gradients by role with what comes through the states before and after the chunk. Synchronises.
 #[cube]
 fn through_state<I: Float, E: Float, N: Size>(
@@ -400,8 +384,17 @@ fn through_state<I: Float, E: Float, N: Size>(
         roles.k_end.product::<E, E>(&pairs.keys, &pairs.dstate, form);
         if comptime!(b.gate != GateKind::None) {
             if carry_row < b.block {
-                for v in range_stepped(column, b.block, columns) {
-                    carry += pairs.state.get(carry_row, v) * pairs.dstate.get(carry_row, v);
+                #[unroll(!b.engine.in_software())]
+                for i in 0..comptime!((b.block / columns).div_ceil(CARRIED)) {
+                    let v = (column + i * columns) * CARRIED;
+                    if comptime!(b.block.is_multiple_of(columns * CARRIED)) || v < b.block {
+                        let state = pairs.state.get_many::<Const<CARRIED>>(carry_row, v);
+                        let product = state * pairs.dstate.get_many::<Const<CARRIED>>(carry_row, v);
+                        #[unroll]
+                        for j in 0..CARRIED {
+                            carry += product.extract(j);
+                        }
+                    }
                 }
             }
         }
@@ -437,65 +430,4 @@ fn scale(sums: &mut Sums, factor: f32, decay: &Decay, #[comptime] role: Role, #[
             sums.set(place, j, sums.get(place, j) * factor * decay.weight(place.0, place.1, role, b));
         }
     }
-}
-
-/// What follows from the roles, by token and key feature.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Wanted {
-    Dq,
-    Dk,
-    /// Terms of `dbeta`.
-    Dbeta,
-    /// The gradient of `c`.
-    Dc,
-    /// What goes to the gates after the token.
-    Ending,
-}
-
-/// Adds up the roles in a tile, with plain queries and keys in `pairs`. Synchronises before and after.
-#[cube]
-fn gather<E: Float>(
-    pairs: &Pairs<E>,
-    roles: &Roles,
-    tokens: &ByToken,
-    out: &mut Tile<f32>,
-    #[comptime] wanted: Wanted,
-    #[comptime] b: Blueprint,
-) {
-    sync_cube();
-    let unit = unit();
-    #[unroll]
-    for j in 0..comptime!(roles.q_left.spread.len()) {
-        if roles.q_left.has(unit, j) {
-            let place = roles.q_left.place(unit, j);
-            let (row, d) = place;
-            let (query, key) = (pairs.queries.get(row, d), pairs.keys.get(row, d));
-            let (beta, diagonal) = (tokens.beta[row], tokens.diagonal[row]);
-            let value = match comptime!(wanted) {
-                Wanted::Dq => roles.q_left.get(place, j) + diagonal * beta * key,
-                Wanted::Ending => beta * key * roles.k_end.get(place, j),
-                Wanted::Dc => {
-                    let mut dc = query * roles.q_left.get(place, j) - beta * key * roles.k_right.get(place, j);
-                    if comptime!(b.delta) {
-                        dc += key * roles.k_left.get(place, j);
-                    }
-                    dc
-                }
-                Wanted::Dk | Wanted::Dbeta => {
-                    let unstepped = roles.k_right.get(place, j) + roles.k_end.get(place, j) + diagonal * query;
-                    if comptime!(wanted == Wanted::Dbeta) {
-                        key * unstepped
-                    } else {
-                        let mut dk = beta * unstepped;
-                        if comptime!(b.delta) {
-                            dk += roles.k_left.get(place, j);
-                        }
-                        dk
-                    }
-                }
-            };
-            out.set(row, d, value);
-        }
-    }
-    sync_cube();
 }

@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Engine, Tile, WARP, unit, units};
+use super::super::tile::{BLOCK, Engine, Tile, WARP, exp2, reciprocal, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
 use super::transfer::Flight;
@@ -32,14 +32,15 @@ pub(crate) enum Role {
 /// The decay of one chunk and head.
 #[derive(CubeType)]
 pub(crate) struct Decay {
-    /// Scalar gates: by token the gate, its sum over the later tokens of the sub-block, and the weights of `FromStart`
-    /// and `ToEnd`.
-    g: Shared<[f32]>,
-    later: Shared<[f32]>,
+    /// Scalar gates: by token the gate, its sums over the sub-block through the token and over the later ones, and the
+    /// weights of `FromStart` and `ToEnd`.
+    pub(super) g: Shared<[f32]>,
+    pub(super) so_far: Shared<[f32]>,
+    pub(super) later: Shared<[f32]>,
     from_start: Shared<[f32]>,
     to_end: Shared<[f32]>,
     /// Sums over the sub-blocks, `[segments]`; with key-wise gates their exponentials, `[segments, block]`.
-    totals: Shared<[f32]>,
+    pub(super) totals: Shared<[f32]>,
     /// Key-wise gates: the decay from the start of a token's sub-block through it, and after it to the end of that,
     /// `[chunk, block]`. All weights are products of these and the totals.
     within: Tile<f32>,
@@ -51,6 +52,17 @@ pub(crate) struct Decay {
 /// Sums of gates over a sub-block down to which an operand may hold what undoes them.
 const MILD: f32 = -30.0;
 
+/// Sums of gates are binary logarithms on [`Engine::Mma`], whose operands are of 16 bits anyway.
+fn scale_of_logs(engine: Engine) -> f32 {
+    if engine == Engine::Mma { std::f32::consts::LOG2_E } else { 1.0 }
+}
+
+/// The exponential of a sum of gates.
+#[cube]
+pub(super) fn exponential(sum: f32, #[comptime] b: Blueprint) -> f32 {
+    if comptime!(b.engine == Engine::Mma) { exp2(sum) } else { sum.exp() }
+}
+
 #[cube]
 impl Decay {
     pub fn new(#[comptime] b: Blueprint) -> Decay {
@@ -61,6 +73,7 @@ impl Decay {
         });
         Decay {
             g: Shared::new_slice(tokens),
+            so_far: Shared::new_slice(tokens),
             later: Shared::new_slice(tokens),
             from_start: Shared::new_slice(tokens),
             to_end: Shared::new_slice(tokens),
@@ -80,7 +93,7 @@ impl Decay {
     pub fn begin(&mut self, gate: f32, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Head) {
             if unit() < b.chunk {
-                self.g[unit()] = gate;
+                self.g[unit()] = gate * comptime!(scale_of_logs(b.engine));
             }
             sync_cube();
             // Within sub-blocks, then over them: every unit reads 16 gates and a few sums, side by side.
@@ -92,7 +105,7 @@ impl Decay {
                     before += select(first + j <= i, gate, f32::new(0.0));
                     after += select(first + j > i, gate, f32::new(0.0));
                 }
-                self.from_start[i] = before;
+                self.so_far[i] = before;
                 self.later[i] = after;
                 if i + 1 == first + BLOCK {
                     self.totals[i / BLOCK] = before;
@@ -101,13 +114,13 @@ impl Decay {
             sync_cube();
             for i in range_stepped(unit(), b.chunk, units()) {
                 let segment = i / BLOCK;
-                let (mut before, mut after) = (self.from_start[i], self.later[i]);
+                let (mut before, mut after) = (f32::new(0.0), f32::new(0.0));
                 for s in 0..comptime!(b.segments()) {
                     before += select(s < segment, self.totals[s], f32::new(0.0));
                     after += select(s > segment, self.totals[s], f32::new(0.0));
                 }
-                self.from_start[i] = before.exp();
-                self.to_end[i] = after.exp();
+                self.from_start[i] = exponential(self.so_far[i] + before, b);
+                self.to_end[i] = exponential(self.later[i] + after, b);
             }
             sync_cube();
         }
@@ -151,22 +164,25 @@ impl Decay {
                 let mut gates = Array::<f32>::new(BLOCK);
                 #[unroll]
                 for i in 0..BLOCK {
-                    gates[i] = key_gate(g, place, sizes, first + i, k0 + k);
+                    gates[i] = key_gate(g, place, sizes, first + i, k0 + k) * comptime!(scale_of_logs(b.engine));
                 }
                 let mut sum = f32::new(0.0);
                 #[unroll]
                 for i in 0..BLOCK {
-                    sum += gates[i];
-                    self.within.set(first + i, k, sum.exp());
+                    let through = sum + gates[i];
+                    self.within.set(first + i, k, exponential(through, b));
+                    sum = through;
                 }
-                self.totals[item] = sum.exp();
+                self.totals[item] = self.within.get(first + comptime!(BLOCK - 1), k);
                 least = least.min(sum);
                 let mut sum = f32::new(0.0);
+                self.after.set(first + comptime!(BLOCK - 1), k, 1.0);
                 #[unroll]
-                for i in 0..BLOCK {
+                for i in 1..BLOCK {
                     let back = comptime!(BLOCK - 1 - i);
-                    self.after.set(first + back, k, sum.exp());
-                    sum += gates[back];
+                    let later = sum + gates[comptime!(back + 1)];
+                    self.after.set(first + back, k, exponential(later, b));
+                    sum = later;
                 }
             }
             if comptime!(b.inverts) {
@@ -186,7 +202,7 @@ impl Decay {
         for plane in 0..comptime!(b.units / WARP) {
             least = least.min(self.strongest[plane]);
         }
-        least >= MILD
+        least >= comptime!(MILD * scale_of_logs(b.engine))
     }
 
     /// Leaves `e^g` of each token and feature of the block in the place of what [`Role::Within`] and those made of it need.
@@ -194,7 +210,8 @@ impl Decay {
     pub fn factors(&mut self, g: &[f32], place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) {
         for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
             let (row, k) = (i / b.block, i % b.block);
-            self.within.set(row, k, key_gate(g, place, sizes, row, k0 + k).exp());
+            let gate = key_gate(g, place, sizes, row, k0 + k) * comptime!(scale_of_logs(b.engine));
+            self.within.set(row, k, exponential(gate, b));
         }
     }
 
@@ -250,7 +267,7 @@ impl Decay {
                     }
                     if comptime!(b.inverts) {
                         if segment == later {
-                            weight = Vector::new(f32::new(1.0)) / self.within.get_many::<N>(row, k);
+                            weight = reciprocal::<N>(self.within.get_many::<N>(row, k));
                         }
                     }
                 }
@@ -281,37 +298,6 @@ impl Decay {
             }
         }
         weight
-    }
-
-    /// `p_ij *= e^{c_i - c_j}` for `i >= j`, and zero above the diagonal; with the delta rule the same of `r`, which is zero
-    /// from the diagonal on. Scalar gates, or none.
-    pub fn multiply_lower(&self, p: &mut Tile<f32>, r: &mut Tile<f32>, #[comptime] b: Blueprint) {
-        for item in range_stepped(unit(), comptime!(b.segments() * b.chunk), units()) {
-            let (segment, j) = (item / b.chunk, item % b.chunk);
-            let first = segment * BLOCK;
-            let mut sum = f32::new(0.0);
-            if comptime!(b.gate == GateKind::Head) {
-                if j < first {
-                    sum = self.later[j];
-                }
-                for s in 1..comptime!(b.segments()) {
-                    sum += select(s > j / BLOCK && s < segment, self.totals[s], f32::new(0.0));
-                }
-            }
-            for i in first..first + BLOCK {
-                let mut weight = f32::new(1.0);
-                if comptime!(b.gate == GateKind::Head) {
-                    if i > j {
-                        sum += self.g[i];
-                    }
-                    weight = sum.exp();
-                }
-                p.set(i, j, select(i >= j, p.get(i, j) * weight, f32::new(0.0)));
-                if comptime!(b.delta) {
-                    r.set(i, j, select(i > j, r.get(i, j) * weight, f32::new(0.0)));
-                }
-            }
-        }
     }
 }
 

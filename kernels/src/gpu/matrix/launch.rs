@@ -7,7 +7,7 @@ use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use super::super::buffer::{Buffer, Storage};
 use super::super::device::{address_type, grid};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::blueprint::{Blueprint, GateKind, WalkBlueprint, operands};
+use super::blueprint::{Blueprint, GateKind, ReadBlueprint, WalkBlueprint, operands};
 use super::output::Direction;
 use super::place::{SizesLaunch, table};
 use super::step::{COLUMNS, StepBlueprint, StepSizesLaunch, step_kernel};
@@ -70,10 +70,11 @@ pub(crate) struct Launch<'a> {
     b: Blueprint,
     gradients: Blueprint,
     w: WalkBlueprint,
+    r: ReadBlueprint,
     chunks: usize,
     sequences: usize,
     table: Buffer,
-    /// Stands for tensors that are absent.
+    /// Stands for tensors that are absent, and is never read.
     nothing: Buffer,
     address: AddressType,
     /// Elements that are read and written at a time.
@@ -113,7 +114,7 @@ impl<'a> Launch<'a> {
         };
         let (table, chunks) = table(&sequences, b.chunk);
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
-        let w = b.walk(client, p, sequences);
+        let (w, r) = (b.walk(client, p, sequences), b.read(p));
         let nothing = absent(client);
         let chunk_heads = chunks * p.value_heads;
         let lengths = [
@@ -125,7 +126,7 @@ impl<'a> Launch<'a> {
         let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operands(b.engine, storage).1];
         let vector = b.vector(p);
-        Ok(Self { client, p, x, b, gradients, w, chunks, sequences, table, nothing, address, vector, types })
+        Ok(Self { client, p, x, b, gradients, w, r, chunks, sequences, table, nothing, address, vector, types })
     }
 
     fn sizes(&self, b: &Blueprint) -> SizesLaunch {
@@ -142,10 +143,6 @@ impl<'a> Launch<'a> {
             self.p.value_dim.div_ceil(b.block),
             self.p.scale,
         )
-    }
-
-    fn value_blocks(&self) -> usize {
-        self.p.value_dim.div_ceil(self.b.block)
     }
 
     fn operand(&self) -> Storage {
@@ -181,6 +178,11 @@ impl<'a> Launch<'a> {
     }
 
     pub fn scores(&self) -> Result<Scores, Error> {
+        let [q, k, none] = [self.x.q, self.x.k, &self.nothing].map(Clone::clone);
+        if self.r.scores {
+            let (k_start, a, t, ends) = (k.clone(), none.clone(), none.clone(), none);
+            return Ok(Scores { a, t, q_start: q, k_start, k_end: k, ends });
+        }
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
         let a = Buffer::output(self.client, self.operand(), squares);
         let t = self.output_if(self.b.delta, self.operand(), squares);
@@ -243,17 +245,17 @@ impl<'a> Launch<'a> {
     }
 
     pub fn output(&self, scores: &Scores, walk: &Walk) -> Result<Buffer, Error> {
-        self.read_out(&scores.q_start, &walk.x, &scores.a, &walk.states, Direction::Forward)
+        self.read_out([&scores.q_start, self.x.k], &walk.x, &scores.a, &walk.states, Direction::Forward)
     }
 
     /// `dv` of the additive write.
     pub fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Result<Buffer, Error> {
-        self.read_out(&scores.k_end, d_o, &scores.a, &back.dstates, Direction::Backward)
+        self.read_out([&scores.k_end, self.x.q], d_o, &scores.a, &back.dstates, Direction::Backward)
     }
 
     fn read_out(
         &self,
-        keys: &Buffer,
+        [reading, other]: [&Buffer; 2],
         x: &Buffer,
         a: &Buffer,
         states: &Buffer,
@@ -264,8 +266,9 @@ impl<'a> Launch<'a> {
             self,
             self.b,
             output::output_kernel,
-            self.cubes(self.chunk_heads() * self.value_blocks())?,
-            keys.arg(),
+            self.cubes(self.chunk_heads() * self.p.value_dim.div_ceil(self.r.value_block))?,
+            reading.arg(),
+            other.arg(),
             x.arg(),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
@@ -275,7 +278,7 @@ impl<'a> Launch<'a> {
             o.arg(),
             self.sizes(&self.b),
             direction,
-            self.b,
+            self.r,
             self.types,
         );
         Ok(o)
@@ -422,21 +425,24 @@ pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffe
     let gate_stride = if let Gate::Constant(_) = x.gate { 0 } else { p.value_heads };
     let nothing = absent(client);
     let tensor = |x: Option<&Buffer>| x.unwrap_or(&nothing).arg();
-    step_kernel::launch(
-        client,
-        grid(client, cubes)?,
-        CubeDim::new_1d((b.groups * COLUMNS) as u32),
-        address_type(client, x.q.storage, [state.len])?,
-        x.q.arg(),
-        x.k.arg(),
-        x.v.arg(),
-        tensor(x.gate.tensor()),
-        tensor(x.write.beta()),
-        state.arg(),
-        o.arg(),
-        StepSizesLaunch::new(p.batch, p.heads, p.value_heads, p.key_dim, p.value_dim, gate_stride, p.scale),
-        b,
-        x.q.storage.elem_type(),
-    );
+    // Safety: the kernel stays within the rows and features that the sizes describe, and the buffers have those sizes.
+    unsafe {
+        step_kernel::launch_unchecked(
+            client,
+            grid(client, cubes)?,
+            CubeDim::new_1d((b.groups * COLUMNS) as u32),
+            address_type(client, x.q.storage, [state.len])?,
+            x.q.arg(),
+            x.k.arg(),
+            x.v.arg(),
+            tensor(x.gate.tensor()),
+            tensor(x.write.beta()),
+            state.arg(),
+            o.arg(),
+            StepSizesLaunch::new(p.batch, p.heads, p.value_heads, p.key_dim, p.value_dim, gate_stride, p.scale),
+            b,
+            x.q.storage.elem_type(),
+        );
+    }
     Ok(o)
 }

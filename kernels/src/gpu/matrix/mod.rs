@@ -1,7 +1,8 @@
 //! The matrix-state recurrences on a GPU: what [`crate::matrix`] computes, on tensors in a device's memory.
 //!
 //! A sequence is cut into chunks, of at most 64 tokens. `forward` is three launches: `scores` (all chunks at once),
-//! `state` (the chunks of a sequence in order, with the state on chip) and `output` (all chunks at once); `backward`
+//! `state` (the chunks of a sequence in order, with the state on chip) and `output` (all chunks at once), which on matrix
+//! units computes the scores of an additive write under a scalar gate itself, so that they are two; `backward`
 //! computes the first two again and reverses them. Besides the tensors they need the state before each chunk
 //! (`key_dim value_dim` elements for each chunk and head) and one or two `[chunk, chunk]` matrices of scores.
 //!
@@ -15,7 +16,10 @@ mod ahead;
 mod blueprint;
 mod chunk_backward;
 mod decay;
+mod gather;
+mod inverse;
 mod launch;
+mod lower;
 mod output;
 mod pair_gradients;
 mod panel_state;

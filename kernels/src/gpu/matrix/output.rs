@@ -1,16 +1,18 @@
 //! Stage 3, all chunks at once, and its reverse for the values of the additive write:
 //!
 //! ```text
-//! o = scale (q e^{c}) S + A u          dv = (k e^{c_n - c}) dS' + A^T do
+//! o = scale e^{c} (q S) + A u          dv = e^{c_n - c} (k dS') + A^T do
 //! ```
 //! One cube computes one chunk, head and block of value features. Under gates per key feature the queries or keys come
-//! weighted.
+//! weighted, and rows have no weight. Where it costs less than to read them ([`ReadBlueprint::scores`]), a cube computes the
+//! chunk's scores `A` itself.
 
 use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
-use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, put_weighted};
+use super::blueprint::{Blueprint, GateKind, ReadBlueprint};
+use super::decay::{Decay, Role};
+use super::lower::{Between, weigh_lower};
 use super::place::{Place, Sizes};
 use super::state::store_sums;
 use super::transfer::Flight;
@@ -19,13 +21,14 @@ use super::transfer::Flight;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Direction {
     Forward,
-    /// With `k`, `do` and the states' gradients in the places of `q`, `x` and the states.
+    /// With `k`, `q`, `do` and the states' gradients in the places of `q`, `k`, `x` and the states.
     Backward,
 }
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     q: &[Vector<I, N>],
+    k: &[Vector<I, N>],
     x: &[Vector<I, N>],
     g: &[f32],
     beta: &[f32],
@@ -35,62 +38,101 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     o: &mut [Vector<I, N>],
     sizes: &Sizes,
     #[comptime] direction: Direction,
-    #[comptime] b: Blueprint,
+    #[comptime] r: ReadBlueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
-    let (cube, v0) = (CUBE_POS / sizes.value_blocks, CUBE_POS % sizes.value_blocks * b.block);
+    let b = comptime!(r.chunk);
+    let (c, d, by_row) = comptime!((b.chunk, r.value_block, b.by_row()));
+    let parts = sizes.value_dim.div_ceil(d);
+    let (cube, v0) = (CUBE_POS / parts, CUBE_POS % parts * d);
     if cube >= sizes.chunks * sizes.value_heads {
         terminate!();
     }
     let place = Place::of(cube, sizes, table, b);
-    let (c, operand) = comptime!((b.chunk, b.operand_padding()));
-    let by_row = comptime!(b.by_row());
+    let operand = comptime!(b.operand_padding());
     let mut decay = Decay::new(by_row);
-    let mut sum = Sums::new(comptime!(b.spread(c, b.block)));
+    let mut between = Between::new(r.scores, b);
+    let mut sum = Sums::new(comptime!(b.spread(c, d)));
+    let mut score_sums = Sums::new(comptime!(b.spread(if r.scores { c } else { 0 }, c)));
     let mut queries = Tile::<E>::new(c, b.block, operand);
-    let mut state = Tile::<E>::new(b.block, b.block, operand);
+    let mut keys = Tile::<E>::new(comptime!(if r.scores { c } else { 1 }), b.block, operand);
+    let mut state = Tile::<E>::new(b.block, d, operand);
     let mut scores = Tile::<E>::new(c, c, operand);
-    let mut u = Tile::<E>::new(c, b.block, operand);
+    let mut u = Tile::<E>::new(c, d, operand);
     sum.clear();
-    decay.load_rows(g, &place, sizes, by_row);
-    let (role, factor, weigh) = match comptime!(direction) {
-        Direction::Forward => (comptime!(Role::FromStart), query_scale(sizes, b), comptime!(true)),
-        Direction::Backward => (comptime!(Role::ToEnd), f32::new(1.0), comptime!(false)),
-    };
+    let mut written = Flight::<I, N>::new(comptime!(b.shape(c, d)), true);
+    let mut score_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), !r.scores);
+    written.ask(x, place.values(sizes), place.rows, v0, sizes.value_dim, unit());
+    score_flight.ask_scores(a, place.scores(sizes, b));
+    if comptime!(r.scores) {
+        score_sums.clear();
+        decay.load(g, &place, sizes, by_row);
+        between.load(&decay, b);
+    } else {
+        decay.load_rows(g, &place, sizes, by_row);
+    }
+    let weigh = comptime!(b.delta && direction == Direction::Forward);
+    put_written::<I, E, N>(&written, beta, &place, sizes, &mut u, weigh);
+    score_flight.put_all::<E>(&mut scores);
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
         let at = place.walked_keys(sizes, b);
         let mut query_flight = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);
-        let mut state_flight = Flight::<E, N>::new(comptime!(b.shape(b.block, b.block)), true);
+        let mut key_flight = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), r.scores);
+        let mut state_flight = Flight::<E, N>::new(comptime!(b.shape(b.block, d)), true);
         query_flight.ask(q, at, place.rows, k0, sizes.key_dim, unit());
+        key_flight.ask(k, at, place.rows, k0, sizes.key_dim, unit());
         state_flight.ask_state(states, place.state(sizes), k0, v0, sizes);
-        put_weighted::<I, E, N>(&query_flight, factor, &decay, &mut queries, role, by_row);
+        query_flight.put_all::<E>(&mut queries);
+        key_flight.put_all::<E>(&mut keys);
         state_flight.put_all::<E>(&mut state);
         sync_cube();
-        sum.product::<E, E>(&queries, &state, comptime!(Form::ab(c, b.block, b.block, Mode::Add)));
+        sum.product::<E, E>(&queries, &state, comptime!(Form::ab(c, d, b.block, Mode::Add)));
+        if comptime!(r.scores) {
+            let form = comptime!(Form::abt(c, c, b.block, Mode::Add));
+            match comptime!(direction) {
+                Direction::Forward => score_sums.product::<E, E>(&queries, &keys, form),
+                Direction::Backward => score_sums.product::<E, E>(&keys, &queries, form),
+            }
+        }
         sync_cube();
     }
+    match comptime!(direction) {
+        Direction::Forward => weigh_rows(&mut sum, &decay, query_scale(sizes, b), Role::FromStart, by_row),
+        Direction::Backward => weigh_rows(&mut sum, &decay, f32::new(1.0), Role::ToEnd, by_row),
+    }
+    if comptime!(r.scores) {
+        // The additive write: there are no scores of keys.
+        let mut none = Sums::new(comptime!(b.spread(0, c)));
+        weigh_lower(&mut score_sums, sizes.scale, &mut none, 1.0, &decay, &between, b);
+        score_sums.put::<E>(&mut scores);
+    }
+    sync_cube();
+    let form = comptime!(match direction {
+        Direction::Forward => Form::ab(c, d, c, Mode::Add),
+        Direction::Backward => Form::atb(c, d, c, Mode::Add),
+    });
+    sum.product::<E, E>(&scores, &u, form);
+    sync_cube();
+    sum.put::<E>(&mut u);
+    sync_cube();
     // The place again: kept, it would take the registers of the loop.
     let cube = this_cube();
-    let (place, v0) = (Place::of(cube / sizes.value_blocks, sizes, table, b), cube % sizes.value_blocks * b.block);
-    let mut score_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), true);
-    let mut written = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);
-    score_flight.ask_scores(a, place.scores(sizes, b));
-    written.ask(x, place.values(sizes), place.rows, v0, sizes.value_dim, unit());
-    score_flight.put_all::<E>(&mut scores);
-    put_written::<I, E, N>(&written, beta, &place, sizes, &mut u, weigh, b);
-    sync_cube();
-    sum.product::<E, E>(&scores, &u, comptime!(scores_form(direction, b)));
-    // The queries are not needed any more.
-    sum.put::<E>(&mut queries);
-    sync_cube();
-    store_sums::<I, E, N>(&sum, &queries, o, place.values(sizes), place.rows, v0, sizes.value_dim);
+    let (place, v0) = (Place::of(cube / parts, sizes, table, b), cube % parts * d);
+    store_sums::<I, E, N>(&sum, &u, o, place.values(sizes), place.rows, v0, sizes.value_dim);
 }
 
-fn scores_form(direction: Direction, b: Blueprint) -> Form {
-    match direction {
-        Direction::Forward => Form::ab(b.chunk, b.block, b.chunk, Mode::Add),
-        Direction::Backward => Form::atb(b.chunk, b.block, b.chunk, Mode::Add),
+/// `sums *= factor` and the weight of their row in a role.
+#[cube]
+fn weigh_rows(sums: &mut Sums, decay: &Decay, factor: f32, #[comptime] role: Role, #[comptime] b: Blueprint) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let place = sums.place(unit, j);
+            let weight = factor * decay.weight(place.0, 0, role, b);
+            sums.set(place, j, sums.get(place, j) * weight);
+        }
     }
 }
 
@@ -104,7 +146,7 @@ pub(crate) fn query_scale(sizes: &Sizes, #[comptime] b: Blueprint) -> f32 {
     scale
 }
 
-/// Puts what the chunk's tokens write along their keys: `u = beta x`, or `v` without the delta rule.
+/// Puts what the chunk's tokens write along their keys: `u = beta x` if they `weigh` it.
 #[cube]
 fn put_written<I: Float, E: Float, N: Size>(
     written: &Flight<I, N>,
@@ -113,9 +155,8 @@ fn put_written<I: Float, E: Float, N: Size>(
     sizes: &Sizes,
     tile: &mut Tile<E>,
     #[comptime] weigh: bool,
-    #[comptime] b: Blueprint,
 ) {
-    if comptime!(b.delta && weigh) {
+    if comptime!(weigh) {
         let (at, stride) = place.scalars(sizes);
         #[unroll]
         for j in 0..written.vectors() {

@@ -26,7 +26,7 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
         comptime!((Form::ab(b.chunk, b.block, b.chunk, Mode::Add), Form::atb(b.chunk, b.block, b.chunk, Mode::Add)));
     let both = Both::<I, N>::ask(x, place, sizes, k0, b);
     both.put_stepped::<E>(decay, tokens, &mut pairs.other, Role::Plain, b);
-    both.put::<E>(decay, pairs, Role::Plain, b);
+    both.put_plain::<E>(pairs);
     sync_cube();
     roles.q_left.product::<E, E>(&pairs.p, &pairs.other, left);
     roles.k_right.product::<E, E>(&pairs.p, &pairs.queries, right);
@@ -58,6 +58,12 @@ impl<I: Float, N: Size> Both<I, N> {
     fn put<E: Float>(&self, decay: &Decay, pairs: &mut Pairs<E>, #[comptime] role: Role, #[comptime] b: Blueprint) {
         put_weighted::<I, E, N>(&self.queries, 1.0, decay, &mut pairs.queries, role, b);
         put_weighted::<I, E, N>(&self.keys, 1.0, decay, &mut pairs.keys, role, b);
+    }
+
+    /// Fills them as they are.
+    fn put_plain<E: Float>(&self, pairs: &mut Pairs<E>) {
+        self.queries.put_all::<E>(&mut pairs.queries);
+        self.keys.put_all::<E>(&mut pairs.keys);
     }
 
     /// Fills a tile with `beta k`, weighted.
@@ -132,7 +138,7 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     }
     sync_cube();
     decay.factors(&x.g, place, sizes, k0, b);
-    both.put::<E>(&*decay, pairs, Role::Plain, b);
+    both.put_plain::<E>(pairs);
     sync_cube();
     if !mild {
         within_segments::<E>(&*decay, &*pairs, roles, tokens, b);
@@ -150,7 +156,7 @@ fn left_pairs<E: Float>(
     #[comptime] b: Blueprint,
 ) {
     let form = comptime!(Form::ab(BLOCK, b.block, n, Mode::Add));
-    let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
+    let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: row };
     q_pairs.product_at::<E, E>(&pairs.p, &pairs.other, &corner, form);
     if comptime!(b.delta) {
         k_pairs.product_at::<E, E>(&pairs.r, &pairs.other, &corner, form);
@@ -167,7 +173,7 @@ fn right_pairs<E: Float>(
     #[comptime] b: Blueprint,
 ) {
     let form = comptime!(Form::atb(n, b.block, BLOCK, Mode::Set));
-    let corner = Corner { a_row: row, a_col: 0usize, b_row: row, out_row: 0usize };
+    let corner = Corner { a_row: row, a_col: 0usize, b_row: row, b_col: 0usize, out_row: 0usize };
     earlier.product_at::<E, E>(&pairs.p, &pairs.queries, &corner, form);
     if comptime!(b.delta) {
         earlier.settle();

@@ -94,10 +94,10 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
             }
         } else {
             let carrier = unit() - comptime!(w.computing());
-            let mut reading_load = Flight::<I, N>::new(comptime!(w.carried(rows)), reads);
-            let mut writing_load = Flight::<I, N>::new(comptime!(w.carried(rows)), key_wise);
-            let mut values_load = Flight::<I, N>::new(comptime!(w.carried(d)), true);
-            let mut square_load = Flight::<E, N>::new(comptime!(w.carried(c)), b.delta);
+            let mut reading_load = Flight::<I, N>::new(comptime!(w.carried(c, rows)), reads);
+            let mut writing_load = Flight::<I, N>::new(comptime!(w.carried(c, rows)), key_wise);
+            let mut values_load = Flight::<I, N>::new(comptime!(w.carried(c, d)), true);
+            let mut square_load = Flight::<E, N>::new(comptime!(w.carried(c, c)), b.delta);
             let mut weights_load = WeightsAhead::new(w);
             if turn < walk.chunks {
                 let place = walk.place(sizes, turn, part.head, b);

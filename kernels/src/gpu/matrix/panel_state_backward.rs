@@ -94,12 +94,12 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
             }
         } else {
             let carrier = unit() - comptime!(w.computing());
-            let mut queries_load = Flight::<I, N>::new(comptime!(w.carried(rows)), true);
-            let mut reading_load = Flight::<I, N>::new(comptime!(w.carried(rows)), delta);
-            let mut writing_load = Flight::<I, N>::new(comptime!(w.carried(rows)), comptime!(delta && key_wise));
-            let mut d_outs_load = Flight::<I, N>::new(comptime!(w.carried(d)), true);
-            let mut scores_load = Flight::<E, N>::new(comptime!(w.carried(c)), delta);
-            let mut inverse_load = Flight::<E, N>::new(comptime!(w.carried(c)), delta);
+            let mut queries_load = Flight::<I, N>::new(comptime!(w.carried(c, rows)), true);
+            let mut reading_load = Flight::<I, N>::new(comptime!(w.carried(c, rows)), delta);
+            let mut writing_load = Flight::<I, N>::new(comptime!(w.carried(c, rows)), comptime!(delta && key_wise));
+            let mut d_outs_load = Flight::<I, N>::new(comptime!(w.carried(c, d)), true);
+            let mut scores_load = Flight::<E, N>::new(comptime!(w.carried(c, c)), delta);
+            let mut inverse_load = Flight::<E, N>::new(comptime!(w.carried(c, c)), delta);
             let mut weights_load = WeightsAhead::new(w);
             if turn < walk.chunks {
                 let place = walk.place(sizes, walk.chunks - 1 - turn, part.head, b);

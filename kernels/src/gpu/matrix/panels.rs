@@ -34,9 +34,9 @@ impl WalkBlueprint {
         (self.value_block / 4).max(8)
     }
 
-    /// A tile of `cols` columns for the rows of a chunk, as the carriers see it.
-    pub fn carried(&self, cols: usize) -> Shape {
-        Shape { rows: self.chunk.chunk, cols, units: CARRIERS }
+    /// A tile, as the carriers see it.
+    pub fn carried(&self, rows: usize, cols: usize) -> Shape {
+        Shape { rows, cols, units: CARRIERS }
     }
 }
 
@@ -272,11 +272,10 @@ pub(crate) fn take_away_chunk<I: Float, E: Float, N: Size>(
     let place = walk.place(sizes, chunk, part.head, w.chunk);
     let at = (place.state(sizes) + part.k0 * sizes.value_dim, sizes.value_dim);
     let rows = sizes.key_dim - part.k0;
-    let carriers = (carrier, CARRIERS.runtime());
-    let height = comptime!(w.rows());
-    store_as::<E, E, N>(carriers, narrow, half * height, height, states, at, rows, part.v0, sizes.value_dim);
+    let shape = comptime!(w.carried(w.rows(), w.value_block));
+    store_as::<E, E, N>(carrier, narrow, half * shape.rows, states, at, rows, part.v0, sizes.value_dim, shape);
     if comptime!(w.chunk.delta) {
-        let (at, c) = (place.values(sizes), comptime!(w.chunk.chunk));
-        store_as::<I, E, N>(carriers, stage, half * c, c, values, at, place.rows, part.v0, sizes.value_dim);
+        let (at, shape) = (place.values(sizes), comptime!(w.carried(w.chunk.chunk, w.value_block)));
+        store_as::<I, E, N>(carrier, stage, half * shape.rows, values, at, place.rows, part.v0, sizes.value_dim, shape);
     }
 }

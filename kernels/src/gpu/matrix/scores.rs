@@ -6,16 +6,17 @@
 //! ```
 //! One cube computes one chunk of one head. With key-wise gates the exponential sits inside the sum: between sub-blocks of
 //! 16 tokens it is split at the start of the later one, so that both factors are at most 1 and a product remains; inside
-//! a sub-block the pairs are summed one by one, a key decaying from row to row. `T` is found by forward substitution,
-//! which stays accurate when keys are nearly equal, in sub-blocks, which are merged by products in f32.
+//! a sub-block the pairs are summed one by one, a key decaying from row to row. `T` is found as [`super::inverse`] says.
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, fill, product_at, this_cube, unit, units};
+use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, product_at, this_cube, unit, units, zero};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role, put_weighted};
+use super::decay::{Decay, Role, put_weighted, step_size};
+use super::inverse::invert;
+use super::lower::{Between, multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
-use super::transfer::{Flight, store_scores};
+use super::transfer::{Flight, store_scores, store_square};
 
 /// With gates per key feature, queries and keys that have met the decay, for the launches that need no more of it.
 #[derive(CubeType, CubeLaunch)]
@@ -52,18 +53,29 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     // Summed in registers where gates are scalars, then tiles.
     let mut query_sums = Sums::new(comptime!(b.spread(c, c)));
     let mut key_sums = Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, c)));
-    let (mut a, mut m) = (query_sums.whole(), key_sums.whole());
+    let weighs = comptime!(b.weighs_scores());
+    let (mut a, mut m) = (query_sums.whole(b.delta || !weighs), key_sums.whole(b.delta));
     if comptime!(b.gate == GateKind::Key) {
-        fill::<f32>(&mut a, 0.0);
-        fill::<f32>(&mut m, 0.0);
+        zero::<f32>(&mut a, b.units);
+        zero::<f32>(&mut m, b.units);
     } else {
         query_sums.clear();
         key_sums.clear();
     }
+    let mut steps = Shared::<[f32]>::new_slice(c);
+    if comptime!(b.delta) {
+        if unit() < c {
+            steps[unit()] = step_size(beta, &place, sizes);
+        }
+    }
     decay.load(g, &place, sizes, b);
+    let mut between = Between::new(true, b);
+    between.load(&decay, b);
 
     let mut q_left = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
-    let mut k_left = Tile::<E>::new(comptime!(if b.delta { c } else { 1 }), b.block, comptime!(b.operand_padding()));
+    let weighted_keys = comptime!(b.delta && b.gate == GateKind::Key);
+    let mut k_left =
+        Tile::<E>::new(comptime!(if weighted_keys { c } else { 1 }), b.block, comptime!(b.operand_padding()));
     let mut right = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
     for block in 0..sizes.key_blocks {
         let k0 = block * b.block;
@@ -72,11 +84,11 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         q_flight.ask_keys(q, &place, sizes, k0);
         k_flight.ask_keys(k, &place, sizes, k0);
         decay.load_block(g, &place, sizes, k0, b);
-        put_weighted::<I, E, N>(&q_flight, 1.0, &decay, &mut q_left, Role::Within, b);
-        if comptime!(b.delta) {
-            put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut k_left, Role::Within, b);
-        }
         if comptime!(b.gate == GateKind::Key) {
+            put_weighted::<I, E, N>(&q_flight, 1.0, &decay, &mut q_left, Role::Within, b);
+            if comptime!(b.delta) {
+                put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut k_left, Role::Within, b);
+            }
             // Pairs within sub-blocks are products too if gates are mild.
             let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
             #[unroll]
@@ -85,7 +97,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut right, comptime!(Role::Toward(later)), b);
                 sync_cube();
                 let row = comptime!(later * BLOCK).runtime();
-                let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
+                let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: row };
                 if mild {
                     let form = comptime!(Form::abt(BLOCK, (later + 1) * BLOCK, b.block, Mode::Add));
                     product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.units, b.engine);
@@ -140,49 +152,75 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
             }
         } else {
+            // Both meet the decay in the sums.
+            q_flight.put_all::<E>(&mut q_left);
             k_flight.put_all::<E>(&mut right);
             sync_cube();
             let form = comptime!(Form::abt(b.chunk, b.chunk, b.block, Mode::Add));
             query_sums.product::<E, E>(&q_left, &right, form);
             if comptime!(b.delta) {
-                key_sums.product::<E, E>(&k_left, &right, form);
+                key_sums.product::<E, E>(&right, &right, form);
             }
         }
         sync_cube();
     }
-    if comptime!(b.gate != GateKind::Key) {
-        query_sums.put::<f32>(&mut a);
+    let place = Place::of(this_cube(), sizes, table, b);
+    let out = place.scores(sizes, b);
+    if comptime!(weighs) {
+        let mut stage = if comptime!(b.block == c) {
+            // Nothing reads it any more.
+            q_left.alias()
+        } else {
+            Tile::<E>::new(c, c, comptime!(b.operand_padding()))
+        };
+        weigh_lower(&mut query_sums, sizes.scale, &mut key_sums, 1.0, &decay, &between, b);
+        query_sums.put::<E>(&mut stage);
         if comptime!(b.delta) {
+            take_steps(&mut key_sums, &steps);
             key_sums.put::<f32>(&mut m);
         }
         sync_cube();
-        decay.multiply_lower(&mut a, &mut m, b);
-        sync_cube();
-    } else if comptime!(b.inverts) {
-        // What is above the diagonal of sub-blocks.
-        decay.multiply_lower(&mut a, &mut m, b);
-        sync_cube();
-    }
-
-    let place = Place::of(this_cube(), sizes, table, b);
-    let out = place.scores(sizes, b);
-    store_scores::<E, N>(&a, a_out, out, sizes.scale, b);
-    if comptime!(b.delta) {
-        // `L = M Diag(beta)`, then its inverse in the place of `A`.
-        let (at, stride) = place.scalars(sizes);
-        for i in range_stepped(unit(), comptime!(c * c), units()) {
-            let (row, col) = (i / c, i % c);
-            let mut value = f32::new(0.0);
-            if col < place.rows {
-                value = m.get(row, col) * beta[at + col * stride];
+        store_square::<E, N>(&stage, a_out, out, b);
+    } else {
+        if comptime!(b.gate != GateKind::Key) {
+            query_sums.put::<f32>(&mut a);
+            if comptime!(b.delta) {
+                key_sums.put::<f32>(&mut m);
             }
-            m.set(row, col, value);
+            sync_cube();
         }
-        sync_cube();
-        fill::<f32>(&mut a, 0.0);
-        sync_cube();
+        if comptime!(b.gate != GateKind::Key || b.inverts) {
+            // At least what is above the diagonal of sub-blocks.
+            multiply_lower(&mut a, &mut m, &decay, b);
+            sync_cube();
+        }
+        store_scores::<E, N>(&a, a_out, out, sizes.scale, b);
+        if comptime!(b.delta) {
+            // `L = M Diag(beta)`
+            for i in range_stepped(unit(), comptime!(c * c), units()) {
+                let (row, col) = (i / c, i % c);
+                m.set(row, col, m.get(row, col) * steps[col]);
+            }
+            sync_cube();
+        }
+    }
+    if comptime!(b.delta) {
+        // In the place of `A`.
         invert(&m, &mut a, b);
         store_scores::<E, N>(&a, t_out, out, 1.0, b);
+    }
+}
+
+/// `sums_ij *= beta_j`
+#[cube]
+fn take_steps(sums: &mut Sums, steps: &Shared<[f32]>) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let place = sums.place(unit, j);
+            sums.set(place, j, sums.get(place, j) * steps[place.1]);
+        }
     }
 }
 
@@ -271,65 +309,3 @@ fn pairs<E: Float>(
         sync_cube();
     }
 }
-
-/// `t = (I + l)^-1` for strictly lower-triangular `l`; `t` is zero before. Synchronises.
-#[cube]
-fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
-    // The sub-blocks on the diagonal, a column per unit.
-    for j in range_stepped(unit(), b.chunk, units()) {
-        let first = (j / BLOCK) * BLOCK;
-        let mut x = Array::<f32>::new(BLOCK);
-        #[unroll]
-        for i in 0..BLOCK {
-            let mut sum = f32::new(0.0);
-            #[unroll]
-            for earlier in 0..i {
-                sum += l.get(first + i, first + earlier) * x[earlier];
-            }
-            x[i] = -sum;
-            if first + i < j {
-                x[i] = f32::new(0.0);
-            }
-            if first + i == j {
-                x[i] = f32::new(1.0);
-            }
-            t.set(first + i, j, x[i]);
-        }
-    }
-    sync_cube();
-    // Two solved blocks side by side make one of twice the size: below the diagonal `-T_11 (L_10 T_00)`.
-    let side = comptime!((b.chunk / 2).max(1));
-    let mut w = Tile::<f32>::new(side, side, comptime!(b.padding()));
-    #[unroll]
-    for level in 0..comptime!(b.segments().ilog2()) {
-        let half = comptime!(BLOCK << level);
-        let columns = comptime!(half / COLUMNS);
-        let items = comptime!(b.chunk / 2 * columns);
-        for item in range_stepped(unit(), items, units()) {
-            let (row, col) = (item / columns, item % columns * COLUMNS);
-            let first = row / half * (2 * half);
-            let mut sum = Vector::<f32, Const<COLUMNS>>::new(f32::new(0.0));
-            for k in 0..half {
-                let factor = l.get(first + half + row % half, first + k);
-                sum += Vector::new(factor) * t.get_many::<Const<COLUMNS>>(first + k, first + col);
-            }
-            // The blocks of a level lie below each other, so that they fit.
-            w.set_many::<f32, Const<COLUMNS>>(row, col, sum);
-        }
-        sync_cube();
-        for item in range_stepped(unit(), items, units()) {
-            let (row, col) = (item / columns, item % columns * COLUMNS);
-            let (block, first) = (row / half * half, row / half * (2 * half));
-            let mut sum = Vector::<f32, Const<COLUMNS>>::new(f32::new(0.0));
-            for k in 0..half {
-                let factor = -t.get(first + half + row % half, first + half + k);
-                sum += Vector::new(factor) * w.get_many::<Const<COLUMNS>>(block + k, col);
-            }
-            t.set_many::<f32, Const<COLUMNS>>(first + half + row % half, first + col, sum);
-        }
-        sync_cube();
-    }
-}
-
-/// Columns of a product that a unit computes at a time.
-const COLUMNS: usize = 4;

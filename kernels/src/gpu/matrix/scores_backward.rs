@@ -10,8 +10,9 @@ use cubecl::prelude::*;
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::Decay;
+use super::lower::{Between, multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
-use super::transfer::{Flight, store_scores};
+use super::transfer::{Flight, store_scores, store_square};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
@@ -35,10 +36,13 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     if comptime!(b.gate == GateKind::Head) {
         decay.load(g, &place, sizes, b);
     }
+    let mut between = Between::new(true, b);
+    between.load(&decay, b);
     let (c, delta_rows) = comptime!((b.chunk, if b.delta { b.chunk } else { 1 }));
     let mut p_sums = Sums::new(comptime!(b.spread(c, c)));
     let mut r_sums = Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, c)));
-    let (mut p, mut r) = (p_sums.whole(), r_sums.whole());
+    let weighs = comptime!(b.weighs_scores());
+    let (mut p, mut r) = (p_sums.whole(!weighs), r_sums.whole(!weighs));
     let operand = comptime!(b.operand_padding());
     let mut right = Tile::<E>::new(c, b.block, operand);
     let mut p_left = Tile::<E>::new(c, b.block, operand);
@@ -66,16 +70,30 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
         }
         sync_cube();
     }
-    p_sums.put::<f32>(&mut p);
-    if comptime!(b.delta) {
-        r_sums.put::<f32>(&mut r);
-    }
-    sync_cube();
-    decay.multiply_lower(&mut p, &mut r, b);
-    sync_cube();
     let out = Place::of(this_cube(), sizes, table, b).scores(sizes, b);
-    store_scores::<E, N>(&p, p_out, out, sizes.scale, b);
-    if comptime!(b.delta) {
-        store_scores::<E, N>(&r, r_out, out, -1.0, b);
+    if comptime!(weighs) {
+        let (mut p, mut r) = (Tile::<E>::new(c, c, operand), Tile::<E>::new(delta_rows, c, operand));
+        weigh_lower(&mut p_sums, sizes.scale, &mut r_sums, -1.0, &decay, &between, b);
+        p_sums.put::<E>(&mut p);
+        if comptime!(b.delta) {
+            r_sums.put::<E>(&mut r);
+        }
+        sync_cube();
+        store_square::<E, N>(&p, p_out, out, b);
+        if comptime!(b.delta) {
+            store_square::<E, N>(&r, r_out, out, b);
+        }
+    } else {
+        p_sums.put::<f32>(&mut p);
+        if comptime!(b.delta) {
+            r_sums.put::<f32>(&mut r);
+        }
+        sync_cube();
+        multiply_lower(&mut p, &mut r, &decay, b);
+        sync_cube();
+        store_scores::<E, N>(&p, p_out, out, sizes.scale, b);
+        if comptime!(b.delta) {
+            store_scores::<E, N>(&r, r_out, out, -1.0, b);
+        }
     }
 }

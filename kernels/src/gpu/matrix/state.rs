@@ -109,9 +109,9 @@ pub(crate) fn store_state<E: Float, N: Size>(
     let from = (at + part.k0 * sizes.value_dim, sizes.value_dim);
     let rows = sizes.key_dim - part.k0;
     if comptime!(w.narrow_rows() > 1) {
-        store::<E, E, N>(narrow, out, from, rows, part.v0, sizes.value_dim);
+        store::<E, E, N>(narrow, out, from, rows, part.v0, sizes.value_dim, w.chunk.units);
     } else {
-        store::<E, f32, N>(&state.memory, out, from, rows, part.v0, sizes.value_dim);
+        store::<E, f32, N>(&state.memory, out, from, rows, part.v0, sizes.value_dim, w.chunk.units);
     }
 }
 
@@ -146,7 +146,7 @@ pub(crate) fn read_state<E: Float>(
     #[comptime] w: WalkBlueprint,
 ) {
     let form = comptime!(Form::ab(w.chunk.chunk, w.value_block, keys.cols, mode));
-    let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: row0, out_row: 0usize };
+    let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: row0, b_col: 0usize, out_row: 0usize };
     if comptime!(w.narrow_rows() > 1) {
         out.product_at::<E, E>(keys, narrow, &corner, form);
     } else {
@@ -166,9 +166,9 @@ pub(crate) fn store_sums<I: Float, E: Float, N: Size>(
     dim: usize,
 ) {
     if comptime!(sums.spread.in_memory()) {
-        store::<I, f32, N>(&sums.memory, out, at, rows, col0, dim);
+        store::<I, f32, N>(&sums.memory, out, at, rows, col0, dim, sums.spread.units);
     } else {
-        store::<I, E, N>(stage, out, at, rows, col0, dim);
+        store::<I, E, N>(stage, out, at, rows, col0, dim, sums.spread.units);
     }
 }
 
@@ -289,7 +289,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
                     b.units,
                 );
                 sync_cube();
-                let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: row0 };
+                let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: row0 };
                 state.product_at::<E, E>(&key_tile, &u, &corner, comptime!(Form::atb(b.block, d, c, Mode::Add)));
                 sync_cube();
             }

@@ -47,7 +47,7 @@ pub(crate) struct StepSizes {
     pub scale: f32,
 }
 
-#[cube(launch, address_type = "dynamic")]
+#[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn step_kernel<I: Float>(
     q: &[I],
     k: &[I],

@@ -51,30 +51,63 @@ pub(crate) fn store<I: Float, E: Float, N: Size>(
     rows: usize,
     col0: usize,
     dim: usize,
+    #[comptime] units: usize,
 ) {
-    store_as::<I, E, N>((unit(), units()), tile, 0, tile.rows, out, at, rows, col0, dim);
+    let shape = comptime!(Shape { rows: tile.rows, cols: tile.cols, units });
+    store_as::<I, E, N>(unit(), tile, 0, out, at, rows, col0, dim, shape);
 }
 
-/// The same of `tile_rows` rows from `row0` on, as the first of so many workers.
+/// The same of so many rows from `row0` on, as the `worker`-th of those that do it. Of 16-bit tiles no loop remains: the
+/// compiler on CUDA reads a vector from a tile at once only where it sees that its place is a multiple of the vector. Of
+/// f32 there is less to gain, and the addresses of all rows at once would take registers.
 #[cube]
 pub(crate) fn store_as<I: Float, E: Float, N: Size>(
-    worker: (usize, usize),
+    worker: usize,
     tile: &Tile<E>,
     row0: usize,
-    #[comptime] tile_rows: usize,
     out: &mut [Vector<I, N>],
     at: (usize, usize),
     rows: usize,
     col0: usize,
     dim: usize,
+    #[comptime] shape: Shape,
 ) {
     let n = N::value().comptime();
-    let cols = comptime!(tile.cols / n);
-    for i in range_stepped(worker.0, comptime!(tile_rows * cols), worker.1) {
-        let (row, col) = (i / cols, i % cols * n);
-        if row < rows && col0 + col < dim {
-            out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(tile.get_many::<N>(row0 + row, col));
+    let all = comptime!(shape.rows * shape.cols / n);
+    if comptime!(E::size() == 2) {
+        #[unroll]
+        for j in 0..comptime!(shape.vectors(n)) {
+            let i = worker + j * shape.units;
+            if comptime!(shape.even(n)) || i < all {
+                store_vector::<I, E, N>(i, tile, row0, out, at, rows, col0, dim, shape);
+            }
         }
+    } else {
+        for i in range_stepped(worker, all, shape.units) {
+            store_vector::<I, E, N>(i, tile, row0, out, at, rows, col0, dim, shape);
+        }
+    }
+}
+
+/// The `i`-th vector of them.
+#[cube]
+fn store_vector<I: Float, E: Float, N: Size>(
+    i: usize,
+    tile: &Tile<E>,
+    row0: usize,
+    out: &mut [Vector<I, N>],
+    at: (usize, usize),
+    rows: usize,
+    col0: usize,
+    dim: usize,
+    #[comptime] shape: Shape,
+) {
+    let n = N::value().comptime();
+    let cols = comptime!(shape.cols / n);
+    let (row, col) = (i / cols, i % cols * n);
+    if row < rows && col0 + col < dim {
+        let values = tile.as_they_are::<N>(row0 + row, col);
+        out[(at.0 + row * at.1 + col0 + col) / n] = Vector::<I, N>::cast_from(values);
     }
 }
 
@@ -93,6 +126,18 @@ pub(crate) fn store_scores<E: Float, N: Size>(
         let values = tile.get_many::<N>(i / cols, i % cols * n) * Vector::new(factor);
         out[at / n + i] = Vector::<E, N>::cast_from(values);
     }
+}
+
+/// Writes `[chunk, chunk]` scores as they are.
+#[cube]
+pub(crate) fn store_square<E: Float, N: Size>(
+    tile: &Tile<E>,
+    out: &mut [Vector<E, N>],
+    at: usize,
+    #[comptime] b: Blueprint,
+) {
+    let side = comptime!(b.chunk).runtime();
+    store::<E, E, N>(tile, out, (at, side), side, 0, side, b.units);
 }
 
 /// The shape of a tile and the units that fill it.

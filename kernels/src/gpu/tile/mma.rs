@@ -59,16 +59,26 @@ fn strips<A: Float, B: Float>(
 ) {
     let unit = MmaDefinition::<A, B, f32>::new(16usize, 8usize, 16usize);
     let (half, quarter, eight) = (lane / 16 * 8, lane / 8 % 2 * 8, lane % 8);
-    for k in range_stepped(0usize, form.depth, BLOCK) {
-        // Each lane says where one row of four matrices of 8 x 8 begins.
-        let x_at = if comptime!(form.a_transposed) {
-            a.at(corner.a_row + k + eight + half, corner.a_col + row + quarter)
-        } else {
-            a.at(corner.a_row + row + lane % 16, corner.a_col + k + half)
-        };
+    // Each lane says where one row of four matrices of 8 x 8 begins; from one product to the next that moves by a number
+    // that is known, which is part of the instruction.
+    let x_at = if comptime!(form.a_transposed) {
+        a.at(corner.a_row + eight + half, corner.a_col + row + quarter)
+    } else {
+        a.at(corner.a_row + row + lane % 16, corner.a_col + half)
+    };
+    let y_at = if comptime!(form.b_transposed) {
+        b.at(corner.b_row + col + eight + half, corner.b_col + quarter)
+    } else {
+        b.at(corner.b_row + lane % 16, corner.b_col + col + half)
+    };
+    let (x_from, y_from) = (a.from(x_at), b.from(y_at));
+    #[unroll]
+    for step in 0..comptime!(form.depth / BLOCK) {
+        let k = comptime!(step * BLOCK);
+        let x_off = comptime!(if form.a_transposed { k * a.stride } else { k });
         let mut x = Array::<Vector<A, Const<2>>>::new(4usize);
         unit.load_matrix_inplace::<A, Const<2>>(
-            &a.data[x_at..a.data.len()],
+            &x_from[x_off..x_from.len()],
             &mut x,
             MatrixIdent::A,
             4usize,
@@ -77,16 +87,11 @@ fn strips<A: Float, B: Float>(
         #[unroll]
         for pair in 0..comptime!(strip.div_ceil(2)) {
             let count = comptime!((strip - 2 * pair).min(2));
-            let n = col + pair * BLOCK;
-            let second = if comptime!(count == 2) { half } else { 0usize.runtime() };
-            let y_at = if comptime!(form.b_transposed) {
-                b.at(corner.b_row + n + eight + second, k + quarter)
-            } else {
-                b.at(corner.b_row + k + lane % 16, n + second)
-            };
+            let n = comptime!(pair * BLOCK);
+            let y_off = comptime!(if form.b_transposed { n * b.stride + k } else { k * b.stride + n });
             let mut y = Array::<Vector<B, Const<2>>>::new(comptime!(2 * count));
             unit.load_matrix_inplace::<B, Const<2>>(
-                &b.data[y_at..b.data.len()],
+                &y_from[y_off..y_from.len()],
                 &mut y,
                 MatrixIdent::B,
                 comptime!(2 * count),

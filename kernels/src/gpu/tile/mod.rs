@@ -95,6 +95,18 @@ impl<E: Float> Tile<E> {
         row * comptime!(self.stride) + col
     }
 
+    /// The elements from one on.
+    pub fn from(&self, at: usize) -> &[E] {
+        let at = self.bounded(at);
+        &self.data[at..self.data.len()]
+    }
+
+    /// The same index, of which the compiler on CUDA then knows that it is in the tile: to one that might wrap nothing can
+    /// be added by the instruction that loads, so that each load of many would have an addition of its own.
+    pub fn bounded(&self, at: usize) -> usize {
+        at % comptime!((self.rows * self.stride).next_power_of_two())
+    }
+
     pub fn get(&self, row: usize, col: usize) -> f32 {
         f32::cast_from(self.data[self.at(row, col)])
     }
@@ -106,10 +118,16 @@ impl<E: Float> Tile<E> {
 
     /// `N` elements of a row.
     pub fn get_many<N: Size>(&self, row: usize, col: usize) -> Vector<f32, N> {
-        let mut values = Vector::<f32, N>::new(f32::new(0.0));
+        Vector::cast_from(self.as_they_are::<N>(row, col))
+    }
+
+    /// The same in the tile's type. Loads that follow each other become one; with a conversion between they do not.
+    pub fn as_they_are<N: Size>(&self, row: usize, col: usize) -> Vector<E, N> {
+        let at = self.at(row, col);
+        let mut values = Vector::<E, N>::new(E::new(0.0));
         #[unroll]
         for j in 0..N::value().comptime() {
-            values.insert(j, self.get(row, col + j));
+            values.insert(j, self.data[at + j]);
         }
         values
     }
@@ -151,6 +169,43 @@ pub(crate) fn fresh(x: u32) -> u32 {
     }
 }
 
+/// `2^x`. On CUDA one instruction, right to 22 bits; what has fewer digits because it is so small is 0. `x` is the
+/// result of an operation: of a variable that changes, CubeCL hands out the address.
+#[cube]
+pub(crate) fn exp2(x: f32) -> f32 {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) {
+        let y: f32;
+        gpu_asm!("ex2.approx.ftz.f32 {}, {};", out(_) y, in(_) x, options(nomem));
+        y
+    } else {
+        (x * std::f32::consts::LN_2).exp()
+    }
+}
+
+/// `1 / x`, as [`exp2`] is.
+#[cube]
+pub(crate) fn reciprocal<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    let mut y = Vector::<f32, N>::new(f32::new(1.0));
+    if comptime!(takes_ptx(&device)) {
+        #[unroll]
+        for j in 0..N::value().comptime() {
+            y.insert(j, fast_reciprocal(x.extract(j)));
+        }
+    } else {
+        y /= x;
+    }
+    y
+}
+
+#[cube]
+fn fast_reciprocal(x: f32) -> f32 {
+    let y: f32;
+    gpu_asm!("rcp.approx.ftz.f32 {}, {};", out(_) y, in(_) x, options(nomem));
+    y
+}
+
 /// Whether kernels may have instructions in PTX.
 pub(crate) fn takes_ptx(device: &DeviceProperties) -> bool {
     cfg!(feature = "inline-ptx") && device.identity.fingerprint.starts_with("ptx")
@@ -162,11 +217,18 @@ pub(crate) fn units() -> usize {
     CUBE_DIM as usize
 }
 
-/// Sets all of a tile.
+/// Elements of a row that [`zero`] sets at a time.
+const ZEROS: usize = 4;
+
+/// Sets all of a tile to zero.
 #[cube]
-pub(crate) fn fill<E: Float>(tile: &mut Tile<E>, value: f32) {
-    let (rows, cols) = comptime!((tile.rows, tile.cols));
-    for i in range_stepped(unit(), rows * cols, units()) {
-        tile.set(i / cols, i % cols, value);
+pub(crate) fn zero<E: Float>(tile: &mut Tile<E>, #[comptime] units: usize) {
+    let (rows, cols) = comptime!((tile.rows, tile.cols / ZEROS));
+    #[unroll]
+    for j in 0..comptime!((rows * cols).div_ceil(units)) {
+        let i = unit() + j * units;
+        if i < rows * cols {
+            tile.set_many::<E, Const<ZEROS>>(i / cols, i % cols * ZEROS, Vector::new(E::new(0.0)));
+        }
     }
 }

@@ -96,12 +96,12 @@ impl Panel {
         let mma = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
         let n = comptime!(at_once(self.rows, self.cols));
         let first = named::<E>(tile, row, col, self.rows, self.cols);
+        let from = tile.from(first);
         #[unroll]
         for part in 0..comptime!(self.rows * self.cols / (2 * WARP * n)) {
-            let at = first + comptime!(part * n * NARROW * NARROW / self.cols * tile.stride);
+            let at = comptime!(part * n * NARROW * NARROW / self.cols * tile.stride);
             let mut x = Array::<Vector<E, Const<2>>>::new(n);
-            let rows = &tile.data[at..tile.data.len()];
-            mma.load_matrix_inplace::<E, Const<2>>(rows, &mut x, MatrixIdent::A, n, false);
+            mma.load_matrix_inplace::<E, Const<2>>(&from[at..from.len()], &mut x, MatrixIdent::A, n, false);
             #[unroll]
             for i in 0..n {
                 self.pairs[comptime!(part * n + i)] = Vector::cast_from(x[i]);
@@ -123,16 +123,18 @@ impl Panel {
             let mma = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
             let n = comptime!(at_once(self.rows, self.cols));
             let first = named::<E>(&*tile, row, col, self.rows, self.cols);
+            let (first, end) = (tile.bounded(first), tile.data.len());
+            let to = &mut tile.data[first..end];
             #[unroll]
             for part in 0..comptime!(self.rows * self.cols / (2 * WARP * n)) {
-                let at = first + comptime!(part * n * NARROW * NARROW / self.cols * tile.stride);
+                let at = comptime!(part * n * NARROW * NARROW / self.cols * tile.stride);
                 let mut x = Array::<Vector<E, Const<2>>>::new(n);
                 #[unroll]
                 for i in 0..n {
                     x[i] = Vector::cast_from(self.pairs[comptime!(part * n + i)]);
                 }
-                let end = tile.data.len();
-                mma.store_matrix::<E, Const<2>>(&mut tile.data[at..end], &x, MatrixIdent::Accumulator, n, false);
+                let end = to.len();
+                mma.store_matrix::<E, Const<2>>(&mut to[at..end], &x, MatrixIdent::Accumulator, n, false);
             }
         }
     }
@@ -155,13 +157,14 @@ impl Panel {
             left.at(left_row + lane % 16, lane / 16 * 8)
         };
         let right_first = named::<E>(right, from.0, from.1, depth, self.cols);
+        let (left_from, right_from) = (left.from(first), right.from(right_first));
         let (across, n) = comptime!((self.cols / NARROW, at_once(depth, self.cols)));
         let steps = comptime!(n / 2 / across);
         #[unroll]
         for part in 0..comptime!(depth / BLOCK / steps) {
-            let at = right_first + comptime!(part * steps * BLOCK * right.stride);
+            let at = comptime!(part * steps * BLOCK * right.stride);
             let mut y = Array::<Vector<E, Const<2>>>::new(n);
-            let rows = &right.data[at..right.data.len()];
+            let rows = &right_from[at..right_from.len()];
             mma.load_matrix_inplace::<E, Const<2>>(rows, &mut y, MatrixIdent::B, n, true);
             #[unroll]
             for s in 0..steps {
@@ -169,13 +172,12 @@ impl Panel {
                 #[unroll]
                 for m in 0..comptime!(self.rows / BLOCK) {
                     if comptime!(!left_is.zero(m, step)) {
-                        let at = first
-                            + comptime!(match left_is.transposed {
-                                true => step * BLOCK * left.stride + m * BLOCK,
-                                false => m * BLOCK * left.stride + step * BLOCK,
-                            });
+                        let at = comptime!(match left_is.transposed {
+                            true => step * BLOCK * left.stride + m * BLOCK,
+                            false => m * BLOCK * left.stride + step * BLOCK,
+                        });
                         let mut x = Array::<Vector<E, Const<2>>>::new(4usize);
-                        let rows = &left.data[at..left.data.len()];
+                        let rows = &left_from[at..left_from.len()];
                         mma.load_matrix_inplace::<E, Const<2>>(
                             rows,
                             &mut x,

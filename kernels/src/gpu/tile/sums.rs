@@ -27,16 +27,21 @@ impl Spread {
     }
 
     /// Blocks of 16 x 8 that a plane computes side by side, with one row of operands.
-    pub(super) fn strip(&self) -> usize {
+    pub fn strip(&self) -> usize {
         let (blocks, planes) = (self.cols / NARROW, self.units / WARP);
         let share = (self.rows / BLOCK * blocks).div_ceil(planes);
         (1..=share.min(blocks)).rev().find(|n| blocks.is_multiple_of(*n)).unwrap_or(1)
     }
 
+    /// Such strips side by side.
+    pub fn across(&self) -> usize {
+        self.cols / NARROW / self.strip()
+    }
+
     /// What is dealt out, to units or to planes.
     pub(super) fn all(&self) -> usize {
         match self.engine {
-            Engine::Mma => self.rows / BLOCK * (self.cols / NARROW / self.strip()),
+            Engine::Mma => self.rows / BLOCK * self.across(),
             Engine::Registers { side } if side > 1 => self.rows * self.cols / (side * side),
             _ => self.rows * self.cols,
         }
@@ -47,17 +52,17 @@ impl Spread {
     }
 
     /// How many of them each gets.
-    pub(super) fn parts(&self) -> usize {
+    pub fn parts(&self) -> usize {
         self.all().div_ceil(self.hands())
     }
 
     /// Whether each gets as many.
-    pub(super) fn even(&self) -> bool {
+    pub fn even(&self) -> bool {
         self.all().is_multiple_of(self.hands())
     }
 
     /// Elements of a part that a unit has.
-    pub(super) fn part(&self) -> usize {
+    pub fn part(&self) -> usize {
         match self.engine {
             Engine::Mma => self.strip() * 4,
             Engine::Registers { side } if side > 1 => side * side,
@@ -100,13 +105,14 @@ impl Sums {
         }
     }
 
-    /// A tile as large: the sums themselves, if they are one.
-    pub fn whole(&self) -> Tile<f32> {
+    /// A tile as large, if it is `wanted`: the sums themselves, if they are one.
+    pub fn whole(&self, #[comptime] wanted: bool) -> Tile<f32> {
         let spread = comptime!(self.spread);
         if comptime!(spread.in_memory()) {
             self.memory.alias()
         } else {
-            Tile::<f32>::new(comptime!(spread.rows.max(1)), spread.cols, comptime!(spread.engine.padding(4)))
+            let rows = comptime!(if wanted { spread.rows.max(1) } else { 1 });
+            Tile::<f32>::new(rows, spread.cols, comptime!(spread.engine.padding(4)))
         }
     }
 
@@ -117,10 +123,16 @@ impl Sums {
         }
     }
 
-    /// Sets all to zero.
+    /// Sets all to zero, each unit its own: it may add to them without a barrier.
     pub fn clear(&mut self) {
         if comptime!(self.spread.in_memory()) {
-            super::fill::<f32>(&mut self.memory, 0.0);
+            let unit = unit();
+            #[unroll]
+            for j in 0..comptime!(self.spread.len()) {
+                if self.has(unit, j) {
+                    self.set(self.place(unit, j), j, 0.0);
+                }
+            }
         } else {
             #[unroll]
             for i in 0..comptime!(self.spread.len().div_ceil(2)) {
@@ -135,7 +147,7 @@ impl Sums {
         let (part, i) = comptime!((j / spread.part(), j % spread.part()));
         match comptime!(spread.engine) {
             Engine::Mma => {
-                let (across, lane) = (comptime!(spread.cols / NARROW / spread.strip()), unit % WARP);
+                let (across, lane) = (comptime!(spread.across()), unit % WARP);
                 let strip = unit / WARP + comptime!(part * (spread.units / WARP));
                 let col = strip % across * comptime!(spread.strip() * NARROW) + lane % 4 * 2;
                 let row = strip / across * BLOCK + lane / 4;
@@ -171,6 +183,27 @@ impl Sums {
         } else {
             self.pairs[comptime!(j / 2)].extract(comptime!(j % 2))
         }
+    }
+
+    /// The `i`-th two elements of this unit, neighbours in a row, on [`Engine::Mma`].
+    pub fn pair(&self, #[comptime] i: usize) -> Vector<f32, Const<2>> {
+        self.pairs[i]
+    }
+
+    /// Rows of which this unit has elements, on [`Engine::Mma`]: that of the first element of a part, and the one 8 after it.
+    pub fn rows(&self) -> comptime_type!(usize) {
+        comptime!(2 * self.spread.parts())
+    }
+
+    /// Which of them has the `i`-th pair.
+    pub fn row_of(&self, #[comptime] i: usize) -> comptime_type!(usize) {
+        comptime!(2 * i / self.spread.part() * 2 + i % 2)
+    }
+
+    /// The sum over the units of a plane that have elements of the same row, on [`Engine::Mma`].
+    pub fn over_row(&self, share: f32) -> f32 {
+        let half = share + plane_shuffle_xor(share, 1u32);
+        half + plane_shuffle_xor(half, 2u32)
     }
 
     /// Sets it.
