@@ -17,7 +17,7 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, Role};
+use super::decay::{Decay, Role, weigh_sums};
 use super::gather::{Wanted, gather, sum_features};
 use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
@@ -411,23 +411,10 @@ fn through_state<I: Float, E: Float, N: Size>(
             tokens.carry[k] = sum * decay.end(k, b);
         }
     }
-    scale(&mut roles.q_left, sizes.scale, &*decay, Role::FromStart, b);
+    weigh_sums(&mut roles.q_left, sizes.scale, &*decay, Role::FromStart, b);
     if comptime!(b.delta) {
-        scale(&mut roles.k_left, -1.0, &*decay, Role::FromStart, b);
+        weigh_sums(&mut roles.k_left, -1.0, &*decay, Role::FromStart, b);
     }
-    scale(&mut roles.k_end, 1.0, &*decay, Role::ToEnd, b);
+    weigh_sums(&mut roles.k_end, 1.0, &*decay, Role::ToEnd, b);
     sync_cube();
-}
-
-/// `sums *= weight * factor`.
-#[cube]
-fn scale(sums: &mut Sums, factor: f32, decay: &Decay, #[comptime] role: Role, #[comptime] b: Blueprint) {
-    let unit = unit();
-    #[unroll]
-    for j in 0..comptime!(sums.spread.len()) {
-        if sums.has(unit, j) {
-            let place = sums.place(unit, j);
-            sums.set(place, j, sums.get(place, j) * factor * decay.weight(place.0, place.1, role, b));
-        }
-    }
 }

@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Engine, Tile, WARP, exp2, reciprocal, unit, units};
+use super::super::tile::{BLOCK, Engine, Sums, Tile, WARP, exp2, reciprocal, unit, units};
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
 use super::transfer::Flight;
@@ -409,6 +409,25 @@ pub(crate) fn put_weighted<I: Float, E: Float, N: Size>(
             let (row, k) = flight.place(j);
             let weights = decay.weights::<N>(row, k, role, b) * Vector::new(factor);
             tile.set_many::<f32, N>(row, k, Vector::<f32, N>::cast_from(flight.vector(j)) * weights);
+        }
+    }
+}
+
+/// `sums *= factor` and the weight of their row and feature in a role.
+#[cube]
+pub(crate) fn weigh_sums(
+    sums: &mut Sums,
+    factor: f32,
+    decay: &Decay,
+    #[comptime] role: Role,
+    #[comptime] b: Blueprint,
+) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let place = sums.place(unit, j);
+            sums.set(place, j, sums.get(place, j) * factor * decay.weight(place.0, place.1, role, b));
         }
     }
 }

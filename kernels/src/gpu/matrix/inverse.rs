@@ -10,7 +10,7 @@ use super::blueprint::Blueprint;
 /// `t = (I + l)^-1`. Synchronises.
 #[cube]
 pub(super) fn invert(l: &Tile<f32>, t: &mut Tile<f32>, #[comptime] b: Blueprint) {
-    zero::<f32>(t, b.units);
+    zero(t, b.units);
     sync_cube();
     for j in range_stepped(unit(), b.chunk, units()) {
         let first = (j / BLOCK) * BLOCK;

@@ -178,8 +178,8 @@ impl<'a> Launch<'a> {
     }
 
     pub fn scores(&self) -> Result<Scores, Error> {
-        let [q, k, none] = [self.x.q, self.x.k, &self.nothing].map(Clone::clone);
         if self.r.scores {
+            let [q, k, none] = [self.x.q, self.x.k, &self.nothing].map(Clone::clone);
             let (k_start, a, t, ends) = (k.clone(), none.clone(), none.clone(), none);
             return Ok(Scores { a, t, q_start: q, k_start, k_end: k, ends });
         }

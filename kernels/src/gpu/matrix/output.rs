@@ -11,7 +11,7 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
 use super::blueprint::{Blueprint, GateKind, ReadBlueprint};
-use super::decay::{Decay, Role};
+use super::decay::{Decay, Role, weigh_sums};
 use super::lower::{Between, weigh_lower};
 use super::place::{Place, Sizes};
 use super::state::store_sums;
@@ -98,8 +98,8 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
     }
     match comptime!(direction) {
-        Direction::Forward => weigh_rows(&mut sum, &decay, query_scale(sizes, b), Role::FromStart, by_row),
-        Direction::Backward => weigh_rows(&mut sum, &decay, f32::new(1.0), Role::ToEnd, by_row),
+        Direction::Forward => weigh_sums(&mut sum, query_scale(sizes, b), &decay, Role::FromStart, by_row),
+        Direction::Backward => weigh_sums(&mut sum, f32::new(1.0), &decay, Role::ToEnd, by_row),
     }
     if comptime!(r.scores) {
         // The additive write: there are no scores of keys.
@@ -120,20 +120,6 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     let cube = this_cube();
     let (place, v0) = (Place::of(cube / parts, sizes, table, b), cube % parts * d);
     store_sums::<I, E, N>(&sum, &u, o, place.values(sizes), place.rows, v0, sizes.value_dim);
-}
-
-/// `sums *= factor` and the weight of their row in a role.
-#[cube]
-fn weigh_rows(sums: &mut Sums, decay: &Decay, factor: f32, #[comptime] role: Role, #[comptime] b: Blueprint) {
-    let unit = unit();
-    #[unroll]
-    for j in 0..comptime!(sums.spread.len()) {
-        if sums.has(unit, j) {
-            let place = sums.place(unit, j);
-            let weight = factor * decay.weight(place.0, 0, role, b);
-            sums.set(place, j, sums.get(place, j) * weight);
-        }
-    }
 }
 
 /// What is left to multiply queries with.

@@ -156,7 +156,7 @@ fn left_pairs<E: Float>(
     #[comptime] b: Blueprint,
 ) {
     let form = comptime!(Form::ab(BLOCK, b.block, n, Mode::Add));
-    let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: row };
+    let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
     q_pairs.product_at::<E, E>(&pairs.p, &pairs.other, &corner, form);
     if comptime!(b.delta) {
         k_pairs.product_at::<E, E>(&pairs.r, &pairs.other, &corner, form);
@@ -173,7 +173,7 @@ fn right_pairs<E: Float>(
     #[comptime] b: Blueprint,
 ) {
     let form = comptime!(Form::atb(n, b.block, BLOCK, Mode::Set));
-    let corner = Corner { a_row: row, a_col: 0usize, b_row: row, b_col: 0usize, out_row: 0usize };
+    let corner = Corner { a_row: row, a_col: 0usize, b_row: row, out_row: 0usize };
     earlier.product_at::<E, E>(&pairs.p, &pairs.queries, &corner, form);
     if comptime!(b.delta) {
         earlier.settle();

@@ -56,8 +56,8 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     let weighs = comptime!(b.weighs_scores());
     let (mut a, mut m) = (query_sums.whole(b.delta || !weighs), key_sums.whole(b.delta));
     if comptime!(b.gate == GateKind::Key) {
-        zero::<f32>(&mut a, b.units);
-        zero::<f32>(&mut m, b.units);
+        zero(&mut a, b.units);
+        zero(&mut m, b.units);
     } else {
         query_sums.clear();
         key_sums.clear();
@@ -97,7 +97,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut right, comptime!(Role::Toward(later)), b);
                 sync_cube();
                 let row = comptime!(later * BLOCK).runtime();
-                let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: row };
+                let corner = Corner { a_row: row, a_col: 0usize, b_row: 0usize, out_row: row };
                 if mild {
                     let form = comptime!(Form::abt(BLOCK, (later + 1) * BLOCK, b.block, Mode::Add));
                     product_at::<E, E>(&q_left, &right, &mut a, &corner, form, b.units, b.engine);

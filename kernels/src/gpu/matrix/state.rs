@@ -146,7 +146,7 @@ pub(crate) fn read_state<E: Float>(
     #[comptime] w: WalkBlueprint,
 ) {
     let form = comptime!(Form::ab(w.chunk.chunk, w.value_block, keys.cols, mode));
-    let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: row0, b_col: 0usize, out_row: 0usize };
+    let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: row0, out_row: 0usize };
     if comptime!(w.narrow_rows() > 1) {
         out.product_at::<E, E>(keys, narrow, &corner, form);
     } else {
@@ -289,7 +289,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
                     b.units,
                 );
                 sync_cube();
-                let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: row0 };
+                let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: row0 };
                 state.product_at::<E, E>(&key_tile, &u, &corner, comptime!(Form::atb(b.block, d, c, Mode::Add)));
                 sync_cube();
             }

@@ -151,7 +151,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
                 let k0 = part.k0 + row0;
                 load::<I, E, N>(q, key_at, place.rows, k0, sizes.key_dim, &mut queries, b.units);
                 sync_cube();
-                let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: row0 };
+                let corner = Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: row0 };
                 dstate.product_at::<E, E>(&queries, &d_out, &corner, form);
                 sync_cube();
                 if comptime!(b.delta) {

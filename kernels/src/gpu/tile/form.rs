@@ -50,7 +50,6 @@ pub(crate) struct Corner {
     pub a_row: usize,
     pub a_col: usize,
     pub b_row: usize,
-    pub b_col: usize,
     pub out_row: usize,
 }
 
@@ -58,7 +57,7 @@ pub(crate) struct Corner {
 impl Corner {
     /// The first element.
     pub fn first() -> Corner {
-        Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, b_col: 0usize, out_row: 0usize }
+        Corner { a_row: 0usize, a_col: 0usize, b_row: 0usize, out_row: 0usize }
     }
 }
 
@@ -82,13 +81,7 @@ pub(crate) fn product_at<A: Float, B: Float>(
             if comptime!(form.mode == Mode::Add) {
                 sums.take(&*out, corner.out_row);
             }
-            let from = Corner {
-                a_row: corner.a_row,
-                a_col: corner.a_col,
-                b_row: corner.b_row,
-                b_col: corner.b_col,
-                out_row: 0usize,
-            };
+            let from = Corner { a_row: corner.a_row, a_col: corner.a_col, b_row: corner.b_row, out_row: 0usize };
             sums.product_at::<A, B>(a, b, &from, form);
             sums.put_at::<f32>(out, corner.out_row);
         }

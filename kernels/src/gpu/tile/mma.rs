@@ -67,9 +67,9 @@ fn strips<A: Float, B: Float>(
         a.at(corner.a_row + row + lane % 16, corner.a_col + half)
     };
     let y_at = if comptime!(form.b_transposed) {
-        b.at(corner.b_row + col + eight + half, corner.b_col + quarter)
+        b.at(corner.b_row + col + eight + half, quarter)
     } else {
-        b.at(corner.b_row + lane % 16, corner.b_col + col + half)
+        b.at(corner.b_row + lane % 16, col + half)
     };
     let (x_from, y_from) = (a.from(x_at), b.from(y_at));
     #[unroll]

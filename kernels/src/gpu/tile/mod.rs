@@ -222,13 +222,13 @@ const ZEROS: usize = 4;
 
 /// Sets all of a tile to zero.
 #[cube]
-pub(crate) fn zero<E: Float>(tile: &mut Tile<E>, #[comptime] units: usize) {
+pub(crate) fn zero(tile: &mut Tile<f32>, #[comptime] units: usize) {
     let (rows, cols) = comptime!((tile.rows, tile.cols / ZEROS));
     #[unroll]
     for j in 0..comptime!((rows * cols).div_ceil(units)) {
         let i = unit() + j * units;
         if i < rows * cols {
-            tile.set_many::<E, Const<ZEROS>>(i / cols, i % cols * ZEROS, Vector::new(E::new(0.0)));
+            tile.set_many::<f32, Const<ZEROS>>(i / cols, i % cols * ZEROS, Vector::new(f32::new(0.0)));
         }
     }
 }

@@ -41,11 +41,8 @@ pub(super) fn to_tile<A: Float, B: Float>(
             } else {
                 a.at(corner.a_row + row, corner.a_col + k)
             };
-            let y_at = if comptime!(form.b_transposed) {
-                b.at(corner.b_row + col, corner.b_col + k)
-            } else {
-                b.at(corner.b_row + k, corner.b_col + col)
-            };
+            let y_at =
+                if comptime!(form.b_transposed) { b.at(corner.b_row + col, k) } else { b.at(corner.b_row + k, col) };
             let x = cmma::Matrix::<A>::from_slice(
                 MatrixIdent::A,
                 BLOCK,

@@ -36,9 +36,9 @@ pub(super) fn to_tile<A: Float, B: Float>(
                     x[i] = a.get(corner.a_row + r, corner.a_col + k);
                 }
                 if comptime!(form.b_transposed) {
-                    y[i] = b.get(corner.b_row + c, corner.b_col + k);
+                    y[i] = b.get(corner.b_row + c, k);
                 } else {
-                    y[i] = b.get(corner.b_row + k, corner.b_col + c);
+                    y[i] = b.get(corner.b_row + k, c);
                 }
             }
             #[unroll]
@@ -100,9 +100,9 @@ pub(super) fn add<A: Float, B: Float>(
                     };
                     x[i] = select(inside, left, f32::new(0.0));
                     let value = if comptime!(form.b_transposed) {
-                        b.get(corner.b_row + c, corner.b_col + k)
+                        b.get(corner.b_row + c, k)
                     } else {
-                        b.get(corner.b_row + k, corner.b_col + c)
+                        b.get(corner.b_row + k, c)
                     };
                     let mut pair = y[comptime!(i / 2)];
                     pair.insert(comptime!(i % 2), value);
