@@ -4,7 +4,7 @@
 
 use thalweg_kernels::ScanProblem;
 use thalweg_kernels::cost::gpu::{self, Pipeline};
-use thalweg_kernels::cost::{GateKind, Pass};
+use thalweg_kernels::cost::{GateKind, Pass, WriteKind};
 use thalweg_kernels::matrix::MatrixProblem;
 
 /// What the device can do at the most, in GFLOP/s and GB/s.
@@ -22,16 +22,17 @@ const ELEMENT: usize = 2;
 /// An operation's pipeline by batch, time and pass.
 type Of = fn(usize, usize, Pass) -> Pipeline;
 
-fn matrix(batch: usize, time: usize, gate: GateKind, delta: bool, pass: Pass) -> Pipeline {
+fn matrix(batch: usize, time: usize, gate: GateKind, write: WriteKind, pass: Pass) -> Pipeline {
     let time = if pass == Pass::Step { 1 } else { time };
-    gpu::matrix(&MatrixProblem::new(batch, time, HEADS, DIM, DIM), gate, delta, ELEMENT, pass)
+    gpu::matrix(&MatrixProblem::new(batch, time, HEADS, DIM, DIM), gate, write, ELEMENT, pass)
 }
 
-const OPERATIONS: [(&str, Of); 6] = [
-    ("decay, gate per key feature (GLA)", |b, t, pass| matrix(b, t, GateKind::Key, false, pass)),
-    ("decay, gate per head (Mamba-2)", |b, t, pass| matrix(b, t, GateKind::Head, false, pass)),
-    ("delta, gate per head (Gated DeltaNet)", |b, t, pass| matrix(b, t, GateKind::Head, true, pass)),
-    ("delta, gate per key feature (KDA)", |b, t, pass| matrix(b, t, GateKind::Key, true, pass)),
+const OPERATIONS: [(&str, Of); 7] = [
+    ("decay, gate per key feature (GLA)", |b, t, pass| matrix(b, t, GateKind::Key, WriteKind::Additive, pass)),
+    ("decay, gate per head (Mamba-2)", |b, t, pass| matrix(b, t, GateKind::Head, WriteKind::Additive, pass)),
+    ("delta, gate per head (Gated DeltaNet)", |b, t, pass| matrix(b, t, GateKind::Head, WriteKind::Delta, pass)),
+    ("delta, gate per key feature (KDA)", |b, t, pass| matrix(b, t, GateKind::Key, WriteKind::Delta, pass)),
+    ("low rank, gate per key feature (RWKV-7)", |b, t, pass| matrix(b, t, GateKind::Key, WriteKind::LowRank, pass)),
     ("element-wise scan (HGRN)", |b, t, pass| gpu::scan(&ScanProblem::new(b, t, HEADS * DIM), true, ELEMENT, pass)),
     ("RG-LRU", |b, t, pass| gpu::rg_lru(&ScanProblem::new(b, t, HEADS * DIM), ELEMENT, pass)),
 ];
@@ -90,7 +91,7 @@ fn steps(device: Device) {
     for (name, of) in OPERATIONS {
         for batch in [1, 8, 64, 256] {
             let pipeline = of(batch, 1, Pass::Step);
-            let state = if name.starts_with('d') { DIM } else { 1 } * batch * HEADS * DIM * 4;
+            let state = if name.contains("gate") { DIM } else { 1 } * batch * HEADS * DIM * 4;
             println!(
                 "| {name} | {batch} | {:.2} | {:.2} | {:.2} |",
                 state as f64 / 1e6,

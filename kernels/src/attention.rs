@@ -57,7 +57,7 @@ impl AttentionProblem {
         }
     }
 
-    fn check<E>(&self, q: &[E], k: &[E], v: &[E]) -> Result<Sequences, Error> {
+    pub(crate) fn check_sizes(&self) -> Result<Sequences, Error> {
         for (name, size) in [("heads", self.heads), ("key_dim", self.key_dim), ("value_dim", self.value_dim)] {
             Error::check_positive(name, size)?;
         }
@@ -75,6 +75,11 @@ impl AttentionProblem {
         if !self.scale.is_finite() {
             return fail("scale", self.scale.to_string(), "a finite number");
         }
+        Ok(sequences)
+    }
+
+    fn check<E>(&self, q: &[E], k: &[E], v: &[E]) -> Result<Sequences, Error> {
+        let sequences = self.check_sizes()?;
         Error::check_len("q", q.len(), &[self.batch, self.time, self.heads, self.key_dim])?;
         Error::check_len("k", k.len(), &[self.batch, self.kv_time, self.kv_heads, self.key_dim])?;
         Error::check_len("v", v.len(), &[self.batch, self.kv_time, self.kv_heads, self.value_dim])?;

@@ -77,7 +77,7 @@ impl From<&Gate<'_>> for GateKind {
 }
 
 /// [`Write`] without its tensors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
 pub enum WriteKind {
     Additive,

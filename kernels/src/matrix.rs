@@ -251,6 +251,15 @@ pub(crate) fn validate_sizes(p: &MatrixProblem) -> Result<Sequences, Error> {
     Ok(sequences)
 }
 
+/// Heads that share queries and keys have no low-rank writes of their own.
+pub(crate) fn check_low_rank(p: &MatrixProblem) -> Result<(), Error> {
+    if p.value_heads != p.heads {
+        let (argument, found) = ("value_heads", p.value_heads.to_string());
+        return Err(Error::Value { argument, found, expected: "the number of heads (low-rank write)" });
+    }
+    Ok(())
+}
+
 fn validate<E: Element>(p: &MatrixProblem, x: &MatrixInputs<E>) -> Result<Sequences, Error> {
     let sequences = validate_sizes(p)?;
     Error::check_len("q", x.q.len(), &p.key_shape())?;
@@ -279,14 +288,7 @@ fn validate<E: Element>(p: &MatrixProblem, x: &MatrixInputs<E>) -> Result<Sequen
             }
         }
         Write::LowRank { a, b } => {
-            if p.value_heads != p.heads {
-                let found = p.value_heads.to_string();
-                return Err(Error::Value {
-                    argument: "value_heads",
-                    found,
-                    expected: "the number of heads (low-rank write)",
-                });
-            }
+            check_low_rank(p)?;
             Error::check_len("a", a.len(), &p.key_shape())?;
             Error::check_len("b", b.len(), &p.key_shape())?;
         }

@@ -227,6 +227,8 @@ impl super::gpu::GpuOp for Data {
         use gpu::matrix::{Gate, Inputs, Write, backward, forward, step};
         let [q, k, v, rest @ ..] = x else { unreachable!("three tensors at least go in") };
         let mut rest = rest.iter();
+        let low_rank =
+            (self.write == WriteKind::LowRank).then(|| [(); 2].map(|()| rest.next().expect("a and b go in")));
         let mut next = || rest.next().expect("gates and steps go in after them");
         let gate = match self.gate {
             GateKind::None => Gate::None,
@@ -234,7 +236,11 @@ impl super::gpu::GpuOp for Data {
             GateKind::Head => Gate::Head(next()),
             GateKind::Key => Gate::Key(next()),
         };
-        let write = if self.write == WriteKind::Delta { Write::Delta { beta: next() } } else { Write::Additive };
+        let write = match (low_rank, self.write) {
+            (Some([a, b]), _) => Write::LowRank { a, b },
+            (None, WriteKind::Delta) => Write::Delta { beta: next() },
+            (None, _) => Write::Additive,
+        };
         let inputs = Inputs { q, k, v, gate, write, initial_state: None };
         if let Some(state) = state {
             let o = step(client, &self.problem, &inputs, state)?;
@@ -246,7 +252,8 @@ impl super::gpu::GpuOp for Data {
             let d = backward(client, &self.problem, &inputs, Some(d_o), None)?;
             found.extend([("dq", d.dq), ("dk", d.dk), ("dv", d.dv)]);
             found.extend(d.dg.map(|x| ("dg", x)));
-            found.extend(d.dbeta.map(|x| ("dbeta", x)));
+            let rest = [("dbeta", d.dbeta), ("da", d.da), ("db", d.db)];
+            found.extend(rest.into_iter().filter_map(|(name, x)| Some((name, x?))));
         }
         Ok(found)
     }

@@ -64,7 +64,7 @@ pub(crate) const ENTRIES: &[Entry] = &[
     matrix("delta_rule", WITH_GPU),
     matrix("gated_delta_rule", WITH_GPU),
     matrix("kda", WITH_GPU),
-    matrix("dplr", ALL),
+    matrix("dplr", WITH_GPU),
     Entry {
         part: Part::Ops,
         name: "attention",

@@ -3,7 +3,9 @@
 
 use cubecl::client::Client;
 use thalweg_kernels::ScanProblem;
+use thalweg_kernels::attention::AttentionProblem;
 use thalweg_kernels::complex_scan::Complex;
+use thalweg_kernels::gpu::attention;
 use thalweg_kernels::gpu::complex_scan::{self, ComplexInputs};
 use thalweg_kernels::gpu::elementwise_scan::{self, ScanGate, ScanInputs};
 use thalweg_kernels::gpu::hgrn::{self, HgrnInputs};
@@ -12,6 +14,10 @@ use thalweg_kernels::gpu::rg_lru::{self, RgLruInputs};
 use thalweg_kernels::gpu::{Buffer, Storage};
 use thalweg_kernels::matrix::MatrixProblem;
 use thalweg_nvrtc::Recorder;
+
+/// Writes that every gate has kernels for.
+const DENSE: [&str; 2] = ["additive", "delta"];
+const WRITES: [&str; 3] = ["additive", "delta", "low-rank"];
 
 /// All cases but those of [`tf32`].
 pub fn all(recorder: &Recorder) {
@@ -25,16 +31,36 @@ pub fn all(recorder: &Recorder) {
     scans(recorder, "packed", &ScanProblem::packed(2048, vec![0, 70, 4096]), Storage::Bf16);
     scans(recorder, "64-bit", &ScanProblem::new(8, 1 << 18, 2048), Storage::Bf16);
     matrices(recorder);
+    let heads = |head_dim| AttentionProblem::new(4, 1000, 16, head_dim);
+    for head_dim in [64, 128, 256, 12] {
+        attention(recorder, "", &heads(head_dim), Storage::Bf16);
+    }
+    attention(recorder, "", &heads(128), Storage::F16);
+    attention(recorder, "", &heads(64), Storage::F32);
+    attention(recorder, "", &heads(128), Storage::F32);
+    attention(recorder, "64-bit", &AttentionProblem::new(32, 1 << 16, 16, 128), Storage::Bf16);
+}
+
+/// Forward and backward. Lengths, windows and groups of heads are known at launch.
+fn attention(recorder: &Recorder, note: &str, p: &AttentionProblem, storage: Storage) {
+    recorder.case(format!("attention {} {storage:?} {note}", p.key_dim).trim_end(), |client| {
+        let x = buffer(client, storage, p.batch * p.time * p.heads * p.key_dim);
+        let inputs = attention::Inputs { q: &x, k: &x, v: &x };
+        let out = attention::forward(client, p, &inputs).expect("the sizes agree");
+        attention::backward(client, p, &inputs, &out, &x).expect("the sizes agree");
+    });
 }
 
 /// Matrix units with f32 tensors: what [`matrix::allow_tf32`] changes.
 pub fn tf32(recorder: &Recorder) {
     let p = MatrixProblem::new(16, 1000, 16, 128, 128);
     for gate in ["none", "head", "key"] {
-        for delta in [false, true] {
-            matrix(recorder, "tf32", &p, Storage::F32, gate, delta);
+        for write in DENSE {
+            matrix(recorder, "tf32", &p, Storage::F32, gate, write);
         }
     }
+    matrix(recorder, "tf32", &p, Storage::F32, "key", "low-rank");
+    attention(recorder, "tf32", &AttentionProblem::new(4, 1000, 16, 128), Storage::F32);
 }
 
 /// Every scan, forward and backward.
@@ -88,17 +114,21 @@ fn matrices(recorder: &Recorder) {
     let sizes = |key_dim, value_dim| MatrixProblem::new(16, 1000, 16, key_dim, value_dim);
     let usual = sizes(128, 128);
     for gate in ["none", "constant", "head", "key"] {
-        for delta in [false, true] {
-            matrix(recorder, "", &usual, Storage::Bf16, gate, delta);
+        for write in DENSE {
+            matrix(recorder, "", &usual, Storage::Bf16, gate, write);
         }
     }
+    // Those of a low-rank write are written out for each key feature.
+    matrix(recorder, "", &usual, Storage::Bf16, "none", "low-rank");
+    matrix(recorder, "", &usual, Storage::Bf16, "constant", "low-rank");
     let with_key_gates = |note, p: &MatrixProblem, storage| {
-        for delta in [false, true] {
-            matrix(recorder, note, p, storage, "key", delta);
+        let writes = if p.heads == p.value_heads { &WRITES[..] } else { &DENSE };
+        for write in writes {
+            matrix(recorder, note, p, storage, "key", write);
         }
     };
-    for delta in [false, true] {
-        matrix(recorder, "", &usual, Storage::F32, "head", delta);
+    for write in DENSE {
+        matrix(recorder, "", &usual, Storage::F32, "head", write);
     }
     with_key_gates("", &usual, Storage::F32);
     with_key_gates("", &usual, Storage::F16);
@@ -116,27 +146,26 @@ fn matrices(recorder: &Recorder) {
     for (note, batch) in [("few", 3), ("one", 1)] {
         let p = MatrixProblem { batch, time: 65536, ..usual.clone() };
         with_key_gates(note, &p, Storage::Bf16);
-        for delta in [false, true] {
-            matrix(recorder, note, &p, Storage::Bf16, "head", delta);
+        for write in DENSE {
+            matrix(recorder, note, &p, Storage::Bf16, "head", write);
         }
     }
     with_key_gates("one", &MatrixProblem { batch: 1, time: 65536, ..usual.clone() }, Storage::F32);
     for storage in [Storage::Bf16, Storage::F32] {
         for gate in ["none", "constant", "head", "key"] {
-            for delta in [false, true] {
-                matrix(recorder, "step", &MatrixProblem { time: 1, ..usual.clone() }, storage, gate, delta);
+            for write in WRITES {
+                matrix(recorder, "step", &MatrixProblem { time: 1, ..usual.clone() }, storage, gate, write);
             }
         }
     }
 }
 
 /// Forward and backward, or a step.
-fn matrix(recorder: &Recorder, note: &str, p: &MatrixProblem, storage: Storage, gate: &str, delta: bool) {
-    let write = if delta { "delta" } else { "additive" };
+fn matrix(recorder: &Recorder, note: &str, p: &MatrixProblem, storage: Storage, gate: &str, write: &str) {
     let name = format!("{gate} {write} {}x{} {storage:?} {note}", p.key_dim, p.value_dim);
     recorder.case(name.trim_end(), |client| {
         let len = |shape: &[usize]| shape.iter().product::<usize>();
-        let [q, k] = [0; 2].map(|_| buffer(client, storage, len(&p.key_shape())));
+        let [q, k, a, b] = [0; 4].map(|_| buffer(client, storage, len(&p.key_shape())));
         let v = buffer(client, storage, len(&p.value_shape()));
         let heads = p.batch * p.time * p.value_heads;
         let g = |len| buffer(client, Storage::F32, len);
@@ -147,7 +176,11 @@ fn matrix(recorder: &Recorder, note: &str, p: &MatrixProblem, storage: Storage, 
             "head" => Gate::Head(&head),
             _ => Gate::Key(&key),
         };
-        let write = if delta { Write::Delta { beta: &beta } } else { Write::Additive };
+        let write = match write {
+            "additive" => Write::Additive,
+            "delta" => Write::Delta { beta: &beta },
+            _ => Write::LowRank { a: &a, b: &b },
+        };
         let states = g(len(&p.state_shape()));
         if note == "step" {
             let x = Inputs { q: &q, k: &k, v: &v, gate, write, initial_state: None };

@@ -1,9 +1,12 @@
 //! f32 tensors on matrix units: a process of its own, as [`allow_tf32`](matrix::allow_tf32) is for all of one.
 
+#[path = "../../../kernels/tests/gpu_kernels/attention_check.rs"]
+mod attention_check;
 #[path = "../../../kernels/tests/gpu_kernels/matrix_check.rs"]
 mod matrix_check;
 
-use matrix_check::{FORMS, Sizes, check};
+use matrix_check::{KERNELS, Sizes, check};
+use thalweg_kernels::attention::AttentionProblem;
 use thalweg_kernels::gpu::{self, matrix};
 use thalweg_nvrtc::{Arch, emulator};
 use thalweg_reference::cases::{Gates, Precision};
@@ -14,8 +17,10 @@ fn every_form_on_matrix_units() {
     gpu::poison_outputs();
     matrix::allow_tf32(true);
     let client = emulator(Arch::Sm80);
-    for (i, form) in FORMS.into_iter().enumerate() {
+    for (i, form) in KERNELS.into_iter().enumerate() {
         let sizes = Sizes { time: 150, heads: 1, value_heads: 1, key_dim: 128, value_dim: 64, cu_seqlens: None };
         check::<f32>(&client, &sizes, form, Precision::Bf16, Gates::Mean(0.05), i as u64);
     }
+    let p = AttentionProblem::new(1, 150, 2, 64);
+    attention_check::check::<f32>(&client, &p, Precision::Bf16, 1.0, 0);
 }

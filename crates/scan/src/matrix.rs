@@ -52,15 +52,6 @@ pub(crate) enum Write {
     },
 }
 
-impl Write {
-    fn written(&self) -> Written {
-        match self {
-            Write::Additive | Write::Delta { .. } => Written::ForCpuAndGpu,
-            Write::LowRank { .. } => Written::ForCpu,
-        }
-    }
-}
-
 /// Inputs of a recurrence after the checks.
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
@@ -89,7 +80,7 @@ pub(crate) fn forward(
 ) -> Result<Output, Error> {
     let path = options.path;
     let problem = Problem::new(q, k, v, decay, write, options)?;
-    if native::available(path, problem.write.written(), &problem.q) {
+    if native::available(path, Written::ForCpuAndGpu, &problem.q) {
         return problem.native();
     }
     Ok(portable::matrix::forward(problem))
@@ -114,7 +105,7 @@ pub(crate) fn step(
     };
     let path = options.path;
     let problem = Problem::new(q, k, v, decay, write, options)?;
-    if native::available(path, problem.write.written(), &problem.q) {
+    if native::available(path, Written::ForCpuAndGpu, &problem.q) {
         let Output { o, final_state } = problem.native()?;
         return Ok((o.squeeze_dim(1), final_state));
     }

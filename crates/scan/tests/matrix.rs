@@ -31,14 +31,8 @@ enum Op {
     Dplr,
 }
 
-/// The last has no kernel on a GPU.
 const OPS: [Op; 9] =
     [Op::Linear, Op::Retention, Op::Simple, Op::Gla, Op::Hgrn2, Op::Delta, Op::GatedDelta, Op::Kda, Op::Dplr];
-
-/// Those to run chunked: see [`paths`].
-fn ops() -> &'static [Op] {
-    if is_gpu() { &OPS[..8] } else { &OPS }
-}
 
 /// All inputs that some operation may want.
 #[derive(Clone)]
@@ -243,7 +237,7 @@ fn both_paths_are_safe_in_f32_with_extreme_gates() {
     for (time, gates) in [(1, Gates::Ordinary), (65, Gates::Strong), (130, Gates::Ordinary), (130, Gates::Mixed)] {
         let shape = Shape { batch: 2, time, heads: 1, value_heads: 1, key: 16, value: 8, sequences: 2 };
         let inputs = Inputs::new(&shape, gates, DType::F32);
-        for &op in ops() {
+        for op in OPS {
             for &path in paths() {
                 let (x, y) = (inputs.fresh(), inputs.fresh());
                 let chunked = x.run(op, MatrixOptions::new().with_path(path));
@@ -302,7 +296,7 @@ fn half_size_paths_agree() {
             continue;
         }
         let inputs = Inputs::new(&shape, Gates::Ordinary, dtype);
-        for &op in ops() {
+        for op in OPS {
             for &path in paths() {
                 let (x, y) = (inputs.fresh(), inputs.fresh());
                 let chunked = x.run(op, MatrixOptions::new().with_path(path));

@@ -24,9 +24,7 @@ enum Op {
     Dplr,
 }
 
-/// Those before [`KERNELS`] have a kernel on a GPU.
 const OPS: [Op; 4] = [Op::Gla, Op::GatedDelta, Op::Kda, Op::Dplr];
-const KERNELS: usize = 3;
 
 fn check(case: &MatrixCase, op: Op, path: Path, extreme: bool) {
     let p = &case.problem;
@@ -111,7 +109,7 @@ fn both_paths_equal_the_oracle() {
                 let betas = BETAS[(i + j) % BETAS.len()];
                 let seed = (100 * i + j) as u64;
                 let case = MatrixCase::sample(problem.clone(), seed, Precision::F32, gates, keys, betas);
-                for &op in if is_gpu() { &OPS[..KERNELS] } else { &OPS } {
+                for op in OPS {
                     for &path in paths() {
                         check(&case, op, path, gates.extreme());
                     }

@@ -48,6 +48,8 @@ struct Stages {
     delta: bool,
     /// Whether there is a gate per key feature.
     by_key: bool,
+    /// Bytes of keys that only read, which low-rank writes have.
+    reads: usize,
     /// Bytes of the tensors.
     x: Tensors,
     /// A `[chunk, chunk]` matrix for each chunk and head.
@@ -70,15 +72,20 @@ struct Stages {
 }
 
 impl Stages {
-    fn new(p: &MatrixProblem, gate: GateKind, delta: bool, element: usize) -> Self {
+    fn new(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usize) -> Self {
+        // Low-rank writes are the delta rule of twice the tokens, with keys of its own that read.
+        let low_rank = write == WriteKind::LowRank;
+        let (delta, gate) = (write != WriteKind::Additive, if low_rank { GateKind::Key } else { gate });
+        let write = if low_rank { WriteKind::Delta } else { write };
+        let p = &MatrixProblem { time: if low_rank { 2 } else { 1 } * p.time, ..p.clone() };
         let (c, k, v) = (p.chunk.max(1), p.key_dim, p.value_dim);
         let chunks = lengths(p).iter().map(|length| length.div_ceil(c)).sum::<usize>() * p.value_heads;
-        let write = if delta { WriteKind::Delta } else { WriteKind::Additive };
         let (by_key, x) = (gate == GateKind::Key, Tensors::new(p, gate, write, element));
         let walked = if by_key { p.batch * p.time * p.value_heads * k * element } else { x.keys };
         Self {
             delta,
             by_key,
+            reads: if low_rank { x.keys } else { 0 },
             x,
             walked,
             ends: if by_key { chunks * k * 4 } else { 0 },
@@ -117,7 +124,7 @@ impl Stages {
         // The inverse of a unit triangle of c rows takes a third of c^3.
         let flops = self.lower * k + self.delta(self.strict * k + self.strict * (c + 1) / 3);
         let bytes = 2 * self.x.keys + self.x.gates + self.x.writes + self.squares + self.delta(self.squares);
-        self.launch("scores", flops, bytes + self.weighted())
+        self.launch("scores", flops, bytes + self.reads + self.weighted())
     }
 
     fn walk(&self) -> Launch {
@@ -165,18 +172,47 @@ impl Stages {
         // the state.
         let flops = 2 * self.state + 2 * self.lower * self.p[1] + self.delta(self.state + 2 * self.strict * self.p[1]);
         let bytes = 4 * self.x.keys + 2 * self.x.values + 2 * (self.x.gates + self.x.writes) + 2 * self.states;
-        self.launch("chunk_backward", flops, bytes + self.squares + self.delta(self.x.values + self.squares))
+        self.launch(
+            "chunk_backward",
+            flops,
+            bytes + 2 * self.reads + self.squares + self.delta(self.x.values + self.squares),
+        )
     }
 }
 
-/// A matrix-state operation, additive or (`delta`) of the delta rule, on elements of `element` bytes. The backward pass
-/// keeps nothing of the forward pass, and computes scores and states again.
-pub fn matrix(p: &MatrixProblem, gate: GateKind, delta: bool, element: usize, pass: Pass) -> Pipeline {
+/// A matrix-state operation on elements of `element` bytes. The backward pass keeps nothing of the forward pass, and computes
+/// scores and states again.
+pub fn matrix(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usize, pass: Pass) -> Pipeline {
     if pass == Pass::Step {
-        let write = if delta { WriteKind::Delta } else { WriteKind::Additive };
         return Pipeline::single("step", super::matrix(p, gate, write, element, pass));
     }
-    let s = Stages::new(p, gate, delta, element);
+    let s = Stages::new(p, gate, write, element);
+    let pipeline = stages(&s, pass);
+    if write == WriteKind::LowRank {
+        return paired(pipeline, &s, &Tensors::new(p, gate, write, element), pass);
+    }
+    pipeline
+}
+
+/// The launches around those of twice the tokens, and the caller's tensors.
+fn paired(mut pipeline: Pipeline, twice: &Stages, x: &Tensors, pass: Pass) -> Pipeline {
+    let pairs = twice.x.inputs() + twice.reads;
+    let [tensors, mut scratch, back] = match pass {
+        Pass::Backward => [2 * x.inputs() + x.values + x.states, pairs + twice.x.values, pairs],
+        _ => [x.inputs() + x.values + x.states, pairs, twice.x.values],
+    };
+    let d_o = if pass == Pass::Backward { x.values + twice.x.values } else { 0 };
+    let launch = |name, bytes: usize| Launch { name, cost: Cost { flops: 0, bytes: bytes as u64 } };
+    pipeline.launches.insert(0, launch("pairs", x.inputs() + pairs + d_o));
+    // Of what was computed for two tokens half is wanted, but for keys.
+    let wanted = if pass == Pass::Backward { x.inputs() } else { x.values };
+    pipeline.launches.push(launch("pairs, back", 2 * wanted));
+    scratch += back;
+    Pipeline { tensors: tensors as u64, scratch: pipeline.scratch + scratch as u64, ..pipeline }
+}
+
+fn stages(s: &Stages, pass: Pass) -> Pipeline {
+    let delta = s.delta;
     let squares = s.squares + s.delta(s.squares);
     let scores = if s.in_place { 0 } else { squares };
     let kept = scores + s.states + s.delta(s.x.values) + s.weighted();
@@ -218,11 +254,11 @@ mod tests {
     #[test]
     fn the_stages_of_the_forward_pass_are_the_chunked_algorithm() {
         let p = problem();
-        let additive = matrix(&p, G::Key, false, 2, Pass::Forward).total().flops;
+        let additive = matrix(&p, G::Key, WriteKind::Additive, 2, Pass::Forward).total().flops;
         assert_eq!(additive, super::super::matrix(&p, G::Key, WriteKind::Additive, 2, Pass::Forward).flops);
         // The delta rule inverts a chunk's system, where the algorithm only solves it: the inverse, and the diagonal of
         // its product with the values.
-        let delta = matrix(&p, G::Key, true, 2, Pass::Forward).total().flops;
+        let delta = matrix(&p, G::Key, WriteKind::Delta, 2, Pass::Forward).total().flops;
         let (c, chunks) = (64, 2 * 16 * 4);
         let inverse = chunks * (c * (c * c - 1) / 3 + 2 * c * 64);
         assert_eq!(delta, super::super::matrix(&p, G::Key, WriteKind::Delta, 2, Pass::Forward).flops + inverse);
@@ -231,26 +267,39 @@ mod tests {
     #[test]
     fn the_backward_pass_computes_one_product_with_the_state_more_than_one_that_kept_the_states() {
         let p = problem();
-        let mine = matrix(&p, G::Head, false, 2, Pass::Backward).total().flops;
+        let mine = matrix(&p, G::Head, WriteKind::Additive, 2, Pass::Backward).total().flops;
         let kept = super::super::matrix(&p, G::Head, WriteKind::Additive, 2, Pass::Backward).flops;
         assert_eq!(mine - kept, 2 * 1024 * 4 * 2 * 128 * 64);
     }
 
     #[test]
     fn every_launch_moves_at_least_the_tensors_between_the_caller_and_the_device() {
-        for (delta, pass) in
-            [(false, Pass::Forward), (true, Pass::Forward), (false, Pass::Backward), (true, Pass::Backward)]
-        {
-            let pipeline = matrix(&problem(), G::Key, delta, 2, pass);
-            let moved = pipeline.total().bytes;
-            // What is scratch is written once and read at least once.
-            assert!(moved >= pipeline.tensors + 2 * pipeline.scratch, "{delta} {pass:?}");
+        for write in [WriteKind::Additive, WriteKind::Delta] {
+            for pass in [Pass::Forward, Pass::Backward] {
+                let pipeline = matrix(&problem(), G::Key, write, 2, pass);
+                let moved = pipeline.total().bytes;
+                // What is scratch is written once and read at least once.
+                assert!(moved >= pipeline.tensors + 2 * pipeline.scratch, "{write:?} {pass:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn low_rank_writes_are_the_delta_rule_of_twice_the_tokens() {
+        let twice = MatrixProblem { time: 2 * problem().time, ..problem() };
+        for pass in [Pass::Forward, Pass::Backward] {
+            let low_rank = matrix(&problem(), G::Head, WriteKind::LowRank, 2, pass);
+            let delta = matrix(&twice, G::Key, WriteKind::Delta, 2, pass);
+            assert_eq!(low_rank.total().flops, delta.total().flops);
+            // Half of what comes back is not wanted; all else that is written is read.
+            assert!(low_rank.total().bytes > delta.total().bytes + low_rank.tensors);
+            assert!(low_rank.scratch > delta.scratch && low_rank.tensors < delta.tensors);
         }
     }
 
     #[test]
     fn launches_one_after_the_other_take_no_less_than_their_work_at_once() {
-        let pipeline = matrix(&problem(), G::Key, true, 2, Pass::Backward);
+        let pipeline = matrix(&problem(), G::Key, WriteKind::Delta, 2, Pass::Backward);
         for (gflops, gbytes) in [(1e3, 1e3), (1e6, 3e3)] {
             let at_once = pipeline.total().floor(gflops, gbytes);
             assert!(pipeline.floor(gflops, gbytes) >= at_once * (1.0 - 1e-12));
@@ -259,7 +308,8 @@ mod tests {
 
     #[test]
     fn memory_grows_with_the_time_as_the_tensors_do() {
-        let of = |time| matrix(&MatrixProblem::new(1, time, 16, 128, 128), G::Head, true, 2, Pass::Backward);
+        let of =
+            |time| matrix(&MatrixProblem::new(1, time, 16, 128, 128), G::Head, WriteKind::Delta, 2, Pass::Backward);
         let (short, long) = (of(8192), of(65536));
         assert_eq!(long.scratch, 8 * short.scratch);
         assert!(long.tensors < 8 * short.tensors && long.tensors > 7 * short.tensors);

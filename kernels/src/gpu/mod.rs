@@ -2,12 +2,15 @@
 // What is known when a kernel is compiled and what is not are two conditions.
 #![allow(clippy::collapsible_if)]
 
+pub mod attention;
 mod buffer;
 mod device;
+mod engine;
 pub mod matrix;
 mod reduce;
 mod scan;
 mod tile;
+mod transfer;
 
 pub use buffer::{Buffer, Storage, poison_outputs};
 pub use cubecl::client::Client;

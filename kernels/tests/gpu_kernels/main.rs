@@ -2,6 +2,8 @@
 //! software Vulkan driver will do.
 #![cfg(any(feature = "wgpu", feature = "cuda", feature = "rocm"))]
 
+mod attention;
+mod attention_check;
 mod matrix;
 mod matrix_check;
 mod scan;

@@ -1,11 +1,17 @@
 //! The matrix recurrences: every gate with every write, forward and gradients.
 
 use crate::client;
-use crate::matrix_check::{FORMS, Sizes, check};
+use crate::matrix_check::{Form, KERNELS, Sizes, check};
 use half::f16;
 use thalweg_kernels::gpu::{Buffer, matrix};
 use thalweg_kernels::matrix::MatrixProblem;
 use thalweg_reference::cases::{GATES, Gates, Precision};
+
+/// All forms: also those whose gates are written out for each key feature first. The gradient of such a gate is a sum over
+/// them, whose terms cancel forty-fold: in 8 bits there would be nothing to test.
+fn forms() -> impl Iterator<Item = Form> {
+    KERNELS.into_iter().chain([(0, 2), (1, 2), (2, 2)])
+}
 
 /// Every gate with every write in every regime, at lengths around the chunk, with key and value sizes that are no
 /// multiple of a block.
@@ -13,8 +19,8 @@ use thalweg_reference::cases::{GATES, Gates, Precision};
 fn equals_the_oracle() {
     let Some(client) = client() else { return };
     for (i, gates) in GATES.into_iter().enumerate() {
-        for (j, form) in FORMS.into_iter().enumerate() {
-            let seed = i * FORMS.len() + j;
+        for (j, form) in forms().enumerate() {
+            let seed = i * forms().count() + j;
             let time = [1, 5, 63, 64, 65, 200][(i + j) % 6];
             let sizes = Sizes { time, heads: 2, value_heads: 2, key_dim: 12, value_dim: 20, cu_seqlens: None };
             check::<f32>(&client, &sizes, form, Precision::F32, gates, seed as u64);
@@ -38,7 +44,7 @@ fn gates_beyond_the_grid() {
 #[test]
 fn grouped_heads_packed_sequences_and_many_blocks() {
     let Some(client) = client() else { return };
-    for (i, form) in FORMS.into_iter().enumerate() {
+    for (i, form) in forms().enumerate() {
         let cu_seqlens = Some(vec![0, 1, 17, 40, 120]);
         let sizes = Sizes { time: 120, heads: 1, value_heads: 3, key_dim: 40, value_dim: 72, cu_seqlens };
         check::<f32>(&client, &sizes, form, Precision::F32, [Gates::Mean(0.05), Gates::Mixed][i / 2 % 2], i as u64);
@@ -49,7 +55,7 @@ fn grouped_heads_packed_sequences_and_many_blocks() {
 #[test]
 fn steps() {
     let Some(client) = client() else { return };
-    for (i, form) in FORMS.into_iter().enumerate() {
+    for (i, form) in forms().enumerate() {
         let sizes = Sizes { time: 1, heads: 1, value_heads: 2, key_dim: 40, value_dim: 72, cu_seqlens: None };
         check::<f32>(&client, &sizes, form, Precision::F32, GATES[i % GATES.len()], i as u64);
     }

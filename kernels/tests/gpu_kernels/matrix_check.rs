@@ -16,10 +16,11 @@ pub(crate) struct Sizes {
     pub cu_seqlens: Option<Vec<usize>>,
 }
 
-/// Gate and write by number: none, constant, head, key; additive, delta.
+/// Gate and write by number: none, constant, head, key; additive, delta, low rank.
 pub(crate) type Form = (usize, usize);
 
-pub(crate) const FORMS: [Form; 8] = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)];
+/// Those that have kernels of their own.
+pub(crate) const KERNELS: [Form; 9] = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)];
 
 /// The kernels against the oracle: forward, backward, and a step where there is one token.
 pub(crate) fn check<E: Element + bytemuck::Pod>(
@@ -33,7 +34,9 @@ pub(crate) fn check<E: Element + bytemuck::Pod>(
     let batch = if sizes.cu_seqlens.is_some() { 1 } else { 2 };
     let keys = KEYS[seed as usize % KEYS.len()];
     let betas = BETAS[(seed as usize / 3) % BETAS.len()];
-    let Sizes { time, heads, value_heads, key_dim, value_dim, .. } = *sizes;
+    let Sizes { time, heads, key_dim, value_dim, .. } = *sizes;
+    // Low-rank writes belong to the heads of keys.
+    let value_heads = if write == 2 { heads } else { sizes.value_heads };
     let problem = oracle::Problem {
         batch,
         time,
@@ -52,6 +55,7 @@ pub(crate) fn check<E: Element + bytemuck::Pod>(
     let (d_o, dht) = (elements(&case.d_o), floats(&case.d_final_state));
     let (key, head, constant) = (floats(&case.gate_key), floats(&case.gate_head), floats(&case.gate_constant));
     let (beta, h0) = (floats(&case.beta), floats(&case.initial_state));
+    let (a, b) = (elements(&case.a), elements(&case.b));
     let p = MatrixProblem {
         value_heads,
         scale: 0.25,
@@ -69,8 +73,9 @@ pub(crate) fn check<E: Element + bytemuck::Pod>(
     let writes = [
         (matrix::Write::Additive, oracle::Write::Additive),
         (matrix::Write::Delta { beta: &beta }, oracle::Write::Delta { beta: &case.beta }),
+        (matrix::Write::LowRank { a: &a, b: &b }, oracle::Write::LowRank { a: &case.a, b: &case.b }),
     ];
-    let (gate_name, write_name) = (["no", "constant", "head", "key"][gate], ["additive", "delta"][write]);
+    let (gate_name, write_name) = (["no", "constant", "head", "key"][gate], ["additive", "delta", "low-rank"][write]);
     let what = format!("{gate_name} gate {gates:?}, {write_name} write, {keys:?} {betas:?}, T {time}");
     let (gate, their_gate) = (mine[gate], theirs[gate]);
     let (write, their_write) = writes[write];
@@ -106,9 +111,15 @@ pub(crate) fn check<E: Element + bytemuck::Pod>(
     close("dk", wide(&got.dk), &want.k, Quantity::Gradient);
     close("dv", wide(&got.dv), &want.v, Quantity::Gradient);
     close("d_initial_state", narrow(&got.d_initial_state.unwrap()), &want.initial_state, Quantity::Gradient);
-    for (name, found, expected) in [("dg", got.dg, &want.gate), ("dbeta", got.dbeta, &want.beta)] {
+    for (name, found, expected, there) in [
+        ("dg", got.dg.map(|x| narrow(&x)), &want.gate, gate_name != "no"),
+        ("dbeta", got.dbeta.map(|x| narrow(&x)), &want.beta, write_name == "delta"),
+        ("da", got.da.map(|x| wide(&x)), &want.a, write_name == "low-rank"),
+        ("db", got.db.map(|x| wide(&x)), &want.b, write_name == "low-rank"),
+    ] {
+        assert_eq!(found.is_some(), there, "{what}: {name}");
         if let Some(found) = found {
-            close(name, narrow(&found), expected, Quantity::Gradient);
+            close(name, found, expected, Quantity::Gradient);
         }
     }
 }

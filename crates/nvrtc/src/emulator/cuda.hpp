@@ -231,6 +231,7 @@ static void __syncwarp() { emulator::wait(emulator::AT_WARP); }
 constexpr unsigned warpSize = 32;
 
 template <typename T> static T min(T a, T b) { return a < b ? a : b; }
+template <typename T> static T max(T a, T b) { return a > b ? a : b; }
 
 static unsigned __activemask() { return ~0u; }
 

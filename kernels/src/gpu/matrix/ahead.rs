@@ -3,11 +3,11 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Tile, unit};
+use super::super::transfer::Flight;
 use super::blueprint::{GateKind, WalkBlueprint};
 use super::decay::{Decay, RowGates, step_size};
 use super::place::{Place, Sizes};
 use super::state::Part;
-use super::transfer::Flight;
 
 /// The keys of a walk. Under a scalar gate, or none, both are the keys as they are, and rows have the weights.
 #[derive(CubeType, CubeLaunch)]

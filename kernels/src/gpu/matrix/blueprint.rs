@@ -1,16 +1,13 @@
 //! What the kernels of a matrix recurrence know when they are compiled, and how it is chosen from the device.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use cubecl::client::Client;
-use cubecl::ir::ElemType;
-use cubecl::ir::features::MmaConfig;
-use cubecl::prelude::{Scalar, tf32};
 
 use super::super::buffer::Storage;
-use super::super::tile::{BLOCK, Engine, Spread, WARP, depth};
+use super::super::engine::{SHARED_MEMORY, engine, operands, planes};
+use super::super::tile::{BLOCK, Engine, Spread, WARP};
+use super::super::transfer::Shape;
+use super::decay::Role;
 use super::panels::CARRIERS;
-use super::transfer::Shape;
 use crate::matrix::MatrixProblem;
 
 /// What the decay depends on.
@@ -28,6 +25,9 @@ pub(crate) enum GateKind {
 pub(crate) struct Blueprint {
     pub gate: GateKind,
     pub delta: bool,
+    /// Whether two tokens are one of a [low-rank write](super::low_rank): `delta` with a gate per key feature, and keys of
+    /// their own that read the state before it is decayed.
+    pub low_rank: bool,
     /// Tokens of a chunk.
     pub chunk: usize,
     /// Key or value features that are in shared memory at a time; at most `chunk`.
@@ -166,15 +166,19 @@ impl ReadBlueprint {
     }
 }
 
-/// Shared memory that a cube asks for at most: two or more cubes fit one multiprocessor of the larger devices.
-const SHARED_MEMORY: usize = 112 << 10;
-
 /// Key features of a state that a plane has registers for.
 const MOST_ROWS: usize = 128;
 
 impl Blueprint {
     /// The largest tiles that the device has room for.
-    pub fn select(client: &Client, p: &MatrixProblem, storage: Storage, gate: GateKind, delta: bool) -> Option<Self> {
+    pub fn select(
+        client: &Client,
+        p: &MatrixProblem,
+        storage: Storage,
+        gate: GateKind,
+        delta: bool,
+        low_rank: bool,
+    ) -> Option<Self> {
         let hardware = &client.properties().hardware;
         let engine = engine(client, storage);
         let room = hardware.max_shared_memory_size.min(SHARED_MEMORY);
@@ -186,7 +190,8 @@ impl Blueprint {
             .map(|(chunk, block)| {
                 let block = widest.min(block);
                 let inverts = gate == GateKind::Key && engine == Engine::Mma && storage == Storage::Bf16;
-                Self { gate, delta, chunk, block, units: 0, engine, operand_size, inverts }.with_block(client, block)
+                Self { gate, delta, low_rank, chunk, block, units: 0, engine, operand_size, inverts }
+                    .with_block(client, block)
             })
             .find(|b| b.shared_memory(p.key_dim) <= room && b.for_gradients(client).is_some())
     }
@@ -336,6 +341,16 @@ impl Blueprint {
         Self { gate, ..*self }
     }
 
+    /// How keys that read the state meet the decay.
+    pub fn reads_within(&self) -> Role {
+        if self.low_rank { Role::WithinBefore } else { Role::Within }
+    }
+
+    /// The same from the start of the chunk.
+    pub fn reads_from_start(&self) -> Role {
+        if self.low_rank { Role::FromStartBefore } else { Role::FromStart }
+    }
+
     /// Rows of a tile that only the delta rule needs: without it there is one, as none cannot be.
     fn if_delta(&self, rows: usize) -> usize {
         if self.delta { rows } else { 1 }
@@ -375,59 +390,8 @@ impl Blueprint {
             + if self.gate == GateKind::Key { 0 } else { self.float(c, d) }
             + self.operand(3 * c + 2 * d, d)
             + (2 * c + d + (1 + self.delta as usize) * self.units) * 4
+            + if self.low_rank { 3 * c * 4 } else { 0 }
             + if self.gate == GateKind::Head { (2 * self.units + d) * 4 } else { 0 }
             + self.common_memory()
     }
-}
-
-/// Units of planes on matrix units: one for each token at least.
-fn planes(plane: usize, chunk: usize, block: usize) -> usize {
-    plane * (chunk * block / (2 * BLOCK * BLOCK)).clamp(1, 8).max(chunk / plane)
-}
-
-/// Matrix units compute with operands of 16 bits, or with tf32 where it is allowed; f32 tensors else keep their precision
-/// in registers.
-fn engine(client: &Client, storage: Storage) -> Engine {
-    let properties = client.properties();
-    let (plane_min, plane) = (properties.hardware.plane_size_min, properties.hardware.plane_size_max);
-    let tf32 = storage == Storage::F32;
-    let operand = if tf32 { tf32::elem_type_native() } else { storage.elem_type() };
-    let wanted = MmaConfig {
-        a_type: operand,
-        b_type: operand,
-        cd_type: Storage::F32.elem_type(),
-        m: BLOCK as u32,
-        n: BLOCK as u32,
-        k: depth(tf32) as u32,
-    };
-    let narrow = !tf32 || TF32.load(Ordering::Relaxed);
-    let known = MmaConfig { n: 8, ..wanted };
-    let matmul = &properties.features.matmul;
-    let warps = plane_min == plane && plane as usize == WARP;
-    if !tf32 && warps && matmul.mma.contains(&known) && matmul.ldmatrix.contains(&operand) {
-        Engine::Mma
-    } else if narrow && plane_min == plane && matmul.cmma.contains(&wanted) {
-        Engine::Matrix { plane: plane as usize, tf32 }
-    } else {
-        // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
-        Engine::Registers { side: if plane > 8 { 4 } else { 1 } }
-    }
-}
-
-/// How operands of products are kept in memory, and their type in kernels.
-pub(crate) fn operands(engine: Engine, storage: Storage) -> (Storage, ElemType) {
-    match engine {
-        Engine::Registers { .. } => (Storage::F32, Storage::F32.elem_type()),
-        Engine::Matrix { tf32: true, .. } => (Storage::F32, tf32::elem_type_native()),
-        Engine::Matrix { .. } | Engine::Mma => (storage, storage.elem_type()),
-    }
-}
-
-static TF32: AtomicBool = AtomicBool::new(false);
-
-/// Whether products of f32 tensors may round their operands to tf32, which has 10 bits after the leading one, on devices
-/// with matrix units for it: faster, with errors of 1e-3 in the place of 1e-6. For all of the process; off until it is
-/// called.
-pub fn allow_tf32(allowed: bool) {
-    TF32.store(allowed, Ordering::Relaxed);
 }

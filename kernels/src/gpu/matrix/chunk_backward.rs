@@ -6,28 +6,35 @@
 //! queries   left:  e^{c} (scale do S^T)  + P's pairs with beta k
 //! keys      left:  e^{c} (-z S^T)        + R's pairs with beta k          (delta)
 //! keys      right: P's pairs with q + R's pairs with k      end: e^{c_n - c} (x dS'^T)
-//! dq = left     dk = beta (right + end) + left     dbeta = <k, right + end>    
+//! dq = left     dk = beta (right + end) + left     dbeta = <k, right + end>
 //! ```
+//! With [low-rank writes](super::low_rank) the second row and R's pairs on the right are those of the keys that only read,
+//! with `e^{c_{i-1}}` on the left, and `left` is their gradient in the place of a part of `dk`.
+//!
 //! One cube computes one chunk of one head, block by block of key features. A tensor meets the decay on the left, times
 //! `e^{c_i}`, or on the right, times `e^{-c_j}`; so the gradient of `c` is `left (.) dleft - right (.) dright`, and `dg_t`
-//! its sum from `t` on. Pairs with `i = j` do not meet the decay and are kept apart, as is what a key leaves to the end of
+//! its sum from `t` on. Pairs with `i = j` do not meet the decay and are kept apart (with low-rank writes also the others
+//! between which there is no gate), as is what a key leaves to the end of
 //! the chunk (it goes to the gates after it, summed forwards): under strong gates either would drown the rest.
 
 use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit, units};
+use super::super::transfer::{Flight, store};
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, weigh_sums};
-use super::gather::{Wanted, gather, sum_features};
+use super::gather::{Wanted, add_reads, gather, sum_features};
 use super::pair_gradients::{key_pairs, scalar_pairs};
 use super::place::{Place, Sizes};
-use super::transfer::{Flight, store};
+use super::transfer::{ask_scores, ask_state};
 
 /// What the chunk reads.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct Operands<I: Float, E: Float, N: Size> {
     pub q: Box<[Vector<I, N>]>,
     pub k: Box<[Vector<I, N>]>,
+    /// Keys that only read.
+    pub reads: Box<[Vector<I, N>]>,
     pub g: Box<[f32]>,
     pub beta: Box<[f32]>,
     /// `v` without the delta rule.
@@ -41,6 +48,7 @@ pub(crate) struct Gradients<O: Float, N: Size> {
     /// `[tokens, value_heads, key_dim]`.
     pub dq: Box<[Vector<O, N>]>,
     pub dk: Box<[Vector<O, N>]>,
+    pub dreads: Box<[Vector<O, N>]>,
     /// `[tokens, value_heads]` or `[tokens, value_heads, key_dim]`.
     pub dg: Box<[f32]>,
     pub dbeta: Box<[f32]>,
@@ -51,6 +59,8 @@ pub(crate) struct Gradients<O: Float, N: Size> {
 pub(crate) struct ByToken {
     /// `P_ii`.
     pub diagonal: Shared<[f32]>,
+    /// With low-rank writes `P_{i, i-1}` of second tokens, then `R_{i, i-1}` and `R_{i, i-2}` of first ones.
+    near: Shared<[f32]>,
     pub beta: Shared<[f32]>,
     /// By key feature of the block, the gradient of `c_n` that the state gives.
     pub carry: Shared<[f32]>,
@@ -63,6 +73,34 @@ pub(crate) struct ByToken {
     pub ending: Shared<[f32]>,
     /// Sums of `carry` over the blocks.
     pub total: Shared<[f32]>,
+}
+
+#[cube]
+impl ByToken {
+    /// The `n`-th of these of a token.
+    pub fn near<N: Size>(&self, #[comptime] n: usize, row: usize, #[comptime] b: Blueprint) -> Vector<f32, N> {
+        Vector::new(self.near[comptime!(n * b.chunk) + row])
+    }
+
+    /// Takes what does not meet the decay out of the pairs.
+    fn keep_apart<E: Float>(&mut self, pairs: &mut Pairs<E>, #[comptime] b: Blueprint) {
+        let c = comptime!(b.chunk);
+        for i in range_stepped(unit(), c, units()) {
+            self.diagonal[i] = pairs.p.get(i, i);
+            pairs.p.set(i, i, 0.0);
+            if comptime!(b.low_rank) {
+                if i % 2 == 1 {
+                    self.near[i] = pairs.p.get(i, i - 1);
+                    pairs.p.set(i, i - 1, 0.0);
+                } else if i > 0 {
+                    self.near[c + i] = pairs.r.get(i, i - 1);
+                    pairs.r.set(i, i - 1, 0.0);
+                    self.near[2 * c + i] = pairs.r.get(i, i - 2);
+                    pairs.r.set(i, i - 2, 0.0);
+                }
+            }
+        }
+    }
 }
 
 impl ByToken {
@@ -139,6 +177,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     };
     let mut tokens = ByToken {
         diagonal: Shared::new_slice(c),
+        near: Shared::new_slice(comptime!(if b.low_rank { 3 * c } else { 1 })),
         beta: Shared::new_slice(c),
         carry: Shared::new_slice(b.block),
         shares: Shared::new_slice(b.units),
@@ -172,15 +211,12 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     let squares = place.scores(sizes, b);
     let mut p_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), true);
     let mut r_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), b.delta);
-    p_flight.ask_scores(p, squares);
-    r_flight.ask_scores(r, squares);
+    ask_scores(&mut p_flight, p, squares, b);
+    ask_scores(&mut r_flight, r, squares, b);
     p_flight.put_all::<E>(&mut pairs.p);
     r_flight.put_all::<E>(&mut pairs.r);
     sync_cube();
-    for i in range_stepped(unit(), c, units()) {
-        tokens.diagonal[i] = pairs.p.get(i, i);
-        pairs.p.set(i, i, 0.0);
-    }
+    tokens.keep_apart::<E>(&mut pairs, b);
     sync_cube();
 
     let to = place.key_gates(sizes);
@@ -211,6 +247,10 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         store::<O, f32, N>(&scratch, &mut out.dq, to, place.rows, k0, sizes.key_dim, b.units);
         gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dk, b);
         store::<O, f32, N>(&scratch, &mut out.dk, to, place.rows, k0, sizes.key_dim, b.units);
+        if comptime!(b.low_rank) {
+            gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dreads, b);
+            store::<O, f32, N>(&scratch, &mut out.dreads, to, place.rows, k0, sizes.key_dim, b.units);
+        }
         sum_features::<E>(&pairs, &roles, &mut tokens, &mut scratch, b);
         if comptime!(b.gate == GateKind::Key) {
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Ending, b);
@@ -218,6 +258,9 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
             // What was at the end of the chunk has been read; each unit reads what it sets.
             roles.k_end.take(&scratch, 0);
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Dc, b);
+            if comptime!(b.low_rank) {
+                add_reads::<E>(&pairs, &roles, &mut scratch);
+            }
             sum_over_rows(&mut scratch, &mut tokens, true, b);
             add(&roles.k_end, &mut scratch);
             sync_cube();
@@ -369,8 +412,8 @@ fn through_state<I: Float, E: Float, N: Size>(
         do_flight.ask(do_, at, place.rows, v0, sizes.value_dim, unit());
         z_flight.ask(z, at, place.rows, v0, sizes.value_dim, unit());
         x_flight.ask(&x.x, at, place.rows, v0, sizes.value_dim, unit());
-        state_flight.ask_state(&x.states, state_at, k0, v0, sizes);
-        dstate_flight.ask_state(dstates, state_at, k0, v0, sizes);
+        ask_state(&mut state_flight, &x.states, state_at, k0, v0, sizes);
+        ask_state(&mut dstate_flight, dstates, state_at, k0, v0, sizes);
         do_flight.put_all::<E>(&mut pairs.queries);
         z_flight.put_all::<E>(&mut pairs.other);
         x_flight.put_all::<E>(&mut pairs.keys);
@@ -413,7 +456,7 @@ fn through_state<I: Float, E: Float, N: Size>(
     }
     weigh_sums(&mut roles.q_left, sizes.scale, &*decay, Role::FromStart, b);
     if comptime!(b.delta) {
-        weigh_sums(&mut roles.k_left, -1.0, &*decay, Role::FromStart, b);
+        weigh_sums(&mut roles.k_left, -1.0, &*decay, comptime!(b.reads_from_start()), b);
     }
     weigh_sums(&mut roles.k_end, 1.0, &*decay, Role::ToEnd, b);
     sync_cube();

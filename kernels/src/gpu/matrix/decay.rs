@@ -9,9 +9,9 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{BLOCK, Engine, Sums, Tile, WARP, exp2, reciprocal, unit, units};
+use super::super::transfer::Flight;
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
-use super::transfer::Flight;
 
 /// Where the decay of a row ends or begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,6 +24,9 @@ pub(crate) enum Role {
     ToEnd,
     /// From the start of the token's own sub-block through the token. Key-wise gates only.
     Within,
+    /// The same two, but through the token before: of what reads the state before a token decays it. Key-wise gates only.
+    FromStartBefore,
+    WithinBefore,
     /// After the token to the start of a later sub-block; for tokens of that one, where [`Blueprint::inverts`], what undoes
     /// the decay since. Key-wise gates only.
     Toward(usize),
@@ -245,12 +248,12 @@ impl Decay {
             match comptime!(role) {
                 Role::Plain => {}
                 Role::Within => weight = self.within.get_many::<N>(row, k),
+                Role::WithinBefore => weight = self.within_before::<N>(row, k),
                 Role::FromStart => {
-                    weight = self.within.get_many::<N>(row, k);
-                    #[unroll]
-                    for s in 0..comptime!(b.segments() - 1) {
-                        weight *= self.total::<N>(s, k, s.runtime() < segment, b);
-                    }
+                    weight = self.within.get_many::<N>(row, k) * self.earlier::<N>(segment, k, b);
+                }
+                Role::FromStartBefore => {
+                    weight = self.within_before::<N>(row, k) * self.earlier::<N>(segment, k, b);
                 }
                 Role::ToEnd => {
                     weight = self.after.get_many::<N>(row, k);
@@ -272,6 +275,28 @@ impl Decay {
                     }
                 }
             }
+        }
+        weight
+    }
+
+    /// The decay over all sub-blocks before one.
+    fn earlier<N: Size>(&self, segment: usize, k: usize, #[comptime] b: Blueprint) -> Vector<f32, N> {
+        let mut weight = Vector::<f32, N>::new(f32::new(1.0));
+        #[unroll]
+        for s in 0..comptime!(b.segments() - 1) {
+            weight *= self.total::<N>(s, k, s.runtime() < segment, b);
+        }
+        weight
+    }
+
+    /// From the start of the token's sub-block through the token before.
+    fn within_before<N: Size>(&self, row: usize, k: usize) -> Vector<f32, N> {
+        let first = row % BLOCK == 0;
+        let before = self.within.get_many::<N>(row - select(first, 0usize.runtime(), 1usize.runtime()), k);
+        let mut weight = Vector::<f32, N>::new(f32::new(1.0));
+        #[unroll]
+        for j in 0..N::value().comptime() {
+            weight.insert(j, select(first, f32::new(1.0), before.extract(j)));
         }
         weight
     }

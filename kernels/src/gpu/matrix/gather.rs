@@ -11,6 +11,8 @@ use super::chunk_backward::{ByToken, Pairs, Roles};
 pub(super) enum Wanted {
     Dq,
     Dk,
+    /// The gradient of keys that only read.
+    Dreads,
     /// Terms of `dbeta`.
     Dbeta,
     /// The gradient of `c`.
@@ -29,20 +31,60 @@ struct Terms<N: Size> {
     key: Vector<f32, N>,
     q_left: Vector<f32, N>,
     k_left: Vector<f32, N>,
+    /// In its place, of keys that only read.
+    read_left: Vector<f32, N>,
     k_right: Vector<f32, N>,
     k_end: Vector<f32, N>,
     beta: Vector<f32, N>,
-    diagonal: Vector<f32, N>,
+    apart: Apart<N>,
+}
+
+/// What pairs give that do not meet the decay: a query, with respect to `beta k` on the right, a key that only reads.
+#[derive(CubeType)]
+struct Apart<N: Size> {
+    query: Vector<f32, N>,
+    right: Vector<f32, N>,
+    read: Vector<f32, N>,
+}
+
+#[cube]
+impl<N: Size> Apart<N> {
+    /// Of a token and `N` features.
+    fn of<E: Float>(pairs: &Pairs<E>, tokens: &ByToken, row: usize, d: usize, #[comptime] b: Blueprint) -> Self {
+        let (diagonal, beta) = (Vector::new(tokens.diagonal[row]), Vector::new(tokens.beta[row]));
+        let mut query = diagonal * beta * pairs.keys.get_many::<N>(row, d);
+        let mut right = diagonal * pairs.queries.get_many::<N>(row, d);
+        let mut read = Vector::<f32, N>::new(f32::new(0.0));
+        if comptime!(b.low_rank) {
+            if row % 2 == 1 {
+                query += tokens.near::<N>(0usize, row, b) * pairs.keys.get_many::<N>(row - 1, d);
+                if row + 1 < b.chunk {
+                    right += tokens.near::<N>(1usize, row + 1, b) * pairs.other.get_many::<N>(row + 1, d);
+                }
+            } else {
+                right += tokens.near::<N>(0usize, row + 1, b) * pairs.queries.get_many::<N>(row + 1, d);
+                if row + 2 < b.chunk {
+                    right += tokens.near::<N>(2usize, row + 2, b) * pairs.other.get_many::<N>(row + 2, d);
+                }
+                if row > 0 {
+                    read = tokens.near::<N>(1usize, row, b) * pairs.keys.get_many::<N>(row - 1, d);
+                    read += tokens.near::<N>(2usize, row, b) * pairs.keys.get_many::<N>(row - 2, d);
+                }
+            }
+        }
+        Apart::<N> { query, right, read }
+    }
 }
 
 #[cube]
 impl<N: Size> Terms<N> {
     fn get(&self, #[comptime] wanted: Wanted) -> Vector<f32, N> {
         // With respect to `beta k`.
-        let stepped = self.k_right + self.k_end + self.diagonal * self.query;
+        let stepped = self.k_right + self.k_end + self.apart.right;
         match comptime!(wanted) {
-            Wanted::Dq => self.q_left + self.diagonal * self.beta * self.key,
+            Wanted::Dq => self.q_left + self.apart.query,
             Wanted::Dk => self.beta * stepped + self.k_left,
+            Wanted::Dreads => self.read_left + self.apart.read,
             Wanted::Dbeta => self.key * stepped,
             Wanted::Dc => self.query * self.q_left - self.beta * self.key * self.k_right + self.key * self.k_left,
             Wanted::Ending => self.beta * self.key * self.k_end,
@@ -64,11 +106,12 @@ fn pair_terms<E: Float>(
         query: pairs.queries.get_many::<Const<2>>(row, d),
         key: pairs.keys.get_many::<Const<2>>(row, d),
         q_left: roles.q_left.pair(i),
-        k_left: if comptime!(b.delta) { roles.k_left.pair(i) } else { Vector::new(f32::new(0.0)) },
+        k_left: if comptime!(b.delta && !b.low_rank) { roles.k_left.pair(i) } else { Vector::new(f32::new(0.0)) },
+        read_left: if comptime!(b.low_rank) { roles.k_left.pair(i) } else { Vector::new(f32::new(0.0)) },
         k_right: roles.k_right.pair(i),
         k_end: roles.k_end.pair(i),
         beta: Vector::new(tokens.beta[row]),
-        diagonal: Vector::new(tokens.diagonal[row]),
+        apart: Apart::of::<E>(pairs, tokens, row, d, b),
     }
 }
 
@@ -83,8 +126,10 @@ fn single_terms<E: Float>(
     #[comptime] b: Blueprint,
 ) -> Terms<Single> {
     let (row, d) = place;
-    let mut k_left = f32::new(0.0);
-    if comptime!(b.delta) {
+    let (mut k_left, mut read_left) = (f32::new(0.0), f32::new(0.0));
+    if comptime!(b.low_rank) {
+        read_left = roles.k_left.get(place, j);
+    } else if comptime!(b.delta) {
         k_left = roles.k_left.get(place, j);
     }
     Terms::<Single> {
@@ -92,10 +137,11 @@ fn single_terms<E: Float>(
         key: Vector::new(pairs.keys.get(row, d)),
         q_left: Vector::new(roles.q_left.get(place, j)),
         k_left: Vector::new(k_left),
+        read_left: Vector::new(read_left),
         k_right: Vector::new(roles.k_right.get(place, j)),
         k_end: Vector::new(roles.k_end.get(place, j)),
         beta: Vector::new(tokens.beta[row]),
-        diagonal: Vector::new(tokens.diagonal[row]),
+        apart: Apart::of::<E>(pairs, tokens, row, d, b),
     }
 }
 
@@ -126,6 +172,25 @@ pub(super) fn gather<E: Float>(
                 let place = roles.q_left.place(unit, j);
                 let terms = single_terms::<E>(pairs, roles, tokens, place, j, b);
                 out.set(place.0, place.1, terms.get(wanted).extract(0usize));
+            }
+        }
+    }
+    sync_cube();
+}
+
+/// Adds to the gradient of `c` in a tile what keys give that read before their token's decay: to the token before, and the
+/// first one's to none of the chunk. Synchronises after.
+#[cube]
+pub(super) fn add_reads<E: Float>(pairs: &Pairs<E>, roles: &Roles, out: &mut Tile<f32>) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(roles.k_left.spread.len()) {
+        if roles.k_left.has(unit, j) {
+            let place = roles.k_left.place(unit, j);
+            let (row, d) = place;
+            if row > 0 {
+                let term = pairs.other.get(row, d) * roles.k_left.get(place, j);
+                out.set(row - 1, d, out.get(row - 1, d) + term);
             }
         }
     }

@@ -6,12 +6,14 @@ use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 
 use super::super::buffer::{Buffer, Storage};
 use super::super::device::{address_type, grid};
+use super::super::engine::{launch, operands};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::blueprint::{Blueprint, GateKind, ReadBlueprint, WalkBlueprint, operands};
+use super::blueprint::{Blueprint, GateKind, ReadBlueprint, WalkBlueprint};
 use super::output::Direction;
 use super::place::{SizesLaunch, table};
-use super::step::{COLUMNS, StepBlueprint, StepSizesLaunch, step_kernel};
-use super::{Inputs, validate};
+use super::step::{COLUMNS, LowRankLaunch, StepBlueprint, StepSizesLaunch, step_kernel};
+use super::{Inputs, Outputs, Write, validate};
+use crate::cost::WriteKind;
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
 
@@ -36,21 +38,6 @@ pub(crate) struct WalkBack {
     pub d_initial_state: Buffer,
 }
 
-/// Launches a kernel on `$cubes` cubes. Software drivers compile the checked kernels faster; elsewhere a check at every
-/// access would cost.
-macro_rules! launch {
-    ($on:ident, $blueprint:expr, $($kernel:ident)::+, $cubes:expr, $($arg:expr),+ $(,)?) => {
-        let units = CubeDim::new_1d($blueprint.units as u32);
-        if $on.b.engine.in_software() {
-            $($kernel)::+::launch($on.client, $cubes, units, $on.address, $on.vector, $($arg),+);
-        } else {
-            // Safety: the kernels stay within the rows, features and states that the sizes describe, and the buffers
-            // have those sizes.
-            unsafe { $($kernel)::+::launch_unchecked($on.client, $cubes, units, $on.address, $on.vector, $($arg),+) };
-        }
-    };
-}
-
 /// Launches one of two kernels of the same arguments.
 macro_rules! launch_either {
     ($on:ident, $blueprint:expr, $first:expr, $kernel:ident, $other:ident, $($rest:tt)+) => {
@@ -67,6 +54,8 @@ pub(crate) struct Launch<'a> {
     client: &'a Client,
     pub p: &'a MatrixProblem,
     x: &'a Inputs<'a>,
+    /// Keys of the delta rule that read the state in the place of `x.k`, before their token decays it.
+    reads: Option<&'a Buffer>,
     b: Blueprint,
     gradients: Blueprint,
     w: WalkBlueprint,
@@ -102,11 +91,16 @@ pub(crate) struct Walk {
 }
 
 impl<'a> Launch<'a> {
-    pub fn new(client: &'a Client, p: &'a MatrixProblem, x: &'a Inputs<'a>) -> Result<Self, Error> {
+    pub fn new(
+        client: &'a Client,
+        p: &'a MatrixProblem,
+        x: &'a Inputs<'a>,
+        reads: Option<&'a Buffer>,
+    ) -> Result<Self, Error> {
         let sequences = validate(p, x)?;
         let storage = x.q.storage;
         let delta = x.write.beta().is_some();
-        let b = Blueprint::select(client, p, storage, x.gate.kind(), delta);
+        let b = Blueprint::select(client, p, storage, x.gate.kind(), delta, reads.is_some());
         let Some((b, gradients)) = b.and_then(|b| Some((b, b.for_gradients(client)?))) else {
             let room = client.properties().hardware.max_shared_memory_size;
             let reason = format!("{room} bytes of shared memory are too few for `key_dim` {}", p.key_dim);
@@ -126,7 +120,7 @@ impl<'a> Launch<'a> {
         let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operands(b.engine, storage).1];
         let vector = b.vector(p);
-        Ok(Self { client, p, x, b, gradients, w, r, chunks, sequences, table, nothing, address, vector, types })
+        Ok(Self { client, p, x, reads, b, gradients, w, r, chunks, sequences, table, nothing, address, vector, types })
     }
 
     fn sizes(&self, b: &Blueprint) -> SizesLaunch {
@@ -177,7 +171,7 @@ impl<'a> Launch<'a> {
         Buffer::output(self.client, self.operand(), self.chunk_heads() * self.p.key_dim * self.p.value_dim)
     }
 
-    pub fn scores(&self) -> Result<Scores, Error> {
+    fn scores(&self) -> Result<Scores, Error> {
         if self.r.scores {
             let [q, k, none] = [self.x.q, self.x.k, &self.nothing].map(Clone::clone);
             let (k_start, a, t, ends) = (k.clone(), none.clone(), none.clone(), none);
@@ -198,6 +192,7 @@ impl<'a> Launch<'a> {
             self.cubes(self.chunk_heads())?,
             self.x.q.arg(),
             self.x.k.arg(),
+            self.tensor(self.reads),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
             self.table.arg(),
@@ -213,7 +208,7 @@ impl<'a> Launch<'a> {
         Ok(Scores { a, t, q_start, k_start, k_end, ends })
     }
 
-    pub fn state(&self, scores: &Scores) -> Result<Walk, Error> {
+    fn state(&self, scores: &Scores) -> Result<Walk, Error> {
         let storage = self.x.q.storage;
         let x = self.output_if(self.b.delta, storage, self.x.v.len);
         let states = self.states();
@@ -244,12 +239,12 @@ impl<'a> Launch<'a> {
         Ok(Walk { x, states, final_state })
     }
 
-    pub fn output(&self, scores: &Scores, walk: &Walk) -> Result<Buffer, Error> {
+    fn output(&self, scores: &Scores, walk: &Walk) -> Result<Buffer, Error> {
         self.read_out([&scores.q_start, self.x.k], &walk.x, &scores.a, &walk.states, Direction::Forward)
     }
 
     /// `dv` of the additive write.
-    pub fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Result<Buffer, Error> {
+    fn values(&self, scores: &Scores, back: &WalkBack, d_o: &Buffer) -> Result<Buffer, Error> {
         self.read_out([&scores.k_end, self.x.q], d_o, &scores.a, &back.dstates, Direction::Backward)
     }
 
@@ -284,12 +279,7 @@ impl<'a> Launch<'a> {
         Ok(o)
     }
 
-    pub fn state_backward(
-        &self,
-        scores: &Scores,
-        d_o: &Buffer,
-        d_final_state: Option<&Buffer>,
-    ) -> Result<WalkBack, Error> {
+    fn state_backward(&self, scores: &Scores, d_o: &Buffer, d_final_state: Option<&Buffer>) -> Result<WalkBack, Error> {
         let storage = self.x.q.storage;
         let z = self.output_if(self.b.delta, storage, self.x.v.len);
         let dstates = self.states();
@@ -321,6 +311,29 @@ impl<'a> Launch<'a> {
         Ok(WalkBack { z, dstates, d_initial_state })
     }
 
+    pub fn forward(&self) -> Result<Outputs, Error> {
+        let scores = self.scores()?;
+        let walk = self.state(&scores)?;
+        let o = self.output(&scores, &walk)?;
+        Ok(Outputs { o, final_state: walk.final_state })
+    }
+
+    /// `da` is the gradient of keys that only read.
+    pub fn backward(&self, d_o: Option<&Buffer>, d_final_state: Option<&Buffer>) -> Result<Gradients, Error> {
+        let zeros;
+        let d_o = match d_o {
+            Some(d_o) => d_o,
+            None => {
+                zeros = self.zeros(self.x.v);
+                &zeros
+            }
+        };
+        let scores = self.scores()?;
+        let walk = self.state(&scores)?;
+        let back = self.state_backward(&scores, d_o, d_final_state)?;
+        self.chunk_backward(&scores, &walk, back, d_o)
+    }
+
     /// The gradients of the scores, as `A` and `T` are.
     fn scores_backward(&self, walk: &Walk, back: &WalkBack, d_o: &Buffer) -> Result<[Buffer; 2], Error> {
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
@@ -345,13 +358,7 @@ impl<'a> Launch<'a> {
         Ok([p, r])
     }
 
-    pub fn chunk_backward(
-        &self,
-        scores: &Scores,
-        walk: &Walk,
-        back: WalkBack,
-        d_o: &Buffer,
-    ) -> Result<Gradients, Error> {
+    fn chunk_backward(&self, scores: &Scores, walk: &Walk, back: WalkBack, d_o: &Buffer) -> Result<Gradients, Error> {
         let (storage, p, tokens) = (self.x.q.storage, self.p, self.p.batch * self.p.time);
         let (delta, gate) = (self.b.delta, self.b.gate);
         let group = p.value_heads / p.heads;
@@ -361,6 +368,7 @@ impl<'a> Launch<'a> {
         let by_head = tokens * p.value_heads;
         let dq = Buffer::output(self.client, part, by_key);
         let dk = Buffer::output(self.client, part, by_key);
+        let dreads = self.output_if(self.b.low_rank, part, by_key);
         let dv = if delta { back.z.clone() } else { self.values(scores, &back, d_o)? };
         let [p_pairs, r_pairs] = self.scores_backward(walk, &back, d_o)?;
         let dg_len = if gate == GateKind::Key { by_key } else { by_head };
@@ -374,6 +382,7 @@ impl<'a> Launch<'a> {
             chunk_backward::OperandsLaunch::new(
                 self.x.q.arg(),
                 self.x.k.arg(),
+                self.tensor(self.reads),
                 self.tensor(self.x.gate.tensor()),
                 self.tensor(self.x.write.beta()),
                 walk.x.arg(),
@@ -385,7 +394,7 @@ impl<'a> Launch<'a> {
             back.z.arg(),
             back.dstates.arg(),
             self.table.arg(),
-            chunk_backward::GradientsLaunch::new(dq.arg(), dk.arg(), dg.arg(), dbeta.arg()),
+            chunk_backward::GradientsLaunch::new(dq.arg(), dk.arg(), dreads.arg(), dg.arg(), dbeta.arg()),
             self.sizes(&self.gradients),
             self.gradients,
             [self.types[0], self.types[1], part.elem_type()],
@@ -405,12 +414,14 @@ impl<'a> Launch<'a> {
             dv,
             dg,
             dbeta: delta.then_some(dbeta),
+            da: self.reads.map(|_| dreads),
+            db: None,
             d_initial_state: self.x.initial_state.map(|_| back.d_initial_state),
         })
     }
 
     /// A tensor of zeros for a gradient that does not exist.
-    pub fn zeros(&self, like: &Buffer) -> Buffer {
+    fn zeros(&self, like: &Buffer) -> Buffer {
         let handle = self.client.create_from_slice(&vec![0; like.len * like.storage.size()]);
         Buffer { handle, ..*like }
     }
@@ -420,11 +431,17 @@ impl<'a> Launch<'a> {
 pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffer) -> Result<Buffer, Error> {
     let o = Buffer::output(client, x.q.storage, x.v.len);
     let units = client.properties().hardware.max_units_per_cube as usize;
-    let b = StepBlueprint::new(x.gate.kind(), x.write.beta().is_some(), p.key_dim, units);
-    let cubes = p.batch * p.value_heads * p.value_dim.div_ceil(COLUMNS);
-    let gate_stride = if let Gate::Constant(_) = x.gate { 0 } else { p.value_heads };
     let nothing = absent(client);
     let tensor = |x: Option<&Buffer>| x.unwrap_or(&nothing).arg();
+    let (write, a, b) = match x.write {
+        Write::Additive => (WriteKind::Additive, None, None),
+        Write::Delta { .. } => (WriteKind::Delta, None, None),
+        Write::LowRank { a, b } => (WriteKind::LowRank, Some(a), Some(b)),
+    };
+    let low_rank = LowRankLaunch::new(tensor(a), tensor(b));
+    let b = StepBlueprint::new(x.gate.kind(), write, p.key_dim, units);
+    let cubes = p.batch * p.value_heads * p.value_dim.div_ceil(COLUMNS);
+    let gate_stride = if let Gate::Constant(_) = x.gate { 0 } else { p.value_heads };
     // Safety: the kernel stays within the rows and features that the sizes describe, and the buffers have those sizes.
     unsafe {
         step_kernel::launch_unchecked(
@@ -437,6 +454,7 @@ pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffe
             x.v.arg(),
             tensor(x.gate.tensor()),
             tensor(x.write.beta()),
+            low_rank,
             state.arg(),
             o.arg(),
             StepSizesLaunch::new(p.batch, p.heads, p.value_heads, p.key_dim, p.value_dim, gate_stride, p.scale),

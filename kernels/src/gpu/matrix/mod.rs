@@ -19,6 +19,7 @@ mod decay;
 mod gather;
 mod inverse;
 mod launch;
+mod low_rank;
 mod lower;
 mod output;
 mod pair_gradients;
@@ -36,10 +37,10 @@ mod transfer;
 use cubecl::client::Client;
 
 use super::buffer::{Buffer, Storage};
+pub use super::engine::allow_tf32;
 use crate::error::Error;
-use crate::matrix::{MatrixProblem, check_step, validate_sizes};
+use crate::matrix::{MatrixProblem, check_low_rank, check_step, validate_sizes};
 use blueprint::GateKind;
-pub use blueprint::allow_tf32;
 use launch::Launch;
 
 /// The natural-log decay `g <= 0` of the state, f32.
@@ -82,12 +83,19 @@ pub enum Write<'a> {
         /// Step size per token and head, `[batch, time, value_heads]`, f32.
         beta: &'a Buffer,
     },
+    /// `b (a^T S) + k v^T` on the state before its decay. Needs `value_heads == heads`.
+    LowRank {
+        /// `[batch, time, heads, key_dim]`, of the element type of `q`.
+        a: &'a Buffer,
+        /// `[batch, time, heads, key_dim]`, of the element type of `q`.
+        b: &'a Buffer,
+    },
 }
 
 impl<'a> Write<'a> {
     fn beta(self) -> Option<&'a Buffer> {
         match self {
-            Write::Additive => None,
+            Write::Additive | Write::LowRank { .. } => None,
             Write::Delta { beta } => Some(beta),
         }
     }
@@ -125,11 +133,11 @@ pub struct Outputs {
 /// [`Error`] for a zero size, `value_heads` that is no multiple of `heads`, a tensor of the wrong length or type,
 /// boundaries that are no partition; [`Error::Device`] if the device has too little shared memory for `key_dim`.
 pub fn forward(client: &Client, problem: &MatrixProblem, inputs: &Inputs) -> Result<Outputs, Error> {
-    let launch = Launch::new(client, problem, inputs)?;
-    let scores = launch.scores()?;
-    let walk = launch.state(&scores)?;
-    let o = launch.output(&scores, &walk)?;
-    Ok(Outputs { o, final_state: walk.final_state })
+    validate(problem, inputs)?;
+    match inputs.write {
+        Write::LowRank { a, b } => low_rank::forward(client, problem, inputs, a, b),
+        _ => Launch::new(client, problem, inputs, None)?.forward(),
+    }
 }
 
 /// Gradients of [`Inputs`], each of the shape of its input; present where the input is.
@@ -141,6 +149,8 @@ pub struct Gradients {
     pub dv: Buffer,
     pub dg: Option<Buffer>,
     pub dbeta: Option<Buffer>,
+    pub da: Option<Buffer>,
+    pub db: Option<Buffer>,
     pub d_initial_state: Option<Buffer>,
 }
 
@@ -155,25 +165,17 @@ pub fn backward(
     d_o: Option<&Buffer>,
     d_final_state: Option<&Buffer>,
 ) -> Result<Gradients, Error> {
-    let launch = Launch::new(client, problem, inputs)?;
+    validate(problem, inputs)?;
     if let Some(d) = d_o {
         d.check("do", inputs.q.storage, &problem.value_shape())?;
     }
     if let Some(d) = d_final_state {
         d.check("d_final_state", Storage::F32, &problem.state_shape())?;
     }
-    let zeros;
-    let d_o = match d_o {
-        Some(d_o) => d_o,
-        None => {
-            zeros = launch.zeros(inputs.v);
-            &zeros
-        }
-    };
-    let scores = launch.scores()?;
-    let walk = launch.state(&scores)?;
-    let back = launch.state_backward(&scores, d_o, d_final_state)?;
-    launch.chunk_backward(&scores, &walk, back, d_o)
+    match inputs.write {
+        Write::LowRank { a, b } => low_rank::backward(client, problem, inputs, [a, b], d_o, d_final_state),
+        _ => Launch::new(client, problem, inputs, None)?.backward(d_o, d_final_state),
+    }
 }
 
 /// One token of `batch` sequences, in one launch: updates `state` (`[batch, value_heads, key_dim, value_dim]`, f32) in
@@ -205,8 +207,14 @@ fn validate(p: &MatrixProblem, x: &Inputs) -> Result<crate::Sequences, Error> {
         Gate::Head(g) => g.check("g", Storage::F32, &[b, t, h])?,
         Gate::Key(g) => g.check("g", Storage::F32, &[b, t, h, p.key_dim])?,
     }
-    if let Write::Delta { beta } = x.write {
-        beta.check("beta", Storage::F32, &[b, t, h])?;
+    match x.write {
+        Write::Additive => {}
+        Write::Delta { beta } => beta.check("beta", Storage::F32, &[b, t, h])?,
+        Write::LowRank { a, b } => {
+            check_low_rank(p)?;
+            a.check("a", storage, &p.key_shape())?;
+            b.check("b", storage, &p.key_shape())?;
+        }
     }
     Ok(sequences)
 }

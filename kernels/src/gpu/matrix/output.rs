@@ -10,12 +10,13 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
+use super::super::transfer::Flight;
 use super::blueprint::{Blueprint, GateKind, ReadBlueprint};
 use super::decay::{Decay, Role, weigh_sums};
 use super::lower::{Between, weigh_lower};
 use super::place::{Place, Sizes};
 use super::state::store_sums;
-use super::transfer::Flight;
+use super::transfer::{ask_scores, ask_state};
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -63,7 +64,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     let mut written = Flight::<I, N>::new(comptime!(b.shape(c, d)), true);
     let mut score_flight = Flight::<E, N>::new(comptime!(b.shape(c, c)), !r.scores);
     written.ask(x, place.values(sizes), place.rows, v0, sizes.value_dim, unit());
-    score_flight.ask_scores(a, place.scores(sizes, b));
+    ask_scores(&mut score_flight, a, place.scores(sizes, b), b);
     if comptime!(r.scores) {
         score_sums.clear();
         decay.load(g, &place, sizes, by_row);
@@ -82,7 +83,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
         let mut state_flight = Flight::<E, N>::new(comptime!(b.shape(b.block, d)), true);
         query_flight.ask(q, at, place.rows, k0, sizes.key_dim, unit());
         key_flight.ask(k, at, place.rows, k0, sizes.key_dim, unit());
-        state_flight.ask_state(states, place.state(sizes), k0, v0, sizes);
+        ask_state(&mut state_flight, states, place.state(sizes), k0, v0, sizes);
         query_flight.put_all::<E>(&mut queries);
         key_flight.put_all::<E>(&mut keys);
         state_flight.put_all::<E>(&mut state);

@@ -3,11 +3,13 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, unit};
+use super::super::transfer::Flight;
 use super::blueprint::Blueprint;
 use super::chunk_backward::{ByToken, Operands, Pairs, Roles};
 use super::decay::{Decay, Role, put_weighted};
 use super::place::{Place, Sizes};
-use super::transfer::Flight;
+use super::scores::reading_keys;
+use super::transfer::ask_keys;
 
 /// Adds the pairs, whose decay is in `p` and `r` already. Leaves plain queries and keys.
 #[cube]
@@ -26,7 +28,7 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
         comptime!((Form::ab(b.chunk, b.block, b.chunk, Mode::Add), Form::atb(b.chunk, b.block, b.chunk, Mode::Add)));
     let both = Both::<I, N>::ask(x, place, sizes, k0, b);
     both.put_stepped::<E>(decay, tokens, &mut pairs.other, Role::Plain, b);
-    both.put_plain::<E>(pairs);
+    both.put_plain::<E>(pairs, b);
     sync_cube();
     roles.q_left.product::<E, E>(&pairs.p, &pairs.other, left);
     roles.k_right.product::<E, E>(&pairs.p, &pairs.queries, right);
@@ -42,6 +44,8 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
 struct Both<I: Float, N: Size> {
     queries: Flight<I, N>,
     keys: Flight<I, N>,
+    /// The keys that read the state.
+    reading: Flight<I, N>,
 }
 
 #[cube]
@@ -49,21 +53,25 @@ impl<I: Float, N: Size> Both<I, N> {
     fn ask<E: Float>(x: &Operands<I, E, N>, place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) -> Self {
         let shape = comptime!(b.shape(b.chunk, b.block));
         let (mut queries, mut keys) = (Flight::<I, N>::new(shape, true), Flight::<I, N>::new(shape, true));
-        queries.ask_keys(&x.q, place, sizes, k0);
-        keys.ask_keys(&x.k, place, sizes, k0);
-        Both::<I, N> { queries, keys }
+        ask_keys(&mut queries, &x.q, place, sizes, k0);
+        ask_keys(&mut keys, &x.k, place, sizes, k0);
+        let reading = reading_keys::<I, N>(&x.reads, &keys, place, sizes, k0, b);
+        Both::<I, N> { queries, keys, reading }
     }
 
-    /// Fills the tiles of queries and keys, weighted.
-    fn put<E: Float>(&self, decay: &Decay, pairs: &mut Pairs<E>, #[comptime] role: Role, #[comptime] b: Blueprint) {
-        put_weighted::<I, E, N>(&self.queries, 1.0, decay, &mut pairs.queries, role, b);
-        put_weighted::<I, E, N>(&self.keys, 1.0, decay, &mut pairs.keys, role, b);
+    /// Fills the tiles of queries and keys with what is on the left of pairs, weighted within sub-blocks.
+    fn put_left<E: Float>(&self, decay: &Decay, pairs: &mut Pairs<E>, #[comptime] b: Blueprint) {
+        put_weighted::<I, E, N>(&self.queries, 1.0, decay, &mut pairs.queries, Role::Within, b);
+        put_weighted::<I, E, N>(&self.reading, 1.0, decay, &mut pairs.keys, comptime!(b.reads_within()), b);
     }
 
-    /// Fills them as they are.
-    fn put_plain<E: Float>(&self, pairs: &mut Pairs<E>) {
+    /// Fills them as they are; keys that only read go to the other tile.
+    fn put_plain<E: Float>(&self, pairs: &mut Pairs<E>, #[comptime] b: Blueprint) {
         self.queries.put_all::<E>(&mut pairs.queries);
         self.keys.put_all::<E>(&mut pairs.keys);
+        if comptime!(b.low_rank) {
+            self.reading.put_all::<E>(&mut pairs.other);
+        }
     }
 
     /// Fills a tile with `beta k`, weighted.
@@ -87,7 +95,8 @@ impl<I: Float, N: Size> Both<I, N> {
 }
 
 /// Adds the pairs under a key-wise gate: those of a later and an earlier sub-block as products that are split at the start
-/// of the later one, those within a sub-block one by one. Leaves plain queries and keys.
+/// of the later one, those within a sub-block one by one. Leaves plain queries and keys, with low-rank writes in `other` the
+/// keys that only read.
 #[cube]
 pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     x: &Operands<I, E, N>,
@@ -109,7 +118,7 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     let both = Both::<I, N>::ask(x, place, sizes, k0, b);
     // Pairs within sub-blocks are products too if gates are mild.
     let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
-    both.put::<E>(&*decay, pairs, Role::Within, b);
+    both.put_left::<E>(&*decay, pairs, b);
     #[unroll]
     for later in comptime!(if b.inverts { 0 } else { 1 })..comptime!(b.segments()) {
         let toward = comptime!(Role::Toward(later));
@@ -134,11 +143,11 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     }
     add_weighted(&q_pairs, &mut roles.q_left, &*decay, Role::Within, b.chunk, b);
     if comptime!(b.delta) {
-        add_weighted(&k_pairs, &mut roles.k_left, &*decay, Role::Within, b.chunk, b);
+        add_weighted(&k_pairs, &mut roles.k_left, &*decay, comptime!(b.reads_within()), b.chunk, b);
     }
     sync_cube();
     decay.factors(&x.g, place, sizes, k0, b);
-    both.put_plain::<E>(pairs);
+    both.put_plain::<E>(pairs, b);
     sync_cube();
     if !mild {
         within_segments::<E>(&*decay, &*pairs, roles, tokens, b);
@@ -223,13 +232,19 @@ fn within_segments<E: Float>(
             let first = (t / BLOCK) * BLOCK;
             // The token on the left, with those before it.
             let (mut q_left, mut k_left, mut weight) = (f32::new(0.0), f32::new(0.0), f32::new(1.0));
+            // The same without the token's own gate, for keys that read before it.
+            let mut before = f32::new(1.0);
             for back in 1..t - first + 1 {
                 let i = t - back;
-                weight *= decay.factor(i + 1, d);
-                let key = pairs.keys.get(i, d) * tokens.beta[i] * weight;
-                q_left += pairs.p.get(t, i) * key;
-                if comptime!(b.delta) {
-                    k_left += pairs.r.get(t, i) * key;
+                let gate = decay.factor(i + 1, d);
+                weight *= gate;
+                let key = pairs.keys.get(i, d) * tokens.beta[i];
+                q_left += pairs.p.get(t, i) * (key * weight);
+                if comptime!(b.low_rank) {
+                    before *= select(back == 1, f32::new(1.0), gate);
+                    k_left += pairs.r.get(t, i) * (key * before);
+                } else if comptime!(b.delta) {
+                    k_left += pairs.r.get(t, i) * (key * weight);
                 }
             }
             roles.q_left.set(place, j, roles.q_left.get(place, j) + q_left);
@@ -239,9 +254,12 @@ fn within_segments<E: Float>(
             // The token on the right, with those after it.
             let (mut right, mut weight) = (f32::new(0.0), f32::new(1.0));
             for i in t + 1..first + BLOCK {
+                if comptime!(b.low_rank) {
+                    right += pairs.r.get(i, t) * pairs.other.get(i, d) * weight;
+                }
                 weight *= decay.factor(i, d);
                 let mut value = pairs.p.get(i, t) * pairs.queries.get(i, d);
-                if comptime!(b.delta) {
+                if comptime!(b.delta && !b.low_rank) {
                     value += pairs.r.get(i, t) * pairs.keys.get(i, d);
                 }
                 right += value * weight;

@@ -3,12 +3,12 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Left, Panel, WARP, fresh, this_cube, unit};
+use super::super::transfer::Flight;
 use super::ahead::WalkedKeys;
 use super::blueprint::{GateKind, WalkBlueprint};
 use super::panels::{Of, Weights, WeightsAhead, leave_state, take_away_chunk, take_state, twice};
 use super::place::{Sizes, Walk};
 use super::state::Part;
-use super::transfer::Flight;
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(

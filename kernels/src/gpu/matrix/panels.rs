@@ -13,11 +13,11 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Panel, Tile, WARP};
+use super::super::transfer::{Shape, store_as};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::RowGates;
 use super::place::{Place, Sizes, Walk};
 use super::state::Part;
-use super::transfer::{Shape, store_as};
 
 /// Units of a cube that bring and take away.
 pub(crate) const CARRIERS: usize = 128;

@@ -4,6 +4,7 @@
 //! A_ij = scale sum_d q_i[d] k_j[d] e^{c_i[d] - c_j[d]}   (i >= j)
 //! M_ij =       sum_d k_i[d] k_j[d] e^{c_i[d] - c_j[d]}   (i >  j)      T = (I + M Diag(beta))^-1
 //! ```
+//! With [low-rank writes](super::low_rank) `M` has `r_i e^{c_{i-1} - c_j}` in the place of `k_i`, the keys that only read.
 //! One cube computes one chunk of one head. With key-wise gates the exponential sits inside the sum: between sub-blocks of
 //! 16 tokens it is split at the start of the later one, so that both factors are at most 1 and a product remains; inside
 //! a sub-block the pairs are summed one by one, a key decaying from row to row. `T` is found as [`super::inverse`] says.
@@ -11,12 +12,13 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{BLOCK, Corner, Form, Mode, Sums, Tile, product_at, this_cube, unit, units, zero};
+use super::super::transfer::Flight;
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::{Decay, Role, put_weighted, step_size};
 use super::inverse::invert;
 use super::lower::{Between, multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
-use super::transfer::{Flight, store_scores, store_square};
+use super::transfer::{ask_keys, store_scores, store_square};
 
 /// With gates per key feature, queries and keys that have met the decay, for the launches that need no more of it.
 #[derive(CubeType, CubeLaunch)]
@@ -33,6 +35,7 @@ pub(crate) struct Weighted<I: Float, N: Size> {
 pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     q: &[Vector<I, N>],
     k: &[Vector<I, N>],
+    reads: &[Vector<I, N>],
     g: &[f32],
     beta: &[f32],
     table: &[u32],
@@ -81,13 +84,14 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         let k0 = block * b.block;
         let mut q_flight = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);
         let mut k_flight = Flight::<I, N>::new(comptime!(b.shape(c, b.block)), true);
-        q_flight.ask_keys(q, &place, sizes, k0);
-        k_flight.ask_keys(k, &place, sizes, k0);
+        ask_keys(&mut q_flight, q, &place, sizes, k0);
+        ask_keys(&mut k_flight, k, &place, sizes, k0);
+        let read_flight = reading_keys::<I, N>(reads, &k_flight, &place, sizes, k0, b);
         decay.load_block(g, &place, sizes, k0, b);
         if comptime!(b.gate == GateKind::Key) {
             put_weighted::<I, E, N>(&q_flight, 1.0, &decay, &mut q_left, Role::Within, b);
             if comptime!(b.delta) {
-                put_weighted::<I, E, N>(&k_flight, 1.0, &decay, &mut k_left, Role::Within, b);
+                put_weighted::<I, E, N>(&read_flight, 1.0, &decay, &mut k_left, comptime!(b.reads_within()), b);
             }
             // Pairs within sub-blocks are products too if gates are mild.
             let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
@@ -126,14 +130,14 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
             );
             if comptime!(b.delta) {
                 weigh_rows::<I, N>(
-                    &k_flight,
+                    &read_flight,
                     &place,
                     sizes,
                     k0,
                     1.0,
                     &decay,
                     &mut weighted.k_start,
-                    Role::FromStart,
+                    comptime!(b.reads_from_start()),
                     b,
                 );
             }
@@ -148,8 +152,11 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
                 decay.factors(g, &place, sizes, k0, b);
                 q_flight.put_all::<E>(&mut q_left);
                 k_flight.put_all::<E>(&mut right);
+                if comptime!(b.low_rank) {
+                    read_flight.put_all::<E>(&mut k_left);
+                }
                 sync_cube();
-                pairs::<E>(&q_left, &right, &decay, &mut a, &mut m, b);
+                pairs::<E>(&q_left, &k_left, &right, &decay, &mut a, &mut m, b);
             }
         } else {
             // Both meet the decay in the sums.
@@ -224,6 +231,25 @@ fn take_steps(sums: &mut Sums, steps: &Shared<[f32]>) {
     }
 }
 
+/// A block of the keys that read the state.
+#[cube]
+pub(super) fn reading_keys<I: Float, N: Size>(
+    reads: &[Vector<I, N>],
+    keys: &Flight<I, N>,
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    #[comptime] b: Blueprint,
+) -> Flight<I, N> {
+    if comptime!(b.low_rank) {
+        let mut flight = Flight::<I, N>::new(comptime!(b.shape(b.chunk, b.block)), true);
+        ask_keys(&mut flight, reads, place, sizes, k0);
+        flight
+    } else {
+        keys.alias()
+    }
+}
+
 /// Writes a block of queries or keys times their weight in a role.
 #[cube]
 fn weigh_rows<I: Float, N: Size>(
@@ -250,11 +276,12 @@ fn weigh_rows<I: Float, N: Size>(
     }
 }
 
-/// Adds the pairs within sub-blocks, over one block of key features. Units take a token `j` and a share of the features
+/// Adds the pairs within sub-blocks, over one block of key features, of plain tensors (`reads` with low-rank writes). Units take a token `j` and a share of the features
 /// each; the shares are added in turn. The units of a plane, at neighbouring `j`, read the same rows `i`.
 #[cube]
 fn pairs<E: Float>(
     q: &Tile<E>,
+    reads: &Tile<E>,
     k: &Tile<E>,
     decay: &Decay,
     a: &mut Tile<f32>,
@@ -280,11 +307,14 @@ fn pairs<E: Float>(
             for i in 0..BLOCK {
                 let row = first + i;
                 if row > j {
+                    if comptime!(b.low_rank) {
+                        sum_k[i] += key * reads.get(row, d);
+                    }
                     key *= decay.factor(row, d);
                 }
                 if row >= j {
                     sum_q[i] += key * q.get(row, d);
-                    if comptime!(b.delta) {
+                    if comptime!(b.delta && !b.low_rank) {
                         sum_k[i] += key * k.get(row, d);
                     }
                 }

@@ -8,11 +8,12 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Form, Mode, Sums, Tile, this_cube, unit};
+use super::super::transfer::Flight;
 use super::blueprint::{Blueprint, GateKind};
 use super::decay::Decay;
 use super::lower::{Between, multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
-use super::transfer::{Flight, store_scores, store_square};
+use super::transfer::{store_scores, store_square};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(

@@ -15,11 +15,11 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Corner, Form, Mode, Sums, Tile, this_cube, unit, units};
+use super::super::transfer::{Flight, load, store};
 use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role};
 use super::place::{Sizes, Walk};
-use super::transfer::{Flight, load, store};
 
 /// The part of the state that a cube holds.
 #[derive(CubeType, Clone, Copy)]

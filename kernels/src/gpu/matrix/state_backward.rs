@@ -9,6 +9,7 @@
 use cubecl::prelude::*;
 
 use super::super::tile::{Corner, Form, Mode, Sums, Tile, this_cube, unit};
+use super::super::transfer::{Flight, load};
 use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
 use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
 use super::decay::{Decay, Role};
@@ -16,7 +17,6 @@ use super::place::{Place, Sizes, Walk};
 use super::state::{
     Part, decay_rows, leave_state, narrow_state, read_state, store_state, store_sums, take_state, take_steps, weigh,
 };
-use super::transfer::{Flight, load};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
 pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(

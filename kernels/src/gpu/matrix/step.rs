@@ -3,6 +3,7 @@
 //! ```text
 //! S = Diag(e^g) S      u = beta (v - S^T k)   (delta; u = v without it)      S += k u^T      o = scale S^T q
 //! ```
+//! and with the low-rank write `S += b (a^T S)` besides, of the state before its decay.
 //! One launch: a cube holds a head's state for 32 value features. A unit keeps the rows `group, group + groups, ...` of
 //! one column in registers between reading and writing it; sums over the rows meet in shared memory, where what all columns
 //! read of a row is too. All of a unit's rows are asked for before one is touched, and without a branch, behind which a
@@ -12,6 +13,7 @@ use cubecl::prelude::*;
 
 use super::super::tile::unit;
 use super::blueprint::GateKind;
+use crate::cost::WriteKind;
 
 /// Value features of a cube: a plane reads whole lines of memory.
 pub(crate) const COLUMNS: usize = 32;
@@ -20,7 +22,7 @@ pub(crate) const COLUMNS: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct StepBlueprint {
     pub gate: GateKind,
-    pub delta: bool,
+    pub write: WriteKind,
     /// Units that share a column, and the rows that each of them holds.
     pub groups: usize,
     pub rows: usize,
@@ -29,9 +31,9 @@ pub(crate) struct StepBlueprint {
 }
 
 impl StepBlueprint {
-    pub fn new(gate: GateKind, delta: bool, key_dim: usize, max_units: usize) -> Self {
+    pub fn new(gate: GateKind, write: WriteKind, key_dim: usize, max_units: usize) -> Self {
         let groups = key_dim.div_ceil(16).min(max_units.min(256) / COLUMNS).next_power_of_two();
-        Self { gate, delta, groups, rows: key_dim.div_ceil(groups), whole: key_dim.is_multiple_of(groups) }
+        Self { gate, write, groups, rows: key_dim.div_ceil(groups), whole: key_dim.is_multiple_of(groups) }
     }
 }
 
@@ -47,6 +49,13 @@ pub(crate) struct StepSizes {
     pub scale: f32,
 }
 
+/// What the low-rank write reads and writes along, `[batch, heads, key_dim]`.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct LowRank<I: Float> {
+    pub a: Box<[I]>,
+    pub b: Box<[I]>,
+}
+
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn step_kernel<I: Float>(
     q: &[I],
@@ -54,6 +63,7 @@ pub(crate) fn step_kernel<I: Float>(
     v: &[I],
     g: &[f32],
     beta: &[f32],
+    low_rank: &LowRank<I>,
     state: &mut [f32],
     o: &mut [I],
     sizes: &StepSizes,
@@ -83,18 +93,18 @@ pub(crate) fn step_kernel<I: Float>(
     if inside {
         u = f32::cast_from(v[cube * sizes.value_dim + col]);
     }
-    if comptime!(b.delta) {
+    if comptime!(b.write == WriteKind::Delta) {
         step = beta[cube];
     }
     let mut rows = Rows::new(b);
-    rows.load::<I>(q, k, g, (key_at, cube * sizes.key_dim), sizes.key_dim, b);
+    rows.load::<I>(q, k, g, low_rank, (key_at, cube * sizes.key_dim), sizes.key_dim, b);
     let mut decay = f32::new(1.0);
     if comptime!(b.gate == GateKind::Head) {
         decay = g[sequence * sizes.gate_stride + head].exp();
     }
     sync_cube();
 
-    // The decayed state, and with it what the key finds there.
+    // The decayed state, and with it what the key finds there, or `a` in the state before.
     let (mut read, mut out) = (f32::new(0.0), f32::new(0.0));
     #[unroll]
     for i in 0..b.rows {
@@ -102,21 +112,30 @@ pub(crate) fn step_kernel<I: Float>(
         if comptime!(b.gate == GateKind::Key) {
             decay = rows.decay[row];
         }
+        if comptime!(b.write == WriteKind::LowRank) {
+            read += select(there(row, sizes.key_dim, b), held[i], f32::new(0.0)) * rows.a[row];
+        }
         held[i] = select(there(row, sizes.key_dim, b), held[i] * decay, f32::new(0.0));
-        if comptime!(b.delta) {
+        if comptime!(b.write == WriteKind::Delta) {
             read += held[i] * rows.key[row];
         }
     }
     let mut sums = Shared::<[f32]>::new_slice(comptime!(b.groups * COLUMNS));
-    if comptime!(b.delta) {
-        u = step * (u - over_groups(read, &mut sums, column, group, b));
+    if comptime!(b.write != WriteKind::Additive) {
+        read = over_groups(read, &mut sums, column, group, b);
+    }
+    if comptime!(b.write == WriteKind::Delta) {
+        u = step * (u - read);
     }
     // The addresses again: kept, they would take as many registers as the state.
     let group = unit() / COLUMNS;
     #[unroll]
     for i in 0..b.rows {
         let row = group + i * b.groups;
-        let value = held[i] + rows.key[row] * u;
+        let mut value = held[i] + rows.key[row] * u;
+        if comptime!(b.write == WriteKind::LowRank) {
+            value += rows.b[row] * read;
+        }
         out += value * rows.query[row];
         if inside && there(row, sizes.key_dim, b) {
             state[state_at + row * sizes.value_dim + col] = value;
@@ -141,16 +160,22 @@ struct Rows {
     key: Shared<[f32]>,
     /// Under a gate per key feature.
     decay: Shared<[f32]>,
+    /// With the low-rank write.
+    a: Shared<[f32]>,
+    b: Shared<[f32]>,
 }
 
 #[cube]
 impl Rows {
     fn new(#[comptime] b: StepBlueprint) -> Rows {
         let rows = comptime!(b.groups * b.rows);
+        let low_rank = comptime!(if b.write == WriteKind::LowRank { rows } else { 1 });
         Rows {
             query: Shared::new_slice(rows),
             key: Shared::new_slice(rows),
             decay: Shared::new_slice(comptime!(if b.gate == GateKind::Key { rows } else { 1 })),
+            a: Shared::new_slice(low_rank),
+            b: Shared::new_slice(low_rank),
         }
     }
 
@@ -160,6 +185,7 @@ impl Rows {
         q: &[I],
         k: &[I],
         g: &[f32],
+        low_rank: &LowRank<I>,
         at: (usize, usize),
         key_dim: usize,
         #[comptime] b: StepBlueprint,
@@ -170,17 +196,26 @@ impl Rows {
             let row = unit() + j * units;
             if row < rows {
                 let (mut query, mut key, mut gate) = (f32::new(0.0), f32::new(0.0), f32::new(0.0));
+                let (mut reads, mut writes) = (f32::new(0.0), f32::new(0.0));
                 if there(row, key_dim, b) {
                     query = f32::cast_from(q[at.0 + row]);
                     key = f32::cast_from(k[at.0 + row]);
                     if comptime!(b.gate == GateKind::Key) {
                         gate = g[at.1 + row];
                     }
+                    if comptime!(b.write == WriteKind::LowRank) {
+                        reads = f32::cast_from(low_rank.a[at.0 + row]);
+                        writes = f32::cast_from(low_rank.b[at.0 + row]);
+                    }
                 }
                 self.query[row] = query;
                 self.key[row] = key;
                 if comptime!(b.gate == GateKind::Key) {
                     self.decay[row] = gate.exp();
+                }
+                if comptime!(b.write == WriteKind::LowRank) {
+                    self.a[row] = reads;
+                    self.b[row] = writes;
                 }
             }
         }

@@ -190,6 +190,11 @@ impl Sums {
         self.pairs[i]
     }
 
+    /// Sets it.
+    pub fn set_pair(&mut self, #[comptime] i: usize, pair: Vector<f32, Const<2>>) {
+        self.pairs[i] = pair;
+    }
+
     /// Rows of which this unit has elements, on [`Engine::Mma`]: that of the first element of a part, and the one 8 after it.
     pub fn rows(&self) -> comptime_type!(usize) {
         comptime!(2 * self.spread.parts())

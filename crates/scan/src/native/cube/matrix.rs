@@ -25,7 +25,7 @@ fn inputs(x: &Buffers, gate: GateKind, write: WriteKind) -> Inputs<'_> {
         write: match write {
             WriteKind::Additive => Write::Additive,
             WriteKind::Delta => Write::Delta { beta: required(x, 4) },
-            WriteKind::LowRank => unreachable!("no GPU kernel for low-rank writes; `native::available` asks first"),
+            WriteKind::LowRank => Write::LowRank { a: required(x, 4), b: required(x, 5) },
         },
         initial_state: x[STATE].as_ref(),
     }
@@ -62,7 +62,7 @@ pub(super) fn backward(
     d_o: Option<&Buffer>,
     d_final_state: &Buffer,
 ) -> Result<Buffers, Error> {
-    let Gradients { dq, dk, dv, dg, dbeta, d_initial_state } =
+    let Gradients { dq, dk, dv, dg, dbeta, da, db, d_initial_state } =
         matrix::backward(client, problem, &inputs(x, gate, write), d_o, Some(d_final_state))?;
-    Ok([Some(dq), Some(dk), Some(dv), dg, dbeta, None, d_initial_state])
+    Ok([Some(dq), Some(dk), Some(dv), dg, dbeta.or(da), db, d_initial_state])
 }

@@ -1,0 +1,266 @@
+//! The gradients, from the weights `p_ij = e^{s_ij - lse_i}`, which are computed again:
+//!
+//! ```text
+//! dv_j = sum_i p_ij do_i      ds_ij = scale p_ij (do_i . v_j - do_i . o_i)      dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i
+//! ```
+//! One cube computes a block of queries of one head and walks the keys that they see, or a block of keys and walks the queries
+//! of all heads that see them. So every sum has one order, and nothing is added to by two cubes.
+
+use cubecl::prelude::*;
+
+use super::super::tile::{Form, Mode, Sums, Tile, unit, units};
+use super::super::transfer::{Flight, store};
+use super::blueprint::Blueprint;
+use super::place::{Block, Sizes, number_of, rows_of, sees};
+use super::softmax::{exponential, log_scale};
+
+/// `out = do . o` of each query and head, one for each unit.
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
+pub(crate) fn products_kernel<I: Float, N: Size>(
+    o: &[Vector<I, N>],
+    do_: &[Vector<I, N>],
+    out: &mut [f32],
+    sizes: &Sizes,
+    #[define(I)] _storage: ElemType,
+) {
+    if ABSOLUTE_POS >= out.len() {
+        terminate!();
+    }
+    let (row, head) = (ABSOLUTE_POS / sizes.heads, ABSOLUTE_POS % sizes.heads);
+    let vectors = sizes.value_dim / N::value().comptime();
+    let mut sum = f32::new(0.0);
+    for i in 0..vectors {
+        let at = ABSOLUTE_POS * vectors + i;
+        let product = Vector::<f32, N>::cast_from(o[at]) * Vector::<f32, N>::cast_from(do_[at]);
+        #[unroll]
+        for j in 0..N::value().comptime() {
+            sum += product.extract(j);
+        }
+    }
+    out[number_of(row, head, sizes)] = sum;
+}
+
+/// What both launches read besides queries, keys and values.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Outputs<I: Float, N: Size> {
+    pub do_: Box<[Vector<I, N>]>,
+    /// `[batch, heads, time]`, as is what follows.
+    pub lse: Box<[f32]>,
+    /// `do . o`
+    pub products: Box<[f32]>,
+}
+
+/// A block's queries, keys and what goes with them.
+#[derive(CubeType)]
+struct Tiles<E: Float> {
+    queries: Tile<E>,
+    d_outs: Tile<E>,
+    keys: Tile<E>,
+    values: Tile<E>,
+    /// By query; the first as scores are.
+    lse: Shared<[f32]>,
+    products: Shared<[f32]>,
+    /// Weights, and their gradients, which become those of the scores.
+    weights: Sums,
+    d_scores: Sums,
+}
+
+#[cube]
+impl<E: Float> Tiles<E> {
+    fn new(#[comptime] b: Blueprint) -> Self {
+        let (c, operand) = comptime!((b.chunk, b.operand_padding()));
+        Tiles::<E> {
+            queries: Tile::<E>::new(c, b.key_cols, operand),
+            d_outs: Tile::<E>::new(c, b.value_cols, operand),
+            keys: Tile::<E>::new(c, b.key_cols, operand),
+            values: Tile::<E>::new(c, b.value_cols, operand),
+            lse: Shared::new_slice(c),
+            products: Shared::new_slice(c),
+            weights: Sums::new(comptime!(b.spread(c))),
+            d_scores: Sums::new(comptime!(b.spread(c))),
+        }
+    }
+
+    /// Reads queries and what came of them.
+    fn load_queries<I: Float, N: Size>(
+        &mut self,
+        q: &[Vector<I, N>],
+        x: &Outputs<I, N>,
+        first: usize,
+        rows: usize,
+        head: usize,
+        sizes: &Sizes,
+        #[comptime] b: Blueprint,
+    ) {
+        let mut query_flight = Flight::<I, N>::new(comptime!(b.shape(b.key_cols)), true);
+        let mut out_flight = Flight::<I, N>::new(comptime!(b.shape(b.value_cols)), true);
+        query_flight.ask(q, rows_of(first, head, sizes.heads, sizes.key_dim), rows, 0, sizes.key_dim, unit());
+        out_flight.ask(&x.do_, rows_of(first, head, sizes.heads, sizes.value_dim), rows, 0, sizes.value_dim, unit());
+        for row in range_stepped(unit(), b.chunk, units()) {
+            // Beyond the last query: no weight at all.
+            let (mut lse, mut product) = (f32::new(1e30), f32::new(0.0));
+            if row < rows {
+                let at = number_of(first + row, head, sizes);
+                lse = x.lse[at] * comptime!(log_scale(b.engine));
+                product = x.products[at];
+            }
+            self.lse[row] = lse;
+            self.products[row] = product;
+        }
+        query_flight.put_all::<E>(&mut self.queries);
+        out_flight.put_all::<E>(&mut self.d_outs);
+    }
+
+    /// Reads keys and values.
+    fn load_keys<I: Float, N: Size>(
+        &mut self,
+        k: &[Vector<I, N>],
+        v: &[Vector<I, N>],
+        first: usize,
+        rows: usize,
+        head: usize,
+        sizes: &Sizes,
+        #[comptime] b: Blueprint,
+    ) {
+        let mut key_flight = Flight::<I, N>::new(comptime!(b.shape(b.key_cols)), true);
+        let mut value_flight = Flight::<I, N>::new(comptime!(b.shape(b.value_cols)), true);
+        key_flight.ask(k, rows_of(first, head, sizes.kv_heads, sizes.key_dim), rows, 0, sizes.key_dim, unit());
+        value_flight.ask(v, rows_of(first, head, sizes.kv_heads, sizes.value_dim), rows, 0, sizes.value_dim, unit());
+        key_flight.put_all::<E>(&mut self.keys);
+        value_flight.put_all::<E>(&mut self.values);
+    }
+
+    /// Computes weights and gradients of scores from tiles that are there, the first query and key being at these positions.
+    fn pair(&mut self, queries: usize, keys: usize, sizes: &Sizes, #[comptime] b: Blueprint) {
+        let c = comptime!(b.chunk);
+        self.weights.product::<E, E>(&self.queries, &self.keys, comptime!(Form::abt(c, c, b.key_cols, Mode::Set)));
+        self.d_scores.product::<E, E>(&self.d_outs, &self.values, comptime!(Form::abt(c, c, b.value_cols, Mode::Set)));
+        self.d_scores.settle();
+        let unit = unit();
+        let factor = sizes.scale * comptime!(log_scale(b.engine));
+        #[unroll]
+        for j in 0..comptime!(self.weights.spread.len()) {
+            if self.weights.has(unit, j) {
+                let place = self.weights.place(unit, j);
+                let score = self.weights.get(place, j) * factor - self.lse[place.0];
+                let seen = sees(queries + place.0, keys + place.1, sizes);
+                let weight = select(seen, exponential(score, b), f32::new(0.0));
+                let d_score = weight * (self.d_scores.get(place, j) - self.products[place.0]) * sizes.scale;
+                self.weights.set(place, j, weight);
+                self.d_scores.set(place, j, d_score);
+            }
+        }
+    }
+}
+
+/// `dq`
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
+pub(crate) fn queries_kernel<I: Float, E: Float, N: Size>(
+    q: &[Vector<I, N>],
+    k: &[Vector<I, N>],
+    v: &[Vector<I, N>],
+    x: &Outputs<I, N>,
+    table: &[u32],
+    dq: &mut [Vector<I, N>],
+    sizes: &Sizes,
+    #[comptime] b: Blueprint,
+    #[define(I, E)] _types: [ElemType; 2],
+) {
+    if CUBE_POS >= sizes.blocks * sizes.heads {
+        terminate!();
+    }
+    let c = comptime!(b.chunk);
+    let (block, head) = (Block::of(CUBE_POS / sizes.heads, table), CUBE_POS % sizes.heads);
+    let kv_head = head / (sizes.heads / sizes.kv_heads);
+    let mut tiles = Tiles::<E>::new(b);
+    let mut d_scores = Tile::<E>::new(c, c, comptime!(b.operand_padding()));
+    let mut sum = Sums::new(comptime!(b.spread(b.key_cols)));
+    sum.clear();
+    tiles.load_queries::<I, N>(q, x, block.first, block.rows, head, sizes, b);
+    let (from, end) = block.keys(sizes, c);
+    for first in range_stepped(from, end, c) {
+        let rows = min(block.other_rows - first, c);
+        tiles.load_keys::<I, N>(k, v, block.other + first, rows, kv_head, sizes, b);
+        sync_cube();
+        tiles.pair(block.position, first, sizes, b);
+        tiles.d_scores.put_at::<E>(&mut d_scores, 0);
+        sync_cube();
+        sum.product::<E, E>(&d_scores, &tiles.keys, comptime!(Form::ab(c, b.key_cols, c, Mode::Add)));
+        sync_cube();
+    }
+    let at = rows_of(block.first, head, sizes.heads, sizes.key_dim);
+    leave::<I, E, N>(&sum, &mut tiles.queries, dq, at, block.rows, sizes.key_dim, b);
+}
+
+/// `dk` and `dv`
+#[cube(launch, launch_unchecked, address_type = "dynamic")]
+pub(crate) fn keys_kernel<I: Float, E: Float, N: Size>(
+    q: &[Vector<I, N>],
+    k: &[Vector<I, N>],
+    v: &[Vector<I, N>],
+    x: &Outputs<I, N>,
+    table: &[u32],
+    dk: &mut [Vector<I, N>],
+    dv: &mut [Vector<I, N>],
+    sizes: &Sizes,
+    #[comptime] b: Blueprint,
+    #[define(I, E)] _types: [ElemType; 2],
+) {
+    if CUBE_POS >= sizes.blocks * sizes.kv_heads {
+        terminate!();
+    }
+    let (c, operand) = comptime!((b.chunk, b.operand_padding()));
+    let (block, kv_head) = (Block::of(CUBE_POS / sizes.kv_heads, table), CUBE_POS % sizes.kv_heads);
+    let group = sizes.heads / sizes.kv_heads;
+    let mut tiles = Tiles::<E>::new(b);
+    let mut weights = Tile::<E>::new(c, c, operand);
+    let mut d_scores = Tile::<E>::new(c, c, operand);
+    let mut key_sum = Sums::new(comptime!(b.spread(b.key_cols)));
+    let mut value_sum = Sums::new(comptime!(b.spread(b.value_cols)));
+    key_sum.clear();
+    value_sum.clear();
+    tiles.load_keys::<I, N>(k, v, block.first, block.rows, kv_head, sizes, b);
+    // Keys that no query sees: the tiles are written again at once.
+    sync_cube();
+    let (from, end) = block.queries(sizes, c);
+    for member in 0..group {
+        let head = kv_head * group + member;
+        for first in range_stepped(from, end, c) {
+            let rows = min(block.other_rows - first, c);
+            tiles.load_queries::<I, N>(q, x, block.other + first, rows, head, sizes, b);
+            sync_cube();
+            tiles.pair(block.other_position + first, block.position, sizes, b);
+            tiles.weights.put_at::<E>(&mut weights, 0);
+            tiles.d_scores.put_at::<E>(&mut d_scores, 0);
+            sync_cube();
+            value_sum.product::<E, E>(&weights, &tiles.d_outs, comptime!(Form::atb(c, b.value_cols, c, Mode::Add)));
+            key_sum.product::<E, E>(&d_scores, &tiles.queries, comptime!(Form::atb(c, b.key_cols, c, Mode::Add)));
+            sync_cube();
+        }
+    }
+    let key_at = rows_of(block.first, kv_head, sizes.kv_heads, sizes.key_dim);
+    let value_at = rows_of(block.first, kv_head, sizes.kv_heads, sizes.value_dim);
+    leave::<I, E, N>(&key_sum, &mut tiles.keys, dk, key_at, block.rows, sizes.key_dim, b);
+    leave::<I, E, N>(&value_sum, &mut tiles.values, dv, value_at, block.rows, sizes.value_dim, b);
+}
+
+/// Writes sums to a tensor, through a tile that nothing reads any more. Synchronises.
+#[cube]
+pub(super) fn leave<I: Float, E: Float, N: Size>(
+    sums: &Sums,
+    tile: &mut Tile<E>,
+    out: &mut [Vector<I, N>],
+    at: (usize, usize),
+    rows: usize,
+    dim: usize,
+    #[comptime] b: Blueprint,
+) {
+    if comptime!(sums.spread.in_memory()) {
+        sync_cube();
+        store::<I, f32, N>(&sums.memory, out, at, rows, 0, dim, b.units);
+    } else {
+        sums.put::<E>(tile);
+        sync_cube();
+        store::<I, E, N>(&*tile, out, at, rows, 0, dim, b.units);
+    }
+}

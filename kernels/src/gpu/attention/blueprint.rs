@@ -1,0 +1,135 @@
+//! What the kernels of attention know when they are compiled, and how it is chosen from the device.
+
+use cubecl::client::Client;
+
+use super::super::buffer::Storage;
+use super::super::engine::{SHARED_MEMORY, engine, operands, planes};
+use super::super::tile::{BLOCK, Engine, Spread, WARP};
+use super::super::transfer::Shape;
+use crate::attention::AttentionProblem;
+
+/// The compile-time key of the kernels. Lengths, batch and heads are not in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Blueprint {
+    /// Queries, and keys, of a block.
+    pub chunk: usize,
+    /// Features of queries and of values, up to a multiple of 16.
+    pub key_cols: usize,
+    pub value_cols: usize,
+    pub units: usize,
+    pub engine: Engine,
+    /// Bytes of an element of an operand tile.
+    pub operand_size: usize,
+}
+
+/// The three launches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    Forward,
+    Queries,
+    Keys,
+}
+
+/// What the launches of one problem are compiled with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Blueprints {
+    pub forward: Blueprint,
+    /// Both launches of the backward pass.
+    pub backward: Blueprint,
+}
+
+impl Blueprints {
+    /// The largest blocks that the device has room for; none if it has too little for the heads.
+    pub fn select(client: &Client, p: &AttentionProblem, storage: Storage) -> Option<Self> {
+        let hardware = &client.properties().hardware;
+        let engine = engine(client, storage);
+        let room = hardware.max_shared_memory_size.min(SHARED_MEMORY);
+        let most = hardware.max_units_per_cube as usize;
+        let [key_cols, value_cols] = [p.key_dim, p.value_dim].map(|dim| dim.next_multiple_of(BLOCK));
+        let operand_size = operands(engine, storage).0.size();
+        let choose = |kernels: &[Kernel]| {
+            [64, 32, 16].into_iter().find_map(|chunk| {
+                let units = match engine {
+                    Engine::Registers { side: 1 } => 2 * chunk,
+                    Engine::Registers { .. } => (chunk * chunk / 16).max(2 * WARP),
+                    Engine::Matrix { plane, .. } => planes(plane, chunk, chunk),
+                    Engine::Mma if kernels[0] == Kernel::Forward && value_cols <= 128 => WARP * (chunk / BLOCK).max(2),
+                    Engine::Mma => planes(WARP, chunk, chunk),
+                };
+                let b = Blueprint { chunk, key_cols, value_cols, units, engine, operand_size };
+                let fits = |kernel: &Kernel| b.shared_memory(*kernel) <= room && units <= most;
+                kernels.iter().all(fits).then_some(b)
+            })
+        };
+        Some(Self { forward: choose(&[Kernel::Forward])?, backward: choose(&[Kernel::Queries, Kernel::Keys])? })
+    }
+}
+
+impl Blueprint {
+    /// Elements of a row that a unit reads or writes at a time.
+    pub fn vector(&self, p: &AttentionProblem) -> usize {
+        let most = 16 / self.operand_size;
+        let fits = |n: &usize| *n <= most && p.key_dim.is_multiple_of(*n) && p.value_dim.is_multiple_of(*n);
+        [8, 4, 2].into_iter().find(fits).unwrap_or(1)
+    }
+
+    /// Padding of f32 tiles.
+    pub fn padding(&self) -> usize {
+        self.engine.padding(4)
+    }
+
+    /// Padding of operand tiles.
+    pub fn operand_padding(&self) -> usize {
+        self.engine.padding(self.operand_size)
+    }
+
+    /// A matrix of sums.
+    pub fn spread(&self, cols: usize) -> Spread {
+        Spread { rows: self.chunk, cols, units: self.units, engine: self.engine }
+    }
+
+    /// A tile that all units fill.
+    pub fn shape(&self, cols: usize) -> Shape {
+        Shape { rows: self.chunk, cols, units: self.units }
+    }
+
+    /// Units of a row, where rows of scores are summed through shared memory.
+    pub fn shares(&self) -> usize {
+        self.units / self.chunk
+    }
+
+    /// Whether a row of scores is in the registers of four neighbours, and a row of outputs in those of the same.
+    pub fn by_plane(&self) -> bool {
+        let [scores, outputs] = [self.chunk, self.value_cols].map(|cols| self.spread(cols));
+        self.engine == Engine::Mma && scores.across() == 1 && outputs.across() == 1 && scores.even() && outputs.even()
+    }
+
+    fn float(&self, cols: usize) -> usize {
+        self.chunk * (cols + self.padding()) * 4
+    }
+
+    fn operand(&self, cols: usize) -> usize {
+        self.chunk * (cols + self.operand_padding()) * self.operand_size
+    }
+
+    fn sums(&self, cols: usize) -> usize {
+        if self.spread(cols).in_memory() { self.float(cols) } else { 64 }
+    }
+
+    /// What a kernel needs, in bytes.
+    fn shared_memory(&self, kernel: Kernel) -> usize {
+        let (c, k, v) = (self.chunk, self.key_cols, self.value_cols);
+        let tiles = match kernel {
+            Kernel::Forward => {
+                let scores = if self.by_plane() { 0 } else { self.float(c) };
+                2 * self.operand(k) + self.operand(v) + self.operand(c) + scores + self.sums(v)
+            }
+            Kernel::Queries => 2 * (self.operand(k) + self.operand(v) + self.sums(c)) + self.operand(c) + self.sums(k),
+            Kernel::Keys => {
+                2 * (self.operand(k) + self.operand(v) + self.operand(c) + self.sums(c)) + self.sums(k) + self.sums(v)
+            }
+        };
+        // And what is lost because tiles begin at multiples of 32 bytes.
+        tiles + (3 * c + self.units) * 4 + 512
+    }
+}
