@@ -47,14 +47,16 @@ impl Blueprints {
         let most = hardware.max_units_per_cube as usize;
         let [key_cols, value_cols] = [p.key_dim, p.value_dim].map(|dim| dim.next_multiple_of(BLOCK));
         let operand_size = operands(engine, storage).0.size();
+        // Sums of outputs and gradients should not take more registers than a unit has.
+        let widest = key_cols.max(value_cols);
         let choose = |kernels: &[Kernel]| {
             [64, 32, 16].into_iter().find_map(|chunk| {
                 let units = match engine {
                     Engine::Registers { side: 1 } => 2 * chunk,
-                    Engine::Registers { .. } => (chunk * chunk / 16).max(2 * WARP),
-                    Engine::Matrix { plane, .. } => planes(plane, chunk, chunk),
+                    Engine::Registers { .. } => (chunk * widest / 32).clamp(2 * WARP, 256),
+                    Engine::Matrix { plane, .. } => planes(plane, chunk, widest),
                     Engine::Mma if kernels[0] == Kernel::Forward && value_cols <= 128 => WARP * (chunk / BLOCK).max(2),
-                    Engine::Mma => planes(WARP, chunk, chunk),
+                    Engine::Mma => planes(WARP, chunk, widest),
                 };
                 let b = Blueprint { chunk, key_cols, value_cols, units, engine, operand_size };
                 let fits = |kernel: &Kernel| b.shared_memory(*kernel) <= room && units <= most;
