@@ -28,7 +28,7 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
         comptime!((Form::ab(b.chunk, b.block, b.chunk, Mode::Add), Form::atb(b.chunk, b.block, b.chunk, Mode::Add)));
     let both = Both::<I, N>::ask(x, place, sizes, k0, b);
     both.put_stepped::<E>(decay, tokens, &mut pairs.other, Role::Plain, b);
-    both.put_plain::<E>(pairs, b);
+    both.put_plain::<E>(pairs);
     sync_cube();
     roles.q_left.product::<E, E>(&pairs.p, &pairs.other, left);
     roles.k_right.product::<E, E>(&pairs.p, &pairs.queries, right);
@@ -44,8 +44,6 @@ pub(crate) fn scalar_pairs<I: Float, E: Float, N: Size>(
 struct Both<I: Float, N: Size> {
     queries: Flight<I, N>,
     keys: Flight<I, N>,
-    /// The keys that read the state.
-    reading: Flight<I, N>,
 }
 
 #[cube]
@@ -55,23 +53,13 @@ impl<I: Float, N: Size> Both<I, N> {
         let (mut queries, mut keys) = (Flight::<I, N>::new(shape, true), Flight::<I, N>::new(shape, true));
         ask_keys(&mut queries, &x.q, place, sizes, k0);
         ask_keys(&mut keys, &x.k, place, sizes, k0);
-        let reading = reading_keys::<I, N>(&x.reads, &keys, place, sizes, k0, b);
-        Both::<I, N> { queries, keys, reading }
+        Both::<I, N> { queries, keys }
     }
 
-    /// Fills the tiles of queries and keys with what is on the left of pairs, weighted within sub-blocks.
-    fn put_left<E: Float>(&self, decay: &Decay, pairs: &mut Pairs<E>, #[comptime] b: Blueprint) {
-        put_weighted::<I, E, N>(&self.queries, 1.0, decay, &mut pairs.queries, Role::Within, b);
-        put_weighted::<I, E, N>(&self.reading, 1.0, decay, &mut pairs.keys, comptime!(b.reads_within()), b);
-    }
-
-    /// Fills them as they are; keys that only read go to the other tile.
-    fn put_plain<E: Float>(&self, pairs: &mut Pairs<E>, #[comptime] b: Blueprint) {
+    /// Fills the tiles of queries and keys as they are.
+    fn put_plain<E: Float>(&self, pairs: &mut Pairs<E>) {
         self.queries.put_all::<E>(&mut pairs.queries);
         self.keys.put_all::<E>(&mut pairs.keys);
-        if comptime!(b.low_rank) {
-            self.reading.put_all::<E>(&mut pairs.other);
-        }
     }
 
     /// Fills a tile with `beta k`, weighted.
@@ -118,7 +106,9 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     let both = Both::<I, N>::ask(x, place, sizes, k0, b);
     // Pairs within sub-blocks are products too if gates are mild.
     let mild = if comptime!(b.inverts) { decay.mild(b) } else { false.runtime() };
-    both.put_left::<E>(&*decay, pairs, b);
+    let reading = reading_keys::<I, N>(&x.reads, &both.keys, place, sizes, k0, b);
+    put_weighted::<I, E, N>(&both.queries, 1.0, &*decay, &mut pairs.queries, Role::Within, b);
+    put_weighted::<I, E, N>(&reading, 1.0, &*decay, &mut pairs.keys, comptime!(b.reads_within()), b);
     #[unroll]
     for later in comptime!(if b.inverts { 0 } else { 1 })..comptime!(b.segments()) {
         let toward = comptime!(Role::Toward(later));
@@ -147,7 +137,11 @@ pub(crate) fn key_pairs<I: Float, E: Float, N: Size>(
     }
     sync_cube();
     decay.factors(&x.g, place, sizes, k0, b);
-    both.put_plain::<E>(pairs, b);
+    both.put_plain::<E>(pairs);
+    if comptime!(b.low_rank) {
+        // Read again: kept, they would take registers of all that is between.
+        reading_keys::<I, N>(&x.reads, &both.keys, place, sizes, k0, b).put_all::<E>(&mut pairs.other);
+    }
     sync_cube();
     if !mild {
         within_segments::<E>(&*decay, &*pairs, roles, tokens, b);
