@@ -60,6 +60,7 @@ def tensors(batch, length, heads, dim):
 
     shape = (batch, length, heads)
     signed = lambda: 2 * uniform(*shape, dim) - 1
+    direction = F.normalize(signed(), dim=-1)
     return {
         "q": signed().bfloat16(),
         "k": F.normalize(signed(), dim=-1).bfloat16(),
@@ -67,12 +68,16 @@ def tensors(batch, length, heads, dim):
         "key": -0.1 * uniform(*shape, dim),
         "head": -0.3 * uniform(*shape),
         "beta": uniform(*shape),
+        # What a low-rank write reads, and along what it takes some of that away.
+        "a": -direction.bfloat16(),
+        "b": (uniform(*shape, 1) * direction).bfloat16(),
     }
 
 
 def operations():
     """Name in our benchmark, name of the peer, its inputs, the chunked call, and the call on a token with a state."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule, fused_recurrent_dplr_delta_rule
     from fla.ops.gla import chunk_gla, fused_recurrent_gla
     from fla.ops.kda import chunk_kda, fused_recurrent_kda
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
@@ -88,6 +93,9 @@ def operations():
          lambda s, q, k, v, g, b: fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=b, **keep(s))),
         ("kda", "fla chunk_kda", ["q", "k", "v", "key", "beta"], lambda q, k, v, g, b: chunk_kda(q, k, v, g, b)[0],
          lambda s, q, k, v, g, b: fused_recurrent_kda(q, k, v, g, b, **keep(s))),
+        ("dplr", "fla chunk_dplr_delta_rule", ["q", "k", "v", "a", "b", "key"],
+         lambda q, k, v, a, b, g: chunk_dplr_delta_rule(q, k, v, a, b, g)[0],
+         lambda s, q, k, v, a, b, g: fused_recurrent_dplr_delta_rule(q, k, v, a, b, g, **keep(s))),
     ]
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -114,6 +122,13 @@ def hgrn(batch, length, channels):
     gate = (0.5 + 0.5 * torch.rand_like(x.float())).log().bfloat16()
     return {"fla chunk_hgrn": lambda x, g: chunk_hgrn(x, g)[0],
             "fla fused_recurrent_hgrn": lambda x, g: fused_recurrent_hgrn(x, g)[0]}, [x, gate]
+
+
+def attention(q, k, v):
+    from torch.nn.functional import scaled_dot_product_attention
+
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    return scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
 
 def passes(f, inputs):
@@ -174,6 +189,11 @@ def cases(shapes):
                     inputs = tensors(*shape)
                     return passes(chunked, [inputs[name] for name in takes])[what]
                 yield name, peer, what, [batch, length, heads, dim, dim], make
+        for what in (FORWARD, TRAIN):
+            def make(shape=shape, what=what):
+                inputs = tensors(*shape)
+                return passes(attention, [inputs[name] for name in "qkv"])[what]
+            yield "attention", "torch SDPA", what, list(shape), make
         for peer in ("fla chunk_hgrn", "fla fused_recurrent_hgrn"):
             for what in (FORWARD, TRAIN):
                 def make(peer=peer, what=what, sizes=(batch, length, heads * dim)):

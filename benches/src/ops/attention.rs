@@ -9,10 +9,12 @@ use half::bf16;
 use thalweg_kernels::Element;
 use thalweg_kernels::attention::{self, AttentionGradients, AttentionOutputs, AttentionProblem, StepProblem};
 use thalweg_kernels::cost::{self, Cost};
+#[cfg(feature = "gpu")]
+use thalweg_kernels::gpu;
 use thalweg_reference::attention as oracle;
 use thalweg_scan as scan;
 
-struct Data {
+pub(super) struct Data {
     /// `time` is 1 in a step.
     problem: AttentionProblem,
     q: Vec<f32>,
@@ -21,16 +23,20 @@ struct Data {
 }
 
 pub(super) fn build(case: &Case, device: &Device) -> Result<Box<dyn Workload>, Error> {
-    let [batch, time, heads, head_dim] = case.shape[..] else { unreachable!("checked by `ops::build`") };
-    let queries = if case.pass == Pass::Step { 1 } else { time };
-    let problem = AttentionProblem { kv_time: time, ..AttentionProblem::new(batch, queries, heads, head_dim) };
-    let tensor = |id, time| case.dtype.round(signed(id, [batch, time, heads * head_dim]));
-    let data = Data { q: tensor(1, queries), k: tensor(2, time), v: tensor(3, time), problem };
+    let data = data(case);
     match (case.path, case.dtype) {
         (Path::Native, Dtype::F32) => Ok(Box::new(Native::<f32>::new(data, case))),
         (Path::Native, Dtype::Bf16) => Ok(Box::new(Native::<bf16>::new(data, case))),
         _ => super::on_burn(data, case, device),
     }
+}
+
+pub(super) fn data(case: &Case) -> Data {
+    let [batch, time, heads, head_dim] = case.shape[..] else { unreachable!("checked by `ops::build`") };
+    let queries = if case.pass == Pass::Step { 1 } else { time };
+    let problem = AttentionProblem { kv_time: time, ..AttentionProblem::new(batch, queries, heads, head_dim) };
+    let tensor = |id, time| case.dtype.round(signed(id, [batch, time, heads * head_dim]));
+    Data { q: tensor(1, queries), k: tensor(2, time), v: tensor(3, time), problem }
 }
 
 impl Data {
@@ -98,6 +104,27 @@ impl Op for Data {
 
     fn apply_step(&self, x: &[Any], state: Any, path: scan::Path) -> Result<(Any, Any), scan::Error> {
         Ok((self.apply(x, path)?, state))
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl super::gpu::GpuOp for Data {
+    fn launch(
+        &self,
+        client: &gpu::Client,
+        x: &[gpu::Buffer],
+        d_o: &[gpu::Buffer],
+        _state: Option<&gpu::Buffer>,
+    ) -> Result<super::gpu::Found, thalweg_kernels::Error> {
+        let [q, k, v] = x else { unreachable!("three tensors go in") };
+        let inputs = gpu::attention::Inputs { q, k, v };
+        let out = gpu::attention::forward(client, &self.problem, &inputs)?;
+        let mut found = vec![("o", out.o.clone())];
+        if let Some(d_o) = d_o.first() {
+            let d = gpu::attention::backward(client, &self.problem, &inputs, &out, d_o)?;
+            found.extend([("dq", d.dq), ("dk", d.dk), ("dv", d.dv)]);
+        }
+        Ok(found)
     }
 }
 

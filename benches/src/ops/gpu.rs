@@ -2,7 +2,7 @@
 
 use super::channels::{Channels, Scan};
 use super::gated::{ComplexScan, RgLru};
-use super::{Input, Op, cotangent, matrix, with_tolerance};
+use super::{Input, Op, attention, cotangent, matrix, with_tolerance};
 use crate::gpu::{client, download, upload, wait};
 use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass};
@@ -40,6 +40,7 @@ pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
         "scan" | "hgrn" => Box::new(OnGpu::new(Scan::new(case), case)?),
         "complex_scan" => Box::new(OnGpu::new(ComplexScan::new(case), case)?),
         "rg_lru" => Box::new(OnGpu::new(RgLru::new(case), case)?),
+        "attention" => Box::new(OnGpu::new(attention::data(case), case)?),
         _ => Box::new(OnGpu::new(matrix::data(case)?, case)?),
     })
 }

@@ -72,7 +72,7 @@ pub(crate) const ENTRIES: &[Entry] = &[
         shapes: &[&[1, 2048, 4, 128], &[1, 8192, 4, 128]],
         steps: &[&[1, 2048, 4, 128], &[8, 2048, 4, 128]],
         chunked: false,
-        paths: ALL,
+        paths: WITH_GPU,
         dtypes: BOTH,
     },
 ];

@@ -19,9 +19,9 @@ use crate::{AttentionOptions, Error, check, portable};
 /// | `v` | `[B, S, HK, V]` |
 ///
 /// Query head `h` uses key head `h / (H / HK)`. `S` may exceed `T`: the queries are then the last `T` of
-/// `S` tokens, as when a prompt or a single token continues a cache. Returns `[B, T, H, V]`. The native
-/// kernel's memory is linear in `T` and `S`, forward and backward; the portable path keeps all scores for
-/// its backward pass.
+/// `S` tokens, as when a prompt or a single token continues a cache. Returns `[B, T, H, V]`. The memory of the native
+/// kernels, on CPUs and on GPUs, is linear in `T` and `S`, forward and backward; the portable path, which also runs on GPUs
+/// with less shared memory than blocks of such heads need, keeps all scores for its backward pass.
 ///
 /// # Errors
 /// A shape, element type or option that does not fit; see [`Error`].
@@ -45,31 +45,31 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
 
     let (dtype, float) = (q.dtype(), state_type(q.dtype()));
     let scale = options.scale.unwrap_or((dim as f64).powf(-0.5));
-    if native::available(options.path, Written::ForCpu, &q) {
-        let problem = AttentionProblem {
-            batch,
-            time,
-            kv_time: source,
-            heads,
-            kv_heads,
-            key_dim: dim,
-            value_dim,
-            scale: scale as f32,
-            window: options.window,
-            cu_seqlens: options.cu_seqlens,
-        };
+    let problem = AttentionProblem {
+        batch,
+        time,
+        kv_time: source,
+        heads,
+        kv_heads,
+        key_dim: dim,
+        value_dim,
+        scale: scale as f32,
+        window: options.window,
+        cu_seqlens: options.cu_seqlens,
+    };
+    if native::available(options.path, Written::Attention(&problem), &q) {
         let rest = [Some(k.into()), Some(v.into()), None, None, None, None];
         let (o, _): (_, Tensor<3>) = native::run(Operation::Attention { problem }, q, rest)?;
         return Ok(o);
     }
     let q = q.cast(float).mul_scalar(scale);
     let (k, v) = (k.cast(float), v.cast(float));
-    let o = match &options.cu_seqlens {
-        None => portable::attention::forward(q, k, v, options.window),
+    let o = match &problem.cu_seqlens {
+        None => portable::attention::forward(q, k, v, problem.window),
         Some(bounds) => {
             let part = |x| portable::split(x, 1, bounds).into_iter();
             let parts = part(q).zip(part(k)).zip(part(v));
-            let parts = parts.map(|((q, k), v)| portable::attention::forward(q, k, v, options.window));
+            let parts = parts.map(|((q, k), v)| portable::attention::forward(q, k, v, problem.window));
             Tensor::cat(parts.collect(), 1)
         }
     };

@@ -13,8 +13,11 @@ mod flex;
 mod operation;
 
 use burn::Tensor;
+#[cfg(feature = "cube")]
+use burn::backend::TensorMetadata as _;
 use burn::backend::{Dispatch, DispatchTensorKind};
 use burn::tensor::DType;
+use thalweg_kernels::attention::AttentionProblem;
 
 pub(crate) use operation::*;
 
@@ -22,19 +25,22 @@ use crate::{Error, Path};
 use backend::{Recurrence, Slot, Slots};
 
 /// Which kernels an operation has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Written {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Written<'a> {
     ForCpu,
     ForCpuAndGpu,
+    /// For GPUs with shared memory enough, and unless there are too few queries.
+    Attention(&'a AttentionProblem),
 }
 
 /// Whether a kernel runs an operation on this tensor: the path allows it, and the backend and the
 /// element type have one.
 #[cfg_attr(not(feature = "cube"), allow(unused_variables))]
-pub(crate) fn available<const D: usize>(path: Path, written: Written, tensor: &Tensor<D>) -> bool {
+pub(crate) fn available<const D: usize>(path: Path, written: Written<'_>, tensor: &Tensor<D>) -> bool {
     if path != Path::Auto || !matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16) {
         return false;
     }
+    let dtype = tensor.dtype();
     let tensor = tensor.clone().into_dispatch();
     let mut kind = &tensor.kind;
     while let DispatchTensorKind::Autodiff(inner) = kind {
@@ -43,7 +49,11 @@ pub(crate) fn available<const D: usize>(path: Path, written: Written, tensor: &T
     match kind {
         DispatchTensorKind::Flex(_) => true,
         #[cfg(feature = "cube")]
-        DispatchTensorKind::Cube(_) => written == Written::ForCpuAndGpu,
+        DispatchTensorKind::Cube(tensor) => match written {
+            Written::ForCpu => false,
+            Written::ForCpuAndGpu => true,
+            Written::Attention(problem) => cube::attention::suits(&tensor.device().client(), problem, dtype),
+        },
         _ => false,
     }
 }

@@ -68,9 +68,13 @@ impl Operation {
 /// What backends need to know that queue operations or check them late.
 #[cfg(feature = "cube")]
 impl Operation {
-    /// Whether the backward pass wants the first output.
-    pub(crate) fn keeps_output(&self) -> bool {
-        matches!(self, Operation::Scan { .. } | Operation::ComplexScan { .. } | Operation::RgLru { .. })
+    /// Of the outputs, what the backward pass wants.
+    pub(crate) fn kept<T: Clone>(&self, o: &T, second: &T) -> Vec<T> {
+        match self {
+            Operation::Scan { .. } | Operation::ComplexScan { .. } | Operation::RgLru { .. } => vec![o.clone()],
+            Operation::Attention { .. } => vec![o.clone(), second.clone()],
+            _ => Vec::new(),
+        }
     }
 
     /// Whether an operand has a gradient: all but the resets of the RG-LRU.
@@ -78,7 +82,7 @@ impl Operation {
         !matches!((self, slot), (Operation::RgLru { .. }, 4))
     }
 
-    /// Shapes of the outputs of a recurrence.
+    /// Shapes of the outputs of an operation that has a GPU kernel.
     pub(crate) fn shapes(&self) -> [Shape; 2] {
         let states = |p: &ScanProblem| p.cu_seqlens.as_ref().map_or(p.batch, |bounds| bounds.len().saturating_sub(1));
         match self {
@@ -89,7 +93,10 @@ impl Operation {
             Operation::ComplexScan { problem: p } => {
                 [[2, p.batch, p.time, p.channels].into(), [2, 1, states(p), p.channels].into()]
             }
-            other => unreachable!("{other:?} is no recurrence"),
+            Operation::Attention { problem: p } => {
+                [[p.batch, p.time, p.heads, p.value_dim].into(), [p.batch, p.heads, p.time].into()]
+            }
+            other => unreachable!("{other:?} has no GPU kernel"),
         }
     }
 

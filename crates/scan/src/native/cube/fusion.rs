@@ -28,12 +28,12 @@ impl<B: FusionBackend + Kernels> Kernels for Fusion<B> {
         let [o, state] = operation.shapes();
         let inner = operation.clone();
         let results = defer::<B>(operands.into(), vec![Some((o, dtype)), Some((state, DType::F32))], move |operands| {
-            // A backend under the decorator keeps its output or nothing, and the decorator does that itself.
+            // A backend under the decorator keeps outputs or nothing, and the decorator does that itself.
             let Forward { o, final_state, .. } = B::forward(&inner, array(operands), keep)?;
             Ok(vec![Some(o), Some(final_state)])
         });
         let [Some(o), Some(final_state)] = array(results) else { unreachable!("two results were asked for") };
-        let saved = if keep && operation.keeps_output() { vec![o.clone()] } else { Vec::new() };
+        let saved = if keep { operation.kept(&o, &final_state) } else { Vec::new() };
         Ok(Forward { o, final_state, saved })
     }
 

@@ -1,5 +1,6 @@
 //! The GPU kernels on CubeCL tensors: handles are lent to the kernels, and the buffers that they return become tensors.
 
+pub(super) mod attention;
 mod complex_scan;
 mod fusion;
 mod matrix;
@@ -44,12 +45,13 @@ impl Kernels for CubeBackend {
             Operation::Scan { problem, log } => scan::forward(&like.client, problem, *log, &x),
             Operation::ComplexScan { problem } => complex_scan::forward(like, problem, &x),
             Operation::RgLru { problem } => rg_lru::forward(&like.client, problem, &x),
+            Operation::Attention { problem } => attention::forward(&like.client, problem, &x),
             other => no_kernel(other),
         }?;
         let [o_shape, state_shape] = operation.shapes();
-        let o = tensor(like, &o, o_shape);
-        let saved = if keep && operation.keeps_output() { vec![o.clone()] } else { Vec::new() };
-        Ok(Forward { o, final_state: tensor(like, &final_state, state_shape), saved })
+        let (o, final_state) = (tensor(like, &o, o_shape), tensor(like, &final_state, state_shape));
+        let saved = if keep { operation.kept(&o, &final_state) } else { Vec::new() };
+        Ok(Forward { o, final_state, saved })
     }
 
     fn backward(
@@ -63,9 +65,14 @@ impl Kernels for CubeBackend {
         let (like, x) = (first(&operands), buffers(&operands));
         // The kernels that look at their output again want a gradient of it.
         let zeros = saved.first().map(|o| Self::float_zeros(o.shape(), &o.device, o.dtype.into()));
-        let [o, d_o] = [saved.into_iter().next(), d_o.or(zeros)].map(|x| x.map(|x| buffer(&into_contiguous(x))));
+        let mut saved = saved.into_iter();
+        let [o, lse, d_o] = [saved.next(), saved.next(), d_o.or(zeros)].map(|x| x.map(|x| buffer(&into_contiguous(x))));
         let d_state = buffer(&into_contiguous(d_final_state));
         let gradients = match (operation, o, d_o) {
+            (Operation::Attention { problem }, Some(o), Some(d_o)) => {
+                let Some(lse) = lse else { unreachable!("attention saves both of its outputs") };
+                attention::backward(&like.client, problem, &x, [&o, &lse], &d_o)
+            }
             (Operation::Matrix { problem, gate, write }, _, d_o) => {
                 matrix::backward(&like.client, problem, *gate, *write, &x, d_o.as_ref(), &d_state)
             }
@@ -124,13 +131,16 @@ fn buffers(operands: &Operands) -> Buffers {
 
 /// The memory of a contiguous tensor.
 fn buffer(tensor: &CubeTensor) -> Buffer {
-    let storage = match tensor.dtype {
+    Buffer { handle: tensor.handle.clone(), storage: storage(tensor.dtype), len: tensor.shape().num_elements() }
+}
+
+fn storage(dtype: DType) -> Storage {
+    match dtype {
         DType::F32 => Storage::F32,
         DType::BF16 => Storage::Bf16,
         DType::F16 => Storage::F16,
         other => unreachable!("no kernel for {other:?}; `native::available` asks first"),
-    };
-    Buffer { handle: tensor.handle.clone(), storage, len: tensor.shape().num_elements() }
+    }
 }
 
 /// The buffer of an operand that the operation always has.
