@@ -66,3 +66,13 @@ fn refuses_bad_arguments_by_name() {
     let x = Buffer::from_slice(&client, &vec![0.0f32; 1 << 16]);
     assert!(message(&wide, &attention::Inputs { q: &x, k: &x, v: &x }).contains("shared memory"));
 }
+
+/// Heads so wide that four tiles of their features are not in shared memory at once, on the software driver and on others.
+#[test]
+fn tensors_in_turn() {
+    let Some(client) = client() else { return };
+    let room = client.properties().hardware.max_shared_memory_size;
+    let key_dim = if room <= 32 << 10 { 80 } else { 448 };
+    let p = AttentionProblem { value_dim: key_dim - 16, ..AttentionProblem::new(1, 40, 2, key_dim) };
+    check::<f32>(&client, &p, Precision::F32, 1.0, 0);
+}

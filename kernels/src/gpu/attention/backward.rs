@@ -4,7 +4,8 @@
 //! dv_j = sum_i p_ij do_i      ds_ij = scale p_ij (do_i . v_j - do_i . o_i)      dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i
 //! ```
 //! One cube computes a block of queries of one head and walks the keys that they see, or a block of keys and walks the queries
-//! of all heads that see them. So every sum has one order, and nothing is added to by two cubes.
+//! of all heads that see them. So every sum has one order, and nothing is added to by two cubes. Where shared memory has no
+//! room for four tiles, the two that are walked take turns in one ([`Blueprint::in_turn`]).
 
 use cubecl::prelude::*;
 
@@ -67,13 +68,17 @@ struct Tiles<E: Float> {
 
 #[cube]
 impl<E: Float> Tiles<E> {
-    fn new(#[comptime] b: Blueprint) -> Self {
+    /// `walks_keys`, or queries.
+    fn new(#[comptime] walks_keys: bool, #[comptime] b: Blueprint) -> Self {
         let (c, operand) = comptime!((b.chunk, b.operand_padding()));
+        let (one_key, one_query) = comptime!((b.in_turn && walks_keys, b.in_turn && !walks_keys));
+        let queries = Tile::<E>::new(c, comptime!(if one_query { b.widest() } else { b.key_cols }), operand);
+        let keys = Tile::<E>::new(c, comptime!(if one_key { b.widest() } else { b.key_cols }), operand);
         Tiles::<E> {
-            queries: Tile::<E>::new(c, b.key_cols, operand),
-            d_outs: Tile::<E>::new(c, b.value_cols, operand),
-            keys: Tile::<E>::new(c, b.key_cols, operand),
-            values: Tile::<E>::new(c, b.value_cols, operand),
+            d_outs: if comptime!(one_query) { queries.alias() } else { Tile::<E>::new(c, b.value_cols, operand) },
+            values: if comptime!(one_key) { keys.alias() } else { Tile::<E>::new(c, b.value_cols, operand) },
+            queries,
+            keys,
             lse: Shared::new_slice(c),
             products: Shared::new_slice(c),
             weights: Sums::new(comptime!(b.spread(c))),
@@ -81,26 +86,25 @@ impl<E: Float> Tiles<E> {
         }
     }
 
-    /// Reads queries and what came of them.
+    /// Reads queries and what came of them; of tensors in turn, queries.
     fn load_queries<I: Float, N: Size>(
         &mut self,
         q: &[Vector<I, N>],
         x: &Outputs<I, N>,
-        first: usize,
-        rows: usize,
-        head: usize,
+        rows: &Rows,
         sizes: &Sizes,
+        #[comptime] in_turn: bool,
         #[comptime] b: Blueprint,
     ) {
-        let mut query_flight = Flight::<I, N>::new(comptime!(b.shape(b.key_cols)), true);
-        let mut out_flight = Flight::<I, N>::new(comptime!(b.shape(b.value_cols)), true);
-        query_flight.ask(q, rows_of(first, head, sizes.heads, sizes.key_dim), rows, 0, sizes.key_dim, unit());
-        out_flight.ask(&x.do_, rows_of(first, head, sizes.heads, sizes.value_dim), rows, 0, sizes.value_dim, unit());
+        let (query_flight, out_flight) = (
+            rows.ask(q, sizes.key_dim, b.key_cols, true, b),
+            rows.ask(&x.do_, sizes.value_dim, b.value_cols, !in_turn, b),
+        );
         for row in range_stepped(unit(), b.chunk, units()) {
             // Beyond the last query: no weight at all.
             let (mut lse, mut product) = (f32::new(1e30), f32::new(0.0));
-            if row < rows {
-                let at = number_of(first + row, head, sizes);
+            if row < rows.count {
+                let at = number_of(rows.first + row, rows.head, sizes);
                 lse = x.lse[at] * comptime!(log_scale(b.engine));
                 product = x.products[at];
             }
@@ -111,30 +115,32 @@ impl<E: Float> Tiles<E> {
         out_flight.put_all::<E>(&mut self.d_outs);
     }
 
-    /// Reads keys and values.
+    /// Reads keys and values; of tensors in turn, keys.
     fn load_keys<I: Float, N: Size>(
         &mut self,
         k: &[Vector<I, N>],
         v: &[Vector<I, N>],
-        first: usize,
-        rows: usize,
-        head: usize,
+        rows: &Rows,
         sizes: &Sizes,
+        #[comptime] in_turn: bool,
         #[comptime] b: Blueprint,
     ) {
-        let mut key_flight = Flight::<I, N>::new(comptime!(b.shape(b.key_cols)), true);
-        let mut value_flight = Flight::<I, N>::new(comptime!(b.shape(b.value_cols)), true);
-        key_flight.ask(k, rows_of(first, head, sizes.kv_heads, sizes.key_dim), rows, 0, sizes.key_dim, unit());
-        value_flight.ask(v, rows_of(first, head, sizes.kv_heads, sizes.value_dim), rows, 0, sizes.value_dim, unit());
+        let (key_flight, value_flight) =
+            (rows.ask(k, sizes.key_dim, b.key_cols, true, b), rows.ask(v, sizes.value_dim, b.value_cols, !in_turn, b));
         key_flight.put_all::<E>(&mut self.keys);
         value_flight.put_all::<E>(&mut self.values);
     }
 
-    /// Computes weights and gradients of scores from tiles that are there, the first query and key being at these positions.
-    fn pair(&mut self, queries: usize, keys: usize, sizes: &Sizes, #[comptime] b: Blueprint) {
-        let c = comptime!(b.chunk);
-        self.weights.product::<E, E>(&self.queries, &self.keys, comptime!(Form::abt(c, c, b.key_cols, Mode::Set)));
-        self.d_scores.product::<E, E>(&self.d_outs, &self.values, comptime!(Form::abt(c, c, b.value_cols, Mode::Set)));
+    /// The products of queries and keys.
+    fn scores(&mut self, #[comptime] b: Blueprint) {
+        let form = comptime!(Form::abt(b.chunk, b.chunk, b.key_cols, Mode::Set));
+        self.weights.product::<E, E>(&self.queries, &self.keys, form);
+    }
+
+    /// Weights and gradients of scores, the first query and key being at these positions.
+    fn weigh(&mut self, queries: usize, keys: usize, sizes: &Sizes, #[comptime] b: Blueprint) {
+        let form = comptime!(Form::abt(b.chunk, b.chunk, b.value_cols, Mode::Set));
+        self.d_scores.product::<E, E>(&self.d_outs, &self.values, form);
         self.d_scores.settle();
         let unit = unit();
         let factor = sizes.scale * comptime!(log_scale(b.engine));
@@ -150,6 +156,47 @@ impl<E: Float> Tiles<E> {
                 self.d_scores.set(place, j, d_score);
             }
         }
+    }
+}
+
+/// Rows of a head of a tensor.
+#[derive(CubeType, Clone, Copy)]
+struct Rows {
+    first: usize,
+    count: usize,
+    head: usize,
+    heads: usize,
+}
+
+#[cube]
+impl Rows {
+    /// Asks for all features of these rows, if they are `wanted`.
+    fn ask<I: Float, N: Size>(
+        &self,
+        x: &[Vector<I, N>],
+        dim: usize,
+        #[comptime] cols: usize,
+        #[comptime] wanted: bool,
+        #[comptime] b: Blueprint,
+    ) -> Flight<I, N> {
+        let mut flight = Flight::<I, N>::new(comptime!(b.shape(cols)), wanted);
+        flight.ask(x, rows_of(self.first, self.head, self.heads, dim), self.count, 0, dim, unit());
+        flight
+    }
+
+    /// Puts them in the place of others, which are read no more. Synchronises.
+    fn replace<I: Float, E: Float, N: Size>(
+        &self,
+        x: &[Vector<I, N>],
+        tile: &mut Tile<E>,
+        dim: usize,
+        #[comptime] cols: usize,
+        #[comptime] b: Blueprint,
+    ) {
+        let flight = self.ask(x, dim, cols, true, b);
+        sync_cube();
+        flight.put_all::<E>(tile);
+        sync_cube();
     }
 }
 
@@ -172,19 +219,29 @@ pub(crate) fn queries_kernel<I: Float, E: Float, N: Size>(
     let c = comptime!(b.chunk);
     let (block, head) = (Block::of(CUBE_POS / sizes.heads, table), CUBE_POS % sizes.heads);
     let kv_head = head / (sizes.heads / sizes.kv_heads);
-    let mut tiles = Tiles::<E>::new(b);
+    let mut tiles = Tiles::<E>::new(true, b);
     let mut d_scores = Tile::<E>::new(c, c, comptime!(b.operand_padding()));
     let mut sum = Sums::new(comptime!(b.spread(b.key_cols)));
     sum.clear();
-    tiles.load_queries::<I, N>(q, x, block.first, block.rows, head, sizes, b);
+    let rows = Rows { first: block.first, count: block.rows, head, heads: sizes.heads };
+    tiles.load_queries::<I, N>(q, x, &rows, sizes, false, b);
     let (from, end) = block.keys(sizes, c);
     for first in range_stepped(from, end, c) {
-        let rows = min(block.other_rows - first, c);
-        tiles.load_keys::<I, N>(k, v, block.other + first, rows, kv_head, sizes, b);
+        let count = min(block.other_rows - first, c);
+        let rows = Rows { first: block.other + first, count, head: kv_head, heads: sizes.kv_heads };
+        tiles.load_keys::<I, N>(k, v, &rows, sizes, b.in_turn, b);
         sync_cube();
-        tiles.pair(block.position, first, sizes, b);
+        tiles.scores(b);
+        if comptime!(b.in_turn) {
+            rows.replace::<I, E, N>(v, &mut tiles.values, sizes.value_dim, b.value_cols, b);
+        }
+        tiles.weigh(block.position, first, sizes, b);
         tiles.d_scores.put_at::<E>(&mut d_scores, 0);
-        sync_cube();
+        if comptime!(b.in_turn) {
+            rows.replace::<I, E, N>(k, &mut tiles.keys, sizes.key_dim, b.key_cols, b);
+        } else {
+            sync_cube();
+        }
         sum.product::<E, E>(&d_scores, &tiles.keys, comptime!(Form::ab(c, b.key_cols, c, Mode::Add)));
         sync_cube();
     }
@@ -212,28 +269,37 @@ pub(crate) fn keys_kernel<I: Float, E: Float, N: Size>(
     let (c, operand) = comptime!((b.chunk, b.operand_padding()));
     let (block, kv_head) = (Block::of(CUBE_POS / sizes.kv_heads, table), CUBE_POS % sizes.kv_heads);
     let group = sizes.heads / sizes.kv_heads;
-    let mut tiles = Tiles::<E>::new(b);
+    let mut tiles = Tiles::<E>::new(false, b);
     let mut weights = Tile::<E>::new(c, c, operand);
     let mut d_scores = Tile::<E>::new(c, c, operand);
     let mut key_sum = Sums::new(comptime!(b.spread(b.key_cols)));
     let mut value_sum = Sums::new(comptime!(b.spread(b.value_cols)));
     key_sum.clear();
     value_sum.clear();
-    tiles.load_keys::<I, N>(k, v, block.first, block.rows, kv_head, sizes, b);
+    let rows = Rows { first: block.first, count: block.rows, head: kv_head, heads: sizes.kv_heads };
+    tiles.load_keys::<I, N>(k, v, &rows, sizes, false, b);
     // Keys that no query sees: the tiles are written again at once.
     sync_cube();
     let (from, end) = block.queries(sizes, c);
     for member in 0..group {
         let head = kv_head * group + member;
         for first in range_stepped(from, end, c) {
-            let rows = min(block.other_rows - first, c);
-            tiles.load_queries::<I, N>(q, x, block.other + first, rows, head, sizes, b);
+            let count = min(block.other_rows - first, c);
+            let rows = Rows { first: block.other + first, count, head, heads: sizes.heads };
+            tiles.load_queries::<I, N>(q, x, &rows, sizes, b.in_turn, b);
             sync_cube();
-            tiles.pair(block.other_position + first, block.position, sizes, b);
+            tiles.scores(b);
+            if comptime!(b.in_turn) {
+                rows.replace::<I, E, N>(&x.do_, &mut tiles.d_outs, sizes.value_dim, b.value_cols, b);
+            }
+            tiles.weigh(block.other_position + first, block.position, sizes, b);
             tiles.weights.put_at::<E>(&mut weights, 0);
             tiles.d_scores.put_at::<E>(&mut d_scores, 0);
             sync_cube();
             value_sum.product::<E, E>(&weights, &tiles.d_outs, comptime!(Form::atb(c, b.value_cols, c, Mode::Add)));
+            if comptime!(b.in_turn) {
+                rows.replace::<I, E, N>(q, &mut tiles.queries, sizes.key_dim, b.key_cols, b);
+            }
             key_sum.product::<E, E>(&d_scores, &tiles.queries, comptime!(Form::atb(c, b.key_cols, c, Mode::Add)));
             sync_cube();
         }

@@ -20,6 +20,8 @@ pub(crate) struct Blueprint {
     pub engine: Engine,
     /// Bytes of an element of an operand tile.
     pub operand_size: usize,
+    /// Backwards, whether the two tensors that are walked have one tile.
+    pub in_turn: bool,
 }
 
 /// The three launches.
@@ -50,7 +52,9 @@ impl Blueprints {
         // Sums of outputs and gradients should not take more registers than a unit has.
         let widest = key_cols.max(value_cols);
         let choose = |kernels: &[Kernel]| {
-            [64, 32, 16].into_iter().find_map(|chunk| {
+            // Blocks of 16 are small enough to look for room elsewhere first.
+            let sizes = [(64, false), (32, false), (16, false), (16, true)];
+            sizes.into_iter().find_map(|(chunk, in_turn)| {
                 let units = match engine {
                     Engine::Registers { side: 1 } => 2 * chunk,
                     Engine::Registers { .. } => (chunk * widest / 32).clamp(2 * WARP, 256),
@@ -58,7 +62,7 @@ impl Blueprints {
                     Engine::Mma if kernels[0] == Kernel::Forward && value_cols <= 128 => WARP * (chunk / BLOCK).max(2),
                     Engine::Mma => planes(WARP, chunk, widest),
                 };
-                let b = Blueprint { chunk, key_cols, value_cols, units, engine, operand_size };
+                let b = Blueprint { chunk, key_cols, value_cols, units, engine, operand_size, in_turn };
                 let fits = |kernel: &Kernel| b.shared_memory(*kernel) <= room && units <= most;
                 kernels.iter().all(fits).then_some(b)
             })
@@ -83,6 +87,11 @@ impl Blueprint {
     /// Padding of operand tiles.
     pub fn operand_padding(&self) -> usize {
         self.engine.padding(self.operand_size)
+    }
+
+    /// Columns of a tile for queries or keys as for outputs or values.
+    pub fn widest(&self) -> usize {
+        self.key_cols.max(self.value_cols)
     }
 
     /// A matrix of sums.
@@ -121,15 +130,15 @@ impl Blueprint {
     /// What a kernel needs, in bytes.
     fn shared_memory(&self, kernel: Kernel) -> usize {
         let (c, k, v) = (self.chunk, self.key_cols, self.value_cols);
+        let walked = if self.in_turn { self.operand(self.widest()) } else { self.operand(k) + self.operand(v) };
+        let four = self.operand(k) + self.operand(v) + walked;
         let tiles = match kernel {
             Kernel::Forward => {
                 let scores = if self.by_plane() { 0 } else { self.float(c) };
                 2 * self.operand(k) + self.operand(v) + self.operand(c) + scores + self.sums(v)
             }
-            Kernel::Queries => 2 * (self.operand(k) + self.operand(v) + self.sums(c)) + self.operand(c) + self.sums(k),
-            Kernel::Keys => {
-                2 * (self.operand(k) + self.operand(v) + self.operand(c) + self.sums(c)) + self.sums(k) + self.sums(v)
-            }
+            Kernel::Queries => four + 2 * self.sums(c) + self.operand(c) + self.sums(k),
+            Kernel::Keys => four + 2 * (self.operand(c) + self.sums(c)) + self.sums(k) + self.sums(v),
         };
         // And what is lost because tiles begin at multiples of 32 bytes.
         tiles + (3 * c + self.units) * 4 + 512
