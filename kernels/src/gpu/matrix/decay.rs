@@ -249,11 +249,16 @@ impl Decay {
                 Role::Plain => {}
                 Role::Within => weight = self.within.get_many::<N>(row, k),
                 Role::WithinBefore => weight = self.within_before::<N>(row, k),
-                Role::FromStart => {
-                    weight = self.within.get_many::<N>(row, k) * self.earlier::<N>(segment, k, b);
-                }
-                Role::FromStartBefore => {
-                    weight = self.within_before::<N>(row, k) * self.earlier::<N>(segment, k, b);
+                Role::FromStart | Role::FromStartBefore => {
+                    if comptime!(role == Role::FromStart) {
+                        weight = self.within.get_many::<N>(row, k);
+                    } else {
+                        weight = self.within_before::<N>(row, k);
+                    }
+                    #[unroll]
+                    for s in 0..comptime!(b.segments() - 1) {
+                        weight *= self.total::<N>(s, k, s.runtime() < segment, b);
+                    }
                 }
                 Role::ToEnd => {
                     weight = self.after.get_many::<N>(row, k);
@@ -275,16 +280,6 @@ impl Decay {
                     }
                 }
             }
-        }
-        weight
-    }
-
-    /// The decay over all sub-blocks before one.
-    fn earlier<N: Size>(&self, segment: usize, k: usize, #[comptime] b: Blueprint) -> Vector<f32, N> {
-        let mut weight = Vector::<f32, N>::new(f32::new(1.0));
-        #[unroll]
-        for s in 0..comptime!(b.segments() - 1) {
-            weight *= self.total::<N>(s, k, s.runtime() < segment, b);
         }
         weight
     }
