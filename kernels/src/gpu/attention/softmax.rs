@@ -37,6 +37,27 @@ pub(crate) fn scale_scores(scores: &mut Sums, queries: usize, keys: usize, sizes
     }
 }
 
+/// Multiplies, or divides, rows by numbers in shared memory or of this unit's own rows.
+#[cube]
+fn scale_rows(
+    sums: &mut Sums,
+    by_row: &Shared<[f32]>,
+    own: &Array<f32>,
+    #[comptime] divide: bool,
+    #[comptime] b: Blueprint,
+) {
+    let unit = unit();
+    #[unroll]
+    for j in 0..comptime!(sums.spread.len()) {
+        if sums.has(unit, j) {
+            let place = sums.place(unit, j);
+            let by = if comptime!(b.by_plane()) { own[sums.row_of(comptime!(j / 2))] } else { by_row[place.0] };
+            let value = sums.get(place, j);
+            sums.set(place, j, if comptime!(divide) { value / by } else { value * by });
+        }
+    }
+}
+
 /// Of each row the maximum and the sum of exponentials so far, and by what the last block made the latter shrink. In shared
 /// memory; or, where [`Blueprint::by_plane`], of the rows of this unit in registers.
 #[derive(CubeType)]
@@ -179,36 +200,12 @@ impl Softmax {
 
     /// `sums *=` what the last block made their rows shrink by.
     pub fn shrink(&self, sums: &mut Sums, #[comptime] b: Blueprint) {
-        let unit = unit();
-        #[unroll]
-        for j in 0..comptime!(sums.spread.len()) {
-            if sums.has(unit, j) {
-                let place = sums.place(unit, j);
-                let factor = if comptime!(b.by_plane()) {
-                    self.own.shrink[sums.row_of(comptime!(j / 2))]
-                } else {
-                    self.shrink[place.0]
-                };
-                sums.set(place, j, sums.get(place, j) * factor);
-            }
-        }
+        scale_rows(sums, &self.shrink, &self.own.shrink, false, b);
     }
 
     /// `sums /=` the sum of their row's exponentials.
     pub fn divide(&self, sums: &mut Sums, #[comptime] b: Blueprint) {
-        let unit = unit();
-        #[unroll]
-        for j in 0..comptime!(sums.spread.len()) {
-            if sums.has(unit, j) {
-                let place = sums.place(unit, j);
-                let sum = if comptime!(b.by_plane()) {
-                    self.own.sum[sums.row_of(comptime!(j / 2))]
-                } else {
-                    self.sum[place.0]
-                };
-                sums.set(place, j, sums.get(place, j) / sum);
-            }
-        }
+        scale_rows(sums, &self.sum, &self.own.sum, true, b);
     }
 
     /// Writes the natural logarithm of each row's sum. After [`Softmax::take`], whose scores these are.
