@@ -215,7 +215,7 @@ impl Softmax {
             #[unroll]
             for n in 0..scores.rows() {
                 let row = scores.place(unit(), comptime!(n / 2 * scores.spread.part() + n % 2 * 2)).0;
-                if unit() % 4 == 0 && row < block.rows {
+                if unit() % 4 < 1 && row < block.rows {
                     out[at + row] = self.own.most[n] * unlog + self.own.sum[n].ln();
                 }
             }

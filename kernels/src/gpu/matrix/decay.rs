@@ -286,7 +286,7 @@ impl Decay {
 
     /// From the start of the token's sub-block through the token before.
     fn within_before<N: Size>(&self, row: usize, k: usize) -> Vector<f32, N> {
-        let first = row % BLOCK == 0;
+        let first = row % BLOCK < 1;
         let before = self.within.get_many::<N>(row - select(first, 0usize.runtime(), 1usize.runtime()), k);
         let mut weight = Vector::<f32, N>::new(f32::new(1.0));
         #[unroll]

@@ -43,7 +43,7 @@ fn interleave_kernel<I: Float, N: Size>(
     let (row, col) = (at / width, at % width);
     let from = row / 2 * width + col;
     let mut value = Vector::<I, N>::new(I::new(0.0));
-    if row % 2 == 0 {
+    if row % 2 < 1 {
         if comptime!(there[0]) {
             value = even[from] * Vector::new(I::cast_from(factor));
         }
@@ -85,7 +85,7 @@ fn gates_kernel(g: &[f32], out: &mut [f32], beta: &mut [f32], width: usize, repe
     let (row, col) = (at / width, at % width);
     let mut gate = f32::new(0.0);
     if comptime!(there) {
-        if row % 2 == 0 {
+        if row % 2 < 1 {
             // Of one token after the other, or of all tokens.
             gate = g[(row / 2 * width + col) / repeats % g.len()];
         }
