@@ -57,7 +57,7 @@ impl Blueprints {
             sizes.into_iter().find_map(|(chunk, in_turn)| {
                 let units = match engine {
                     Engine::Registers { side: 1 } => 2 * chunk,
-                    Engine::Registers { .. } => (chunk * widest / 32).clamp(2 * WARP, 256),
+                    Engine::Registers { .. } => (chunk * widest / 32).next_multiple_of(chunk).clamp(2 * WARP, 256),
                     Engine::Matrix { plane, .. } => planes(plane, chunk, widest),
                     Engine::Mma if kernels[0] == Kernel::Forward && value_cols <= 128 => WARP * (chunk / BLOCK).max(2),
                     Engine::Mma => planes(WARP, chunk, widest),

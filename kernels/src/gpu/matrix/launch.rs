@@ -25,7 +25,7 @@ use super::{state::state_kernel, state_backward::state_backward_kernel};
 const ABSENT: usize = 8;
 
 /// Stands for a tensor that is absent: never read, so nothing is copied to the device for it.
-fn absent(client: &Client) -> Buffer {
+pub(super) fn absent(client: &Client) -> Buffer {
     Buffer::output(client, Storage::F32, ABSENT)
 }
 

@@ -18,7 +18,7 @@ use cubecl::prelude::*;
 use super::super::buffer::{Buffer, Storage};
 use super::super::device::{address_type, grid};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::launch::Launch;
+use super::launch::{Launch, absent};
 use super::{Gate, Gradients, Inputs, Outputs, Write};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
@@ -129,7 +129,7 @@ impl<'a> Pairs<'a> {
             grid(client, g.len.div_ceil(UNITS))?,
             CubeDim::new_1d(UNITS as u32),
             address_type(client, Storage::F32, [g.len])?,
-            x.gate.tensor().unwrap_or(&beta).arg(),
+            x.gate.tensor().unwrap_or(&absent(client)).arg(),
             g.arg(),
             beta.arg(),
             keys,
