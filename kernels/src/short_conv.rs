@@ -64,12 +64,19 @@ pub struct ConvGradients<E> {
     pub dstate: Vec<f32>,
 }
 
+impl ConvProblem {
+    pub(crate) fn check_sizes(&self) -> Result<Sequences, Error> {
+        let sequences = self.shape.sequences()?;
+        if !(2..=8).contains(&self.width) {
+            return Err(Error::Value { argument: "width", found: self.width.to_string(), expected: "2 to 8" });
+        }
+        Ok(sequences)
+    }
+}
+
 fn check<E>(problem: &ConvProblem, inputs: &ConvInputs<E>) -> Result<Sequences, Error> {
     let (shape, width) = (&problem.shape, problem.width);
-    let sequences = shape.sequences()?;
-    if !(2..=8).contains(&width) {
-        return Err(Error::Value { argument: "width", found: width.to_string(), expected: "2 to 8" });
-    }
+    let sequences = problem.check_sizes()?;
     shape.check_tokens("x", inputs.x)?;
     Error::check_len("weight", inputs.weight.len(), &[shape.channels, width])?;
     if let Some(bias) = inputs.bias {

@@ -11,8 +11,10 @@ use thalweg_kernels::gpu::elementwise_scan::{self, ScanGate, ScanInputs};
 use thalweg_kernels::gpu::hgrn::{self, HgrnInputs};
 use thalweg_kernels::gpu::matrix::{self, Gate, Inputs, Write};
 use thalweg_kernels::gpu::rg_lru::{self, RgLruInputs};
+use thalweg_kernels::gpu::short_conv;
 use thalweg_kernels::gpu::{Buffer, Storage};
 use thalweg_kernels::matrix::MatrixProblem;
+use thalweg_kernels::short_conv::{Activation, ConvProblem};
 use thalweg_nvrtc::Recorder;
 
 /// Writes that every gate has kernels for.
@@ -80,6 +82,16 @@ fn scans(recorder: &Recorder, note: &str, p: &ScanProblem, storage: Storage) {
             let inputs = ScanInputs { gate, x, initial_state: Some(state) };
             elementwise_scan::forward(client, p, &inputs).expect(AGREE);
             elementwise_scan::backward(client, p, &inputs, x, x, Some(state)).expect(AGREE);
+        }
+    });
+    case("short_conv", &|client, x, channels, _| {
+        let weight = buffer(client, Storage::F32, 4 * p.channels);
+        let problem = ConvProblem { shape: p.clone(), width: 4, activation: Activation::Silu };
+        let state = buffer(client, Storage::F32, 3 * states);
+        for (bias, state) in [(None, None), (Some(channels), Some(&state))] {
+            let inputs = short_conv::Inputs { x, weight: &weight, bias, state };
+            short_conv::forward(client, &problem, &inputs).expect(AGREE);
+            short_conv::backward(client, &problem, &inputs, x, state).expect(AGREE);
         }
     });
     case("hgrn", &|client, x, channels, state| {

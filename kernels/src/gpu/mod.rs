@@ -9,6 +9,7 @@ mod engine;
 pub mod matrix;
 mod reduce;
 mod scan;
+pub mod short_conv;
 mod tile;
 mod transfer;
 

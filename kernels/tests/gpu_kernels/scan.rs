@@ -19,11 +19,11 @@ use thalweg_reference::{Shape, rg_lru as real_gated};
 /// Log-gates from what forgets nothing to what forgets all; `NAN` stands for a random one.
 const GATES: [f64; 8] = [f64::NAN, f64::NAN, 0.0, -1e-4, -1.0, -20.0, -80.0, -1e4];
 
-trait Number: Element + Pod {}
+pub(crate) trait Number: Element + Pod {}
 impl<E: Element + Pod> Number for E {}
 
 /// Whether the device has this element type; says so where not.
-fn has<E: Number>(client: &Client) -> bool {
+pub(crate) fn has<E: Number>(client: &Client) -> bool {
     let supported = client.properties().supports_type(Storage::of::<E>().elem_type());
     if !supported {
         use std::io::Write as _;
@@ -33,7 +33,7 @@ fn has<E: Number>(client: &Client) -> bool {
 }
 
 /// Random numbers as the device gets them, and exactly the same for the oracle.
-fn tensor<E: Number>(client: &Client, x: Vec<f64>) -> (Buffer, Vec<f64>) {
+pub(crate) fn tensor<E: Number>(client: &Client, x: Vec<f64>) -> (Buffer, Vec<f64>) {
     let x: Vec<E> = x.iter().map(|&x| E::from_f32(x as f32)).collect();
     (Buffer::from_slice(client, &x), wide(&x))
 }
@@ -42,7 +42,7 @@ fn wide<E: Number>(x: &[E]) -> Vec<f64> {
     x.iter().map(|x| f64::from(x.to_f32())).collect()
 }
 
-fn symmetric(random: &mut Random, len: usize, range: f64) -> Vec<f64> {
+pub(crate) fn symmetric(random: &mut Random, len: usize, range: f64) -> Vec<f64> {
     random.uniforms(len).iter().map(|x| range * (2.0 * x - 1.0)).collect()
 }
 
@@ -55,13 +55,19 @@ fn log_gates(random: &mut Random, len: usize) -> Vec<f64> {
 }
 
 #[track_caller]
-fn close<E: Number>(client: &Client, name: &str, found: &Buffer, want: &[f64], quantity: Quantity) {
+pub(crate) fn close<E: Number>(client: &Client, name: &str, found: &Buffer, want: &[f64], quantity: Quantity) {
     close_as::<E, E>(client, name, found, want, quantity);
 }
 
 /// A tensor of `S`, as accurate as one of `E` must be.
 #[track_caller]
-fn close_as<S: Number, E: Number>(client: &Client, name: &str, found: &Buffer, want: &[f64], quantity: Quantity) {
+pub(crate) fn close_as<S: Number, E: Number>(
+    client: &Client,
+    name: &str,
+    found: &Buffer,
+    want: &[f64],
+    quantity: Quantity,
+) {
     let found = wide(&found.read::<S>(client).expect("the device works"));
     let error = relative_error(&found, want);
     // f16 keeps three bits more than bf16.
@@ -73,7 +79,7 @@ fn close_as<S: Number, E: Number>(client: &Client, name: &str, found: &Buffer, w
     assert!(error <= allowed, "{name}: relative error {error:.2e} above {allowed:.0e}");
 }
 
-fn shape_of(p: &ScanProblem) -> Shape {
+pub(crate) fn shape_of(p: &ScanProblem) -> Shape {
     Shape { batch: p.batch, time: p.time, channels: p.channels, cu_seqlens: p.cu_seqlens.clone() }
 }
 

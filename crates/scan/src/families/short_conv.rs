@@ -55,7 +55,7 @@ pub fn short_conv(
     let (dtype, float) = (x.dtype(), state_type(x.dtype()));
     let (weight, bias) = (weight.cast(float), bias.map(|b| b.cast(float)));
     let state = options.initial_state.map(|s| s.cast(float));
-    if native::available(options.path, Written::ForCpu, &x) && KERNEL_WIDTHS.contains(&width) {
+    if native::available(options.path, Written::ForCpuAndGpu, &x) && KERNEL_WIDTHS.contains(&width) {
         let shape = ScanProblem { batch, time, channels, cu_seqlens: options.cu_seqlens };
         let problem = ConvProblem { shape, width, activation: options.activation };
         let (bias, state) = (bias.map(Into::into), state.map(Into::into));

@@ -96,6 +96,9 @@ impl Operation {
             Operation::Attention { problem: p } => {
                 [[p.batch, p.time, p.heads, p.value_dim].into(), [p.batch, p.heads, p.time].into()]
             }
+            Operation::ShortConv { problem: ConvProblem { shape: p, width, .. } } => {
+                [[p.batch, p.time, p.channels].into(), [states(p), p.channels, width - 1].into()]
+            }
             other => unreachable!("{other:?} has no GPU kernel"),
         }
     }

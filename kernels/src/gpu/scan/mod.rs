@@ -164,7 +164,7 @@ fn total(client: &Client, sums: &Buffer, sequences: usize, channels: usize, stor
 
 impl ScanProblem {
     /// Checks a `[batch, time, channels]` argument on a device.
-    fn check_buffer(&self, argument: &'static str, x: &Buffer, storage: Storage) -> Result<(), Error> {
+    pub(super) fn check_buffer(&self, argument: &'static str, x: &Buffer, storage: Storage) -> Result<(), Error> {
         x.check(argument, storage, &[self.batch, self.time, self.channels])
     }
 

@@ -6,6 +6,7 @@ mod fusion;
 mod matrix;
 mod rg_lru;
 mod scan;
+mod short_conv;
 
 use burn::backend::TensorMetadata;
 use burn::backend::ops::FloatTensorOps;
@@ -46,6 +47,7 @@ impl Kernels for CubeBackend {
             Operation::ComplexScan { problem } => complex_scan::forward(like, problem, &x),
             Operation::RgLru { problem } => rg_lru::forward(&like.client, problem, &x),
             Operation::Attention { problem } => attention::forward(&like.client, problem, &x),
+            Operation::ShortConv { problem } => short_conv::forward(&like.client, problem, &x),
             other => no_kernel(other),
         }?;
         let [o_shape, state_shape] = operation.shapes();
@@ -63,8 +65,9 @@ impl Kernels for CubeBackend {
     ) -> Result<Operands, Error> {
         let operands = contiguous(operands);
         let (like, x) = (first(&operands), buffers(&operands));
-        // The kernels that look at their output again want a gradient of it.
-        let zeros = saved.first().map(|o| Self::float_zeros(o.shape(), &o.device, o.dtype.into()));
+        // The kernels that look at their output again want a gradient of it, as does the convolution.
+        let zeros = saved.first().or(operands[0].as_ref().filter(|_| matches!(operation, Operation::ShortConv { .. })));
+        let zeros = zeros.map(|o| Self::float_zeros(o.shape(), &o.device, o.dtype.into()));
         let mut saved = saved.into_iter();
         let [o, lse, d_o] = [saved.next(), saved.next(), d_o.or(zeros)].map(|x| x.map(|x| buffer(&into_contiguous(x))));
         let d_state = buffer(&into_contiguous(d_final_state));
@@ -81,6 +84,9 @@ impl Kernels for CubeBackend {
             }
             (Operation::ComplexScan { problem }, Some(o), Some(d_o)) => {
                 complex_scan::backward(like, problem, &x, &o, &d_o, &d_state)
+            }
+            (Operation::ShortConv { problem }, _, Some(d_o)) => {
+                short_conv::backward(&like.client, problem, &x, &d_o, &d_state)
             }
             (Operation::RgLru { problem }, Some(o), Some(d_o)) => {
                 rg_lru::backward(&like.client, problem, &x, &o, &d_o, &d_state)
