@@ -279,7 +279,7 @@ impl super::gpu::GpuOp for Scan {
 }
 
 /// The short convolution of width 4 with bias and SiLU.
-struct Conv {
+pub(super) struct Conv {
     problem: ConvProblem,
     x: Vec<f32>,
     weight: Vec<f32>,
@@ -342,6 +342,26 @@ impl Op for Conv {
         let (bias, silu) = (Some(x[2].r1()), scan::ConvActivation::Silu);
         let (o, state) = scan::short_conv_step(token, x[1].r2(), bias, silu, state.r3())?;
         Ok((o.into(), state.into()))
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl super::gpu::GpuOp for Conv {
+    fn launch(
+        &self,
+        client: &gpu::Client,
+        x: &[gpu::Buffer],
+        d_o: &[gpu::Buffer],
+        state: Option<&gpu::Buffer>,
+    ) -> Result<super::gpu::Found, thalweg_kernels::Error> {
+        let inputs = gpu::short_conv::Inputs { x: &x[0], weight: &x[1], bias: Some(&x[2]), state };
+        let out = gpu::short_conv::forward(client, &self.problem, &inputs)?;
+        let mut found = vec![("o", out.y), ("state", out.state)];
+        if let Some(d_o) = d_o.first() {
+            let d = gpu::short_conv::backward(client, &self.problem, &inputs, d_o, None)?;
+            found.extend([("dx", d.dx), ("dweight", d.dweight), ("dbias", d.dbias)]);
+        }
+        Ok(found)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The operations that have GPU kernels, on the first GPU, without Burn.
 
-use super::channels::{Channels, Scan};
+use super::channels::{Channels, Conv, Scan};
 use super::gated::{ComplexScan, RgLru};
 use super::{Input, Op, attention, cotangent, matrix, with_tolerance};
 use crate::gpu::{client, download, upload, wait};
@@ -38,6 +38,7 @@ pub(super) trait GpuOp: Op {
 pub(super) fn build(case: &Case) -> Result<Box<dyn Workload>, Error> {
     Ok(match case.name.as_str() {
         "scan" | "hgrn" => Box::new(OnGpu::new(Scan::new(case), case)?),
+        "short_conv" => Box::new(OnGpu::new(Conv::new(case), case)?),
         "complex_scan" => Box::new(OnGpu::new(ComplexScan::new(case), case)?),
         "rg_lru" => Box::new(OnGpu::new(RgLru::new(case), case)?),
         "attention" => Box::new(OnGpu::new(attention::data(case), case)?),

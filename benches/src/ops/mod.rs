@@ -56,7 +56,7 @@ pub(crate) const ENTRIES: &[Entry] = &[
         paths: &[Path::Burn, Path::Portable],
         dtypes: &[Dtype::F32],
     },
-    channels("short_conv", ALL, &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
+    channels("short_conv", WITH_GPU, &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
     matrix("linear_attention", WITH_GPU),
     matrix("retention", WITH_GPU),
     matrix("simple_gla", WITH_GPU),

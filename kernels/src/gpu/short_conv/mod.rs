@@ -130,7 +130,8 @@ struct Launch<'a> {
     table: Buffer,
     segments: usize,
     address: AddressType,
-    /// Channels that a unit computes: 16 bytes of them.
+    /// Channels that a unit computes: two, with which a warp reads whole lines of 16-bit elements. Windows and sums of more would
+    /// take the registers of other warps.
     vector: usize,
 }
 
@@ -154,8 +155,7 @@ impl<'a> Launch<'a> {
         let segments = table.len() / kernels::FIELDS;
         let table = Buffer::table(client, &table);
         let address = address_type(client, storage, [x.x.len, segments * channels * problem.width])?;
-        let fits = |n: &usize| n * storage.size() <= 16 && channels.is_multiple_of(*n);
-        let vector = [8, 4, 2].into_iter().find(fits).unwrap_or(1);
+        let vector = if channels.is_multiple_of(2) { 2 } else { 1 };
         let launch = Self { problem, x, sequences, table, segments, address, vector };
         launch.check_state("state", x.state)?;
         Ok(launch)
