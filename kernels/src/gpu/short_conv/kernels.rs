@@ -317,7 +317,7 @@ pub(super) fn backward_kernel<I: Float, N: Size>(
                     d_bias += slope;
                     #[unroll]
                     for j in 0..width {
-                        d_weights[j] = d_weights[j] + slope * window[j];
+                        d_weights[j] += slope * window[j];
                     }
                 }
                 // Of the input `W - 1` before this one, all that it met has come by.
