@@ -19,33 +19,31 @@ use thalweg_scan as scan;
 use self::burn::{Any, BurnOp};
 
 const BOTH: &[Dtype] = &[Dtype::F32, Dtype::Bf16];
-const ALL: &[Path] = &[Path::Native, Path::Burn, Path::Portable];
-/// Of operations that have GPU kernels.
 #[cfg(feature = "gpu")]
-const WITH_GPU: &[Path] = &[Path::Native, Path::Burn, Path::Portable, Path::Gpu];
+const ALL: &[Path] = &[Path::Native, Path::Burn, Path::Portable, Path::Gpu];
 #[cfg(not(feature = "gpu"))]
-const WITH_GPU: &[Path] = ALL;
+const ALL: &[Path] = &[Path::Native, Path::Burn, Path::Portable];
 
 type Shapes = &'static [&'static [usize]];
 
-const fn channels(name: &'static str, paths: &'static [Path], shapes: Shapes, steps: Shapes) -> Entry {
+const fn channels(name: &'static str, shapes: Shapes, steps: Shapes) -> Entry {
     let axes = &["batch", "time", "channels"];
-    Entry { part: Part::Ops, name, axes, shapes, steps, chunked: false, paths, dtypes: BOTH }
+    Entry { part: Part::Ops, name, axes, shapes, steps, chunked: false, paths: ALL, dtypes: BOTH }
 }
 
-const fn matrix(name: &'static str, paths: &'static [Path]) -> Entry {
+const fn matrix(name: &'static str) -> Entry {
     const SHAPES: Shapes = &[&[1, 2048, 4, 128, 128]];
     const STEPS: Shapes = &[&[1, 1, 4, 128, 128], &[8, 1, 4, 128, 128]];
     let axes = &["batch", "time", "heads", "key_dim", "value_dim"];
-    Entry { part: Part::Ops, name, axes, shapes: SHAPES, steps: STEPS, chunked: true, paths, dtypes: BOTH }
+    Entry { part: Part::Ops, name, axes, shapes: SHAPES, steps: STEPS, chunked: true, paths: ALL, dtypes: BOTH }
 }
 
 /// Every operation; the shapes are those at which other implementations are known.
 pub(crate) const ENTRIES: &[Entry] = &[
-    channels("scan", WITH_GPU, &[&[4, 4096, 1024]], &[&[8, 1, 2560]]),
-    channels("hgrn", WITH_GPU, &[&[4, 4096, 1024]], &[&[8, 1, 2560]]),
-    channels("complex_scan", WITH_GPU, &[&[1, 2048, 2560]], &[]),
-    channels("rg_lru", WITH_GPU, &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
+    channels("scan", &[&[4, 4096, 1024]], &[&[8, 1, 2560]]),
+    channels("hgrn", &[&[4, 4096, 1024]], &[&[8, 1, 2560]]),
+    channels("complex_scan", &[&[1, 2048, 2560]], &[]),
+    channels("rg_lru", &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
     Entry {
         part: Part::Ops,
         name: "rg_lru_block",
@@ -56,15 +54,15 @@ pub(crate) const ENTRIES: &[Entry] = &[
         paths: &[Path::Burn, Path::Portable],
         dtypes: &[Dtype::F32],
     },
-    channels("short_conv", WITH_GPU, &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
-    matrix("linear_attention", WITH_GPU),
-    matrix("retention", WITH_GPU),
-    matrix("simple_gla", WITH_GPU),
-    matrix("gla", WITH_GPU),
-    matrix("delta_rule", WITH_GPU),
-    matrix("gated_delta_rule", WITH_GPU),
-    matrix("kda", WITH_GPU),
-    matrix("dplr", WITH_GPU),
+    channels("short_conv", &[&[1, 2048, 2560]], &[&[8, 1, 2560]]),
+    matrix("linear_attention"),
+    matrix("retention"),
+    matrix("simple_gla"),
+    matrix("gla"),
+    matrix("delta_rule"),
+    matrix("gated_delta_rule"),
+    matrix("kda"),
+    matrix("dplr"),
     Entry {
         part: Part::Ops,
         name: "attention",
@@ -72,7 +70,7 @@ pub(crate) const ENTRIES: &[Entry] = &[
         shapes: &[&[1, 2048, 4, 128], &[1, 8192, 4, 128]],
         steps: &[&[1, 2048, 4, 128], &[8, 2048, 4, 128]],
         chunked: false,
-        paths: WITH_GPU,
+        paths: ALL,
         dtypes: BOTH,
     },
 ];
