@@ -42,9 +42,15 @@ pub(crate) fn engine(client: &Client, storage: Storage) -> Engine {
     } else if narrow && plane_min == plane && matmul.cmma.contains(&wanted) {
         Engine::Matrix { plane: plane as usize, tf32 }
     } else {
-        // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
-        Engine::Registers { side: if plane > 8 { 4 } else { 1 } }
+        registers(client)
     }
+}
+
+/// The engine that runs everywhere.
+pub(crate) fn registers(client: &Client) -> Engine {
+    // Planes of 8 are the vectors of a CPU, whose compiler takes minutes over unrolled blocks.
+    let large = client.properties().hardware.plane_size_max > 8;
+    Engine::Registers { side: if large { 4 } else { 1 } }
 }
 
 /// How operands of products are kept in memory, and their type in kernels.

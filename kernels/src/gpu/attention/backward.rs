@@ -4,8 +4,7 @@
 //! dv_j = sum_i p_ij do_i      ds_ij = scale p_ij (do_i . v_j - do_i . o_i)      dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i
 //! ```
 //! One cube computes a block of queries of one head and walks the keys that they see, or a block of keys and walks the queries
-//! of all heads that see them. So every sum has one order, and nothing is added to by two cubes. Where shared memory has no
-//! room for four tiles, the two that are walked take turns in one ([`Blueprint::in_turn`]).
+//! of all heads that see them. So every sum has one order, and nothing is added to by two cubes.
 
 use cubecl::prelude::*;
 
@@ -68,17 +67,13 @@ struct Tiles<E: Float> {
 
 #[cube]
 impl<E: Float> Tiles<E> {
-    /// `walks_keys`, or queries.
-    fn new(#[comptime] walks_keys: bool, #[comptime] b: Blueprint) -> Self {
+    fn new(#[comptime] b: Blueprint) -> Self {
         let (c, operand) = comptime!((b.chunk, b.operand_padding()));
-        let (one_key, one_query) = comptime!((b.in_turn && walks_keys, b.in_turn && !walks_keys));
-        let queries = Tile::<E>::new(c, comptime!(if one_query { b.widest() } else { b.key_cols }), operand);
-        let keys = Tile::<E>::new(c, comptime!(if one_key { b.widest() } else { b.key_cols }), operand);
         Tiles::<E> {
-            d_outs: if comptime!(one_query) { queries.alias() } else { Tile::<E>::new(c, b.value_cols, operand) },
-            values: if comptime!(one_key) { keys.alias() } else { Tile::<E>::new(c, b.value_cols, operand) },
-            queries,
-            keys,
+            queries: Tile::<E>::new(c, b.key_cols, operand),
+            d_outs: Tile::<E>::new(c, b.value_cols, operand),
+            keys: Tile::<E>::new(c, b.key_cols, operand),
+            values: Tile::<E>::new(c, b.value_cols, operand),
             lse: Shared::new_slice(c),
             products: Shared::new_slice(c),
             weights: Sums::new(comptime!(b.spread(c))),
@@ -86,20 +81,17 @@ impl<E: Float> Tiles<E> {
         }
     }
 
-    /// Reads queries and what came of them; of tensors in turn, queries.
+    /// Reads queries and what came of them.
     fn load_queries<I: Float, N: Size>(
         &mut self,
         q: &[Vector<I, N>],
         x: &Outputs<I, N>,
         rows: &Rows,
         sizes: &Sizes,
-        #[comptime] in_turn: bool,
         #[comptime] b: Blueprint,
     ) {
-        let (query_flight, out_flight) = (
-            rows.ask(q, sizes.key_dim, b.key_cols, true, b),
-            rows.ask(&x.do_, sizes.value_dim, b.value_cols, !in_turn, b),
-        );
+        let query_flight = rows.ask(q, sizes.key_dim, b.key_cols, b);
+        let out_flight = rows.ask(&x.do_, sizes.value_dim, b.value_cols, b);
         for row in range_stepped(unit(), b.chunk, units()) {
             // Beyond the last query: no weight at all.
             let (mut lse, mut product) = (f32::new(1e30), f32::new(0.0));
@@ -115,18 +107,17 @@ impl<E: Float> Tiles<E> {
         out_flight.put_all::<E>(&mut self.d_outs);
     }
 
-    /// Reads keys and values; of tensors in turn, keys.
+    /// Reads keys and values.
     fn load_keys<I: Float, N: Size>(
         &mut self,
         k: &[Vector<I, N>],
         v: &[Vector<I, N>],
         rows: &Rows,
         sizes: &Sizes,
-        #[comptime] in_turn: bool,
         #[comptime] b: Blueprint,
     ) {
-        let (key_flight, value_flight) =
-            (rows.ask(k, sizes.key_dim, b.key_cols, true, b), rows.ask(v, sizes.value_dim, b.value_cols, !in_turn, b));
+        let key_flight = rows.ask(k, sizes.key_dim, b.key_cols, b);
+        let value_flight = rows.ask(v, sizes.value_dim, b.value_cols, b);
         key_flight.put_all::<E>(&mut self.keys);
         value_flight.put_all::<E>(&mut self.values);
     }
@@ -170,33 +161,17 @@ struct Rows {
 
 #[cube]
 impl Rows {
-    /// Asks for all features of these rows, if they are `wanted`.
+    /// Asks for all features of these rows.
     fn ask<I: Float, N: Size>(
         &self,
         x: &[Vector<I, N>],
         dim: usize,
         #[comptime] cols: usize,
-        #[comptime] wanted: bool,
         #[comptime] b: Blueprint,
     ) -> Flight<I, N> {
-        let mut flight = Flight::<I, N>::new(comptime!(b.shape(cols)), wanted);
+        let mut flight = Flight::<I, N>::new(comptime!(b.shape(cols)), true);
         flight.ask(x, rows_of(self.first, self.head, self.heads, dim), self.count, 0, dim, unit());
         flight
-    }
-
-    /// Puts them in the place of others, which are read no more. Synchronises.
-    fn replace<I: Float, E: Float, N: Size>(
-        &self,
-        x: &[Vector<I, N>],
-        tile: &mut Tile<E>,
-        dim: usize,
-        #[comptime] cols: usize,
-        #[comptime] b: Blueprint,
-    ) {
-        let flight = self.ask(x, dim, cols, true, b);
-        sync_cube();
-        flight.put_all::<E>(tile);
-        sync_cube();
     }
 }
 
@@ -219,29 +194,22 @@ pub(crate) fn queries_kernel<I: Float, E: Float, N: Size>(
     let c = comptime!(b.chunk);
     let (block, head) = (Block::of(CUBE_POS / sizes.heads, table), CUBE_POS % sizes.heads);
     let kv_head = head / (sizes.heads / sizes.kv_heads);
-    let mut tiles = Tiles::<E>::new(true, b);
+    let mut tiles = Tiles::<E>::new(b);
     let mut d_scores = Tile::<E>::new(c, c, comptime!(b.operand_padding()));
     let mut sum = Sums::new(comptime!(b.spread(b.key_cols)));
     sum.clear();
     let rows = Rows { first: block.first, count: block.rows, head, heads: sizes.heads };
-    tiles.load_queries::<I, N>(q, x, &rows, sizes, false, b);
+    tiles.load_queries::<I, N>(q, x, &rows, sizes, b);
     let (from, end) = block.keys(sizes, c);
     for first in range_stepped(from, end, c) {
         let count = min(block.other_rows - first, c);
         let rows = Rows { first: block.other + first, count, head: kv_head, heads: sizes.kv_heads };
-        tiles.load_keys::<I, N>(k, v, &rows, sizes, b.in_turn, b);
+        tiles.load_keys::<I, N>(k, v, &rows, sizes, b);
         sync_cube();
         tiles.scores(b);
-        if comptime!(b.in_turn) {
-            rows.replace::<I, E, N>(v, &mut tiles.values, sizes.value_dim, b.value_cols, b);
-        }
         tiles.weigh(block.position, first, sizes, b);
         tiles.d_scores.put_at::<E>(&mut d_scores, 0);
-        if comptime!(b.in_turn) {
-            rows.replace::<I, E, N>(k, &mut tiles.keys, sizes.key_dim, b.key_cols, b);
-        } else {
-            sync_cube();
-        }
+        sync_cube();
         sum.product::<E, E>(&d_scores, &tiles.keys, comptime!(Form::ab(c, b.key_cols, c, Mode::Add)));
         sync_cube();
     }
@@ -269,7 +237,7 @@ pub(crate) fn keys_kernel<I: Float, E: Float, N: Size>(
     let (c, operand) = comptime!((b.chunk, b.operand_padding()));
     let (block, kv_head) = (Block::of(CUBE_POS / sizes.kv_heads, table), CUBE_POS % sizes.kv_heads);
     let group = sizes.heads / sizes.kv_heads;
-    let mut tiles = Tiles::<E>::new(false, b);
+    let mut tiles = Tiles::<E>::new(b);
     let mut weights = Tile::<E>::new(c, c, operand);
     let mut d_scores = Tile::<E>::new(c, c, operand);
     let mut key_sum = Sums::new(comptime!(b.spread(b.key_cols)));
@@ -277,7 +245,7 @@ pub(crate) fn keys_kernel<I: Float, E: Float, N: Size>(
     key_sum.clear();
     value_sum.clear();
     let rows = Rows { first: block.first, count: block.rows, head: kv_head, heads: sizes.kv_heads };
-    tiles.load_keys::<I, N>(k, v, &rows, sizes, false, b);
+    tiles.load_keys::<I, N>(k, v, &rows, sizes, b);
     // Keys that no query sees: the tiles are written again at once.
     sync_cube();
     let (from, end) = block.queries(sizes, c);
@@ -286,20 +254,14 @@ pub(crate) fn keys_kernel<I: Float, E: Float, N: Size>(
         for first in range_stepped(from, end, c) {
             let count = min(block.other_rows - first, c);
             let rows = Rows { first: block.other + first, count, head, heads: sizes.heads };
-            tiles.load_queries::<I, N>(q, x, &rows, sizes, b.in_turn, b);
+            tiles.load_queries::<I, N>(q, x, &rows, sizes, b);
             sync_cube();
             tiles.scores(b);
-            if comptime!(b.in_turn) {
-                rows.replace::<I, E, N>(&x.do_, &mut tiles.d_outs, sizes.value_dim, b.value_cols, b);
-            }
             tiles.weigh(block.other_position + first, block.position, sizes, b);
             tiles.weights.put_at::<E>(&mut weights, 0);
             tiles.d_scores.put_at::<E>(&mut d_scores, 0);
             sync_cube();
             value_sum.product::<E, E>(&weights, &tiles.d_outs, comptime!(Form::atb(c, b.value_cols, c, Mode::Add)));
-            if comptime!(b.in_turn) {
-                rows.replace::<I, E, N>(q, &mut tiles.queries, sizes.key_dim, b.key_cols, b);
-            }
             key_sum.product::<E, E>(&d_scores, &tiles.queries, comptime!(Form::atb(c, b.key_cols, c, Mode::Add)));
             sync_cube();
         }

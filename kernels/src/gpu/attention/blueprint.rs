@@ -3,7 +3,7 @@
 use cubecl::client::Client;
 
 use super::super::buffer::Storage;
-use super::super::engine::{SHARED_MEMORY, engine, operands, planes};
+use super::super::engine::{SHARED_MEMORY, engine, operands, planes, registers};
 use super::super::tile::{BLOCK, Engine, Spread, WARP};
 use super::super::transfer::Shape;
 use crate::attention::AttentionProblem;
@@ -20,8 +20,6 @@ pub(crate) struct Blueprint {
     pub engine: Engine,
     /// Bytes of an element of an operand tile.
     pub operand_size: usize,
-    /// Backwards, whether the two tensors that are walked have one tile.
-    pub in_turn: bool,
 }
 
 /// The three launches.
@@ -43,18 +41,35 @@ pub(crate) struct Blueprints {
 impl Blueprints {
     /// The largest blocks that the device has room for; none if it has too little for the heads.
     pub fn select(client: &Client, p: &AttentionProblem, storage: Storage) -> Option<Self> {
+        let preferred = engine(client, storage);
+        // Registers take f32, but blocks of fewer rows than matrix units have.
+        let engines = [preferred, registers(client)];
+        engines.into_iter().find_map(|engine| {
+            let choose = |kernels: &[Kernel]| Blueprint::largest(client, p, storage, engine, kernels);
+            Some(Self { forward: choose(&[Kernel::Forward])?, backward: choose(&[Kernel::Queries, Kernel::Keys])? })
+        })
+    }
+}
+
+impl Blueprint {
+    /// The largest blocks for which there is room.
+    fn largest(
+        client: &Client,
+        p: &AttentionProblem,
+        storage: Storage,
+        engine: Engine,
+        kernels: &[Kernel],
+    ) -> Option<Self> {
         let hardware = &client.properties().hardware;
-        let engine = engine(client, storage);
         let room = hardware.max_shared_memory_size.min(SHARED_MEMORY);
         let most = hardware.max_units_per_cube as usize;
         let [key_cols, value_cols] = [p.key_dim, p.value_dim].map(|dim| dim.next_multiple_of(BLOCK));
         let operand_size = operands(engine, storage).0.size();
         // Sums of outputs and gradients should not take more registers than a unit has.
         let widest = key_cols.max(value_cols);
-        let choose = |kernels: &[Kernel]| {
-            // Blocks of 16 are small enough to look for room elsewhere first.
-            let sizes = [(64, false), (32, false), (16, false), (16, true)];
-            sizes.into_iter().find_map(|(chunk, in_turn)| {
+        let chunks = [64, 32, 16, 8].into_iter().filter(|chunk| *chunk >= BLOCK || !engine.on_matrix_units());
+        chunks
+            .map(|chunk| {
                 let units = match engine {
                     Engine::Registers { side: 1 } => 2 * chunk,
                     Engine::Registers { .. } => (chunk * widest / 32).next_multiple_of(chunk).clamp(2 * WARP, 256),
@@ -62,16 +77,11 @@ impl Blueprints {
                     Engine::Mma if kernels[0] == Kernel::Forward && value_cols <= 128 => WARP * (chunk / BLOCK).max(2),
                     Engine::Mma => planes(WARP, chunk, widest),
                 };
-                let b = Blueprint { chunk, key_cols, value_cols, units, engine, operand_size, in_turn };
-                let fits = |kernel: &Kernel| b.shared_memory(*kernel) <= room && units <= most;
-                kernels.iter().all(fits).then_some(b)
+                Self { chunk, key_cols, value_cols, units, engine, operand_size }
             })
-        };
-        Some(Self { forward: choose(&[Kernel::Forward])?, backward: choose(&[Kernel::Queries, Kernel::Keys])? })
+            .find(|b| b.units <= most && kernels.iter().all(|kernel| b.shared_memory(*kernel) <= room))
     }
-}
 
-impl Blueprint {
     /// Elements of a row that a unit reads or writes at a time.
     pub fn vector(&self, p: &AttentionProblem) -> usize {
         let most = 16 / self.operand_size;
@@ -87,11 +97,6 @@ impl Blueprint {
     /// Padding of operand tiles.
     pub fn operand_padding(&self) -> usize {
         self.engine.padding(self.operand_size)
-    }
-
-    /// Columns of a tile for queries or keys as for outputs or values.
-    pub fn widest(&self) -> usize {
-        self.key_cols.max(self.value_cols)
     }
 
     /// A matrix of sums.
@@ -130,8 +135,7 @@ impl Blueprint {
     /// What a kernel needs, in bytes.
     fn shared_memory(&self, kernel: Kernel) -> usize {
         let (c, k, v) = (self.chunk, self.key_cols, self.value_cols);
-        let walked = if self.in_turn { self.operand(self.widest()) } else { self.operand(k) + self.operand(v) };
-        let four = self.operand(k) + self.operand(v) + walked;
+        let four = 2 * (self.operand(k) + self.operand(v));
         let tiles = match kernel {
             Kernel::Forward => {
                 let scores = if self.by_plane() { 0 } else { self.float(c) };
