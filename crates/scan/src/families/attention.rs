@@ -21,7 +21,7 @@ use crate::{AttentionOptions, Error, check, portable};
 /// Query head `h` uses key head `h / (H / HK)`. `S` may exceed `T`: the queries are then the last `T` of
 /// `S` tokens, as when a prompt or a single token continues a cache. Returns `[B, T, H, V]`. The memory of the native
 /// kernels, on CPUs and on GPUs, is linear in `T` and `S`, forward and backward; the portable path, which also runs on GPUs
-/// with less shared memory than blocks of such heads need, keeps all scores for its backward pass.
+/// with less shared memory than a block of such heads needs, keeps all scores for its backward pass.
 ///
 /// # Errors
 /// A shape, element type or option that does not fit; see [`Error`].
