@@ -68,6 +68,12 @@ impl MatrixProblem {
         [sequences, self.value_heads, self.key_dim, self.value_dim]
     }
 
+    /// The same with two tokens for each one, as a GPU computes low-rank writes.
+    pub(crate) fn twice(&self) -> Self {
+        let cu_seqlens = self.cu_seqlens.as_ref().map(|bounds| bounds.iter().map(|bound| 2 * bound).collect());
+        Self { time: 2 * self.time, cu_seqlens, ..self.clone() }
+    }
+
     pub(crate) fn head_shape(&self) -> [usize; 3] {
         [self.batch, self.time, self.value_heads]
     }

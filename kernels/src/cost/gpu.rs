@@ -77,7 +77,7 @@ impl Stages {
         let low_rank = write == WriteKind::LowRank;
         let (delta, gate) = (write != WriteKind::Additive, if low_rank { GateKind::Key } else { gate });
         let write = if low_rank { WriteKind::Delta } else { write };
-        let p = &MatrixProblem { time: if low_rank { 2 } else { 1 } * p.time, ..p.clone() };
+        let p = &if low_rank { p.twice() } else { p.clone() };
         let (c, k, v) = (p.chunk.max(1), p.key_dim, p.value_dim);
         let chunks = lengths(p).iter().map(|length| length.div_ceil(c)).sum::<usize>() * p.value_heads;
         let (by_key, x) = (gate == GateKind::Key, Tensors::new(p, gate, write, element));
@@ -286,10 +286,13 @@ mod tests {
 
     #[test]
     fn low_rank_writes_are_the_delta_rule_of_twice_the_tokens() {
+        let packed = MatrixProblem { batch: 1, cu_seqlens: Some(vec![0, 70, 1024]), ..problem() };
+        let of_packed = MatrixProblem { time: 2048, cu_seqlens: Some(vec![0, 140, 2048]), ..packed.clone() };
         let twice = MatrixProblem { time: 2 * problem().time, ..problem() };
-        for pass in [Pass::Forward, Pass::Backward] {
-            let low_rank = matrix(&problem(), G::Head, WriteKind::LowRank, 2, pass);
-            let delta = matrix(&twice, G::Key, WriteKind::Delta, 2, pass);
+        let cases = [(problem(), twice), (packed, of_packed)];
+        for ((p, twice), pass) in cases.iter().flat_map(|case| [(case, Pass::Forward), (case, Pass::Backward)]) {
+            let low_rank = matrix(p, G::Head, WriteKind::LowRank, 2, pass);
+            let delta = matrix(twice, G::Key, WriteKind::Delta, 2, pass);
             assert_eq!(low_rank.total().flops, delta.total().flops);
             // Half of what comes back is not wanted; all else that is written is read.
             assert!(low_rank.total().bytes > delta.total().bytes + low_rank.tensors);

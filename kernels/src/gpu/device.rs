@@ -35,3 +35,10 @@ pub(crate) fn grid(client: &Client, cubes: usize) -> Result<CubeCount, Error> {
     }
     Ok(CubeCount::Static(columns as u32, rows as u32, 1))
 }
+
+/// Elements of a row that a unit reads or writes at a time: 16 bytes of elements of `size`, and less where rows of some width
+/// are no multiple of it.
+pub(crate) fn vector(size: usize, widths: &[usize]) -> usize {
+    let fits = |n: &usize| n * size <= 16 && widths.iter().all(|width| width.is_multiple_of(*n));
+    [8, 4, 2].into_iter().find(fits).unwrap_or(1)
+}

@@ -82,13 +82,6 @@ impl Blueprint {
             .find(|b| b.units <= most && kernels.iter().all(|kernel| b.shared_memory(*kernel) <= room))
     }
 
-    /// Elements of a row that a unit reads or writes at a time.
-    pub fn vector(&self, p: &AttentionProblem) -> usize {
-        let most = 16 / self.operand_size;
-        let fits = |n: &usize| *n <= most && p.key_dim.is_multiple_of(*n) && p.value_dim.is_multiple_of(*n);
-        [8, 4, 2].into_iter().find(fits).unwrap_or(1)
-    }
-
     /// Padding of f32 tiles.
     pub fn padding(&self) -> usize {
         self.engine.padding(4)

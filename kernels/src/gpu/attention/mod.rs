@@ -17,7 +17,7 @@ use cubecl::client::Client;
 use cubecl::ir::{AddressType, ElemType};
 
 use super::buffer::{Buffer, Storage};
-use super::device::{address_type, grid};
+use super::device::{address_type, grid, vector};
 use super::engine::{launch, operands};
 use crate::attention::AttentionProblem;
 use crate::error::Error;
@@ -181,7 +181,8 @@ impl<'a> Launch<'a> {
         };
         let address = address_type(client, storage, [x.q.len, x.k.len, x.v.len])?;
         let types = [storage.elem_type(), operands(b.forward.engine, storage).1];
-        Ok(Self { client, p, sequences, b, address, vector: b.forward.vector(p), types })
+        let vector = vector(b.forward.operand_size, &[p.key_dim, p.value_dim]);
+        Ok(Self { client, p, sequences, b, address, vector, types })
     }
 
     fn table(&self, b: &Blueprint, of_keys: bool) -> (Buffer, usize) {

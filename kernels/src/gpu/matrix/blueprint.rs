@@ -217,13 +217,6 @@ impl Blueprint {
         blocks.map(|block| self.with_block(client, block)).find(|b| b.gradients_memory() <= room)
     }
 
-    /// Elements of a row that a unit reads or writes at a time: 16 bytes, and less where rows are no multiple of it.
-    pub fn vector(&self, p: &MatrixProblem) -> usize {
-        let most = 16 / self.operand_size;
-        let fits = |n: &usize| *n <= most && p.key_dim.is_multiple_of(*n) && p.value_dim.is_multiple_of(*n);
-        [8, 4, 2].into_iter().find(fits).unwrap_or(1)
-    }
-
     /// Sub-blocks of a chunk.
     pub const fn segments(&self) -> usize {
         self.chunk / BLOCK
@@ -339,6 +332,11 @@ impl Blueprint {
     pub fn by_row(&self) -> Self {
         let gate = if self.gate == GateKind::Key { GateKind::None } else { self.gate };
         Self { gate, ..*self }
+    }
+
+    /// For launches to which keys that only read are keys like others.
+    pub fn plain(&self) -> Self {
+        Self { low_rank: false, ..*self }
     }
 
     /// How keys that read the state meet the decay.

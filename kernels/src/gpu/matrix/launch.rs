@@ -5,17 +5,18 @@ use cubecl::ir::{AddressType, ElemType};
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 
 use super::super::buffer::{Buffer, Storage};
-use super::super::device::{address_type, grid};
+use super::super::device::{address_type, grid, vector};
 use super::super::engine::{launch, operands};
 use super::super::reduce::{sum_all_rows, sum_rows};
 use super::blueprint::{Blueprint, GateKind, ReadBlueprint, WalkBlueprint};
 use super::output::Direction;
 use super::place::{SizesLaunch, table};
 use super::step::{COLUMNS, LowRankLaunch, StepBlueprint, StepSizesLaunch, step_kernel};
-use super::{Inputs, Outputs, Write, validate};
+use super::{Inputs, Outputs, Write};
 use crate::cost::WriteKind;
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
+use crate::sequences::Sequences;
 
 use super::{Gate, Gradients, ahead, chunk_backward, output, scores, scores_backward};
 use super::{panel_state::panel_state_kernel, panel_state_backward::panel_state_backward_kernel};
@@ -91,13 +92,14 @@ pub(crate) struct Walk {
 }
 
 impl<'a> Launch<'a> {
+    /// Of inputs that have been checked.
     pub fn new(
         client: &'a Client,
         p: &'a MatrixProblem,
+        sequences: &Sequences,
         x: &'a Inputs<'a>,
         reads: Option<&'a Buffer>,
     ) -> Result<Self, Error> {
-        let sequences = validate(p, x)?;
         let storage = x.q.storage;
         let delta = x.write.beta().is_some();
         let b = Blueprint::select(client, p, storage, x.gate.kind(), delta, reads.is_some());
@@ -106,9 +108,9 @@ impl<'a> Launch<'a> {
             let reason = format!("{room} bytes of shared memory are too few for `key_dim` {}", p.key_dim);
             return Err(Error::Device { reason });
         };
-        let (table, chunks) = table(&sequences, b.chunk);
+        let (table, chunks) = table(sequences, b.chunk);
         let (table, sequences) = (Buffer::table(client, &table), sequences.count());
-        let (w, r) = (b.walk(client, p, sequences), b.read(p));
+        let (w, r) = (b.plain().walk(client, p, sequences), b.plain().read(p));
         let nothing = absent(client);
         let chunk_heads = chunks * p.value_heads;
         let lengths = [
@@ -119,7 +121,7 @@ impl<'a> Launch<'a> {
         ];
         let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operands(b.engine, storage).1];
-        let vector = b.vector(p);
+        let vector = vector(b.operand_size, &[p.key_dim, p.value_dim]);
         Ok(Self { client, p, x, reads, b, gradients, w, r, chunks, sequences, table, nothing, address, vector, types })
     }
 
@@ -352,7 +354,7 @@ impl<'a> Launch<'a> {
             p.arg(),
             r.arg(),
             self.sizes(&self.b),
-            self.b,
+            self.b.plain(),
             self.types,
         );
         Ok([p, r])

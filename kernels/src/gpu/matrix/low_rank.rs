@@ -16,10 +16,10 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::super::buffer::{Buffer, Storage};
-use super::super::device::{address_type, grid};
+use super::super::device::{address_type, grid, vector};
 use super::super::reduce::{sum_all_rows, sum_rows};
 use super::launch::{Launch, absent};
-use super::{Gate, Gradients, Inputs, Outputs, Write};
+use super::{Gate, Gradients, Inputs, Outputs, Write, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
 
@@ -117,8 +117,7 @@ struct Pairs<'a> {
 impl<'a> Pairs<'a> {
     /// Of inputs that have been checked.
     fn new(client: &'a Client, p: &'a MatrixProblem, x: &Inputs, a: &Buffer, b: &Buffer) -> Result<Self, Error> {
-        let cu_seqlens = p.cu_seqlens.as_ref().map(|bounds| bounds.iter().map(|bound| 2 * bound).collect());
-        let problem = MatrixProblem { time: 2 * p.time, cu_seqlens, ..p.clone() };
+        let problem = p.twice();
         let (keys, values) = (p.heads * p.key_dim, p.value_heads * p.value_dim);
         let tokens = problem.batch * problem.time;
         let g = Buffer::output(client, Storage::F32, tokens * keys);
@@ -137,10 +136,10 @@ impl<'a> Pairs<'a> {
             x.gate.tensor().is_some(),
         );
         Ok(Self {
-            q: interleave(client, None, Some(x.q), keys, 1.0)?,
-            k: interleave(client, Some(b), Some(x.k), keys, 1.0)?,
-            v: interleave(client, None, Some(x.v), values, 1.0)?,
-            reads: interleave(client, Some(a), None, keys, -1.0)?,
+            q: interleave(client, Rows::Second(x.q), keys, 1.0)?,
+            k: interleave(client, Rows::Both(b, x.k), keys, 1.0)?,
+            v: interleave(client, Rows::Second(x.v), values, 1.0)?,
+            reads: interleave(client, Rows::First(a), keys, -1.0)?,
             client,
             p,
             problem,
@@ -189,7 +188,8 @@ pub(crate) fn forward(
 ) -> Result<Outputs, Error> {
     let pairs = Pairs::new(client, p, x, a, b)?;
     let inputs = pairs.inputs(x.initial_state);
-    let out = Launch::new(client, &pairs.problem, &inputs, Some(&pairs.reads))?.forward()?;
+    let sequences = validate(&pairs.problem, &inputs)?;
+    let out = Launch::new(client, &pairs.problem, &sequences, &inputs, Some(&pairs.reads))?.forward()?;
     Ok(Outputs { o: pairs.values(&out.o)?, ..out })
 }
 
@@ -204,8 +204,9 @@ pub(crate) fn backward(
 ) -> Result<Gradients, Error> {
     let pairs = Pairs::new(client, p, x, a, b)?;
     let inputs = pairs.inputs(x.initial_state);
-    let d_o = d_o.map(|d_o| interleave(client, None, Some(d_o), p.value_heads * p.value_dim, 1.0)).transpose()?;
-    let launch = Launch::new(client, &pairs.problem, &inputs, Some(&pairs.reads))?;
+    let d_o = d_o.map(|d_o| interleave(client, Rows::Second(d_o), p.value_heads * p.value_dim, 1.0)).transpose()?;
+    let sequences = validate(&pairs.problem, &inputs)?;
+    let launch = Launch::new(client, &pairs.problem, &sequences, &inputs, Some(&pairs.reads))?;
     let d = launch.backward(d_o.as_ref(), d_final_state)?;
     Ok(Gradients {
         dq: pairs.keys(&d.dq, Half::Odd, 1.0)?,
@@ -219,32 +220,29 @@ pub(crate) fn backward(
     })
 }
 
-/// Elements of a row that a unit moves at a time: at most 16 bytes.
-fn vector(storage: Storage, width: usize) -> usize {
-    [8, 4, 2].into_iter().find(|n| n * storage.size() <= 16 && width.is_multiple_of(*n)).unwrap_or(1)
+/// What becomes rows of the first and of the second of two tokens.
+enum Rows<'a> {
+    First(&'a Buffer),
+    Second(&'a Buffer),
+    Both(&'a Buffer, &'a Buffer),
 }
 
-fn interleave(
-    client: &Client,
-    even: Option<&Buffer>,
-    odd: Option<&Buffer>,
-    width: usize,
-    factor: f32,
-) -> Result<Buffer, Error> {
-    let there = [even.is_some(), odd.is_some()];
-    let Some(one) = even.or(odd) else {
-        return Err(Error::Device { reason: "rows of no tensor were to be interleaved".into() });
+fn interleave(client: &Client, rows: Rows, width: usize, factor: f32) -> Result<Buffer, Error> {
+    let (even, odd, there) = match rows {
+        Rows::First(x) => (x, x, [true, false]),
+        Rows::Second(x) => (x, x, [false, true]),
+        Rows::Both(even, odd) => (even, odd, [true, true]),
     };
-    let n = vector(one.storage, width);
-    let out = Buffer::output(client, one.storage, 2 * one.len);
+    let n = vector(even.storage.size(), &[width]);
+    let out = Buffer::output(client, even.storage, 2 * even.len);
     interleave_kernel::launch(
         client,
         grid(client, (out.len / n).div_ceil(UNITS))?,
         CubeDim::new_1d(UNITS as u32),
         address_type(client, out.storage, [out.len])?,
         n,
-        even.unwrap_or(one).arg(),
-        odd.unwrap_or(one).arg(),
+        even.arg(),
+        odd.arg(),
         out.arg(),
         width / n,
         factor,
@@ -255,7 +253,7 @@ fn interleave(
 }
 
 fn every_other(client: &Client, x: &Buffer, width: usize, half: Half, factor: f32) -> Result<Buffer, Error> {
-    let n = vector(x.storage, width);
+    let n = vector(x.storage.size(), &[width]);
     let out = Buffer::output(client, x.storage, x.len / 2);
     every_other_kernel::launch(
         client,

@@ -133,10 +133,10 @@ pub struct Outputs {
 /// [`Error`] for a zero size, `value_heads` that is no multiple of `heads`, a tensor of the wrong length or type,
 /// boundaries that are no partition; [`Error::Device`] if the device has too little shared memory for `key_dim`.
 pub fn forward(client: &Client, problem: &MatrixProblem, inputs: &Inputs) -> Result<Outputs, Error> {
-    validate(problem, inputs)?;
+    let sequences = validate(problem, inputs)?;
     match inputs.write {
         Write::LowRank { a, b } => low_rank::forward(client, problem, inputs, a, b),
-        _ => Launch::new(client, problem, inputs, None)?.forward(),
+        _ => Launch::new(client, problem, &sequences, inputs, None)?.forward(),
     }
 }
 
@@ -165,7 +165,7 @@ pub fn backward(
     d_o: Option<&Buffer>,
     d_final_state: Option<&Buffer>,
 ) -> Result<Gradients, Error> {
-    validate(problem, inputs)?;
+    let sequences = validate(problem, inputs)?;
     if let Some(d) = d_o {
         d.check("do", inputs.q.storage, &problem.value_shape())?;
     }
@@ -174,7 +174,7 @@ pub fn backward(
     }
     match inputs.write {
         Write::LowRank { a, b } => low_rank::backward(client, problem, inputs, [a, b], d_o, d_final_state),
-        _ => Launch::new(client, problem, inputs, None)?.backward(d_o, d_final_state),
+        _ => Launch::new(client, problem, &sequences, inputs, None)?.backward(d_o, d_final_state),
     }
 }
 

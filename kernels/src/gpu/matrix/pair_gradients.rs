@@ -8,8 +8,7 @@ use super::blueprint::Blueprint;
 use super::chunk_backward::{ByToken, Operands, Pairs, Roles};
 use super::decay::{Decay, Role, put_weighted};
 use super::place::{Place, Sizes};
-use super::scores::reading_keys;
-use super::transfer::ask_keys;
+use super::transfer::{ask_keys, reading_keys};
 
 /// Adds the pairs, whose decay is in `p` and `r` already. Leaves plain queries and keys.
 #[cube]

@@ -18,7 +18,7 @@ use super::decay::{Decay, Role, put_weighted, step_size};
 use super::inverse::invert;
 use super::lower::{Between, multiply_lower, weigh_lower};
 use super::place::{Place, Sizes};
-use super::transfer::{ask_keys, store_scores, store_square};
+use super::transfer::{ask_keys, reading_keys, store_scores, store_square};
 
 /// With gates per key feature, queries and keys that have met the decay, for the launches that need no more of it.
 #[derive(CubeType, CubeLaunch)]
@@ -228,25 +228,6 @@ fn take_steps(sums: &mut Sums, steps: &Shared<[f32]>) {
             let place = sums.place(unit, j);
             sums.set(place, j, sums.get(place, j) * steps[place.1]);
         }
-    }
-}
-
-/// A block of the keys that read the state.
-#[cube]
-pub(super) fn reading_keys<I: Float, N: Size>(
-    reads: &[Vector<I, N>],
-    keys: &Flight<I, N>,
-    place: &Place,
-    sizes: &Sizes,
-    k0: usize,
-    #[comptime] b: Blueprint,
-) -> Flight<I, N> {
-    if comptime!(b.low_rank) {
-        let mut flight = Flight::<I, N>::new(comptime!(b.shape(b.chunk, b.block)), true);
-        ask_keys(&mut flight, reads, place, sizes, k0);
-        flight
-    } else {
-        keys.alias()
     }
 }
 

@@ -19,6 +19,25 @@ pub(crate) fn ask_keys<I: Float, N: Size>(
     flight.ask(x, place.keys(sizes), place.rows, k0, sizes.key_dim, unit());
 }
 
+/// A block of the keys that read the state.
+#[cube]
+pub(crate) fn reading_keys<I: Float, N: Size>(
+    reads: &[Vector<I, N>],
+    keys: &Flight<I, N>,
+    place: &Place,
+    sizes: &Sizes,
+    k0: usize,
+    #[comptime] b: Blueprint,
+) -> Flight<I, N> {
+    if comptime!(b.low_rank) {
+        let mut flight = Flight::<I, N>::new(comptime!(b.shape(b.chunk, b.block)), true);
+        ask_keys(&mut flight, reads, place, sizes, k0);
+        flight
+    } else {
+        keys.alias()
+    }
+}
+
 /// Asks for a chunk's scores, `[chunk, chunk]` at `at`, as one of all units.
 #[cube]
 pub(crate) fn ask_scores<E: Float, N: Size>(

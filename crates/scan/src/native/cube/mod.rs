@@ -65,11 +65,14 @@ impl Kernels for CubeBackend {
     ) -> Result<Operands, Error> {
         let operands = contiguous(operands);
         let (like, x) = (first(&operands), buffers(&operands));
-        // The kernels that look at their output again want a gradient of it, as does the convolution.
-        let zeros = saved.first().or(operands[0].as_ref().filter(|_| matches!(operation, Operation::ShortConv { .. })));
-        let zeros = zeros.map(|o| Self::float_zeros(o.shape(), &o.device, o.dtype.into()));
+        // The matrix recurrences need no gradient of an output that nobody used; all others want zeros then.
+        let d_o = d_o.or_else(|| {
+            let typed = operands[operation.typed_slot()].as_ref()?;
+            let zeros = || Self::float_zeros(operation.shapes()[0].clone(), &like.device, typed.dtype.into());
+            (!matches!(operation, Operation::Matrix { .. })).then(zeros)
+        });
         let mut saved = saved.into_iter();
-        let [o, lse, d_o] = [saved.next(), saved.next(), d_o.or(zeros)].map(|x| x.map(|x| buffer(&into_contiguous(x))));
+        let [o, lse, d_o] = [saved.next(), saved.next(), d_o].map(|x| x.map(|x| buffer(&into_contiguous(x))));
         let d_state = buffer(&into_contiguous(d_final_state));
         let gradients = match (operation, o, d_o) {
             (Operation::Attention { problem }, Some(o), Some(d_o)) => {
