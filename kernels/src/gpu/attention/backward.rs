@@ -8,11 +8,10 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Sums, Tile, unit, units};
-use super::super::transfer::{Flight, store};
+use super::super::tile::{Form, Mode, Sums, Tile, exponential, unit, units};
+use super::super::transfer::store;
 use super::blueprint::Blueprint;
-use super::place::{Block, Sizes, number_of, rows_of, sees};
-use super::softmax::{exponential, log_scale};
+use super::place::{Block, Rows, Sizes, number_of, sees};
 
 /// `out = do . o` of each query and head, one for each unit.
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
@@ -97,7 +96,7 @@ impl<E: Float> Tiles<E> {
             let (mut lse, mut product) = (f32::new(1e30), f32::new(0.0));
             if row < rows.count {
                 let at = number_of(rows.first + row, rows.head, sizes);
-                lse = x.lse[at] * comptime!(log_scale(b.engine));
+                lse = x.lse[at] * comptime!(b.engine.log_scale());
                 product = x.products[at];
             }
             self.lse[row] = lse;
@@ -134,44 +133,19 @@ impl<E: Float> Tiles<E> {
         self.d_scores.product::<E, E>(&self.d_outs, &self.values, form);
         self.d_scores.settle();
         let unit = unit();
-        let factor = sizes.scale * comptime!(log_scale(b.engine));
+        let factor = sizes.scale * comptime!(b.engine.log_scale());
         #[unroll]
         for j in 0..comptime!(self.weights.spread.len()) {
             if self.weights.has(unit, j) {
                 let place = self.weights.place(unit, j);
                 let score = self.weights.get(place, j) * factor - self.lse[place.0];
                 let seen = sees(queries + place.0, keys + place.1, sizes);
-                let weight = select(seen, exponential(score, b), f32::new(0.0));
+                let weight = select(seen, exponential(score, b.engine), f32::new(0.0));
                 let d_score = weight * (self.d_scores.get(place, j) - self.products[place.0]) * sizes.scale;
                 self.weights.set(place, j, weight);
                 self.d_scores.set(place, j, d_score);
             }
         }
-    }
-}
-
-/// Rows of a head of a tensor.
-#[derive(CubeType, Clone, Copy)]
-struct Rows {
-    first: usize,
-    count: usize,
-    head: usize,
-    heads: usize,
-}
-
-#[cube]
-impl Rows {
-    /// Asks for all features of these rows.
-    fn ask<I: Float, N: Size>(
-        &self,
-        x: &[Vector<I, N>],
-        dim: usize,
-        #[comptime] cols: usize,
-        #[comptime] b: Blueprint,
-    ) -> Flight<I, N> {
-        let mut flight = Flight::<I, N>::new(comptime!(b.shape(cols)), true);
-        flight.ask(x, rows_of(self.first, self.head, self.heads, dim), self.count, 0, dim, unit());
-        flight
     }
 }
 
@@ -213,8 +187,7 @@ pub(crate) fn queries_kernel<I: Float, E: Float, N: Size>(
         sum.product::<E, E>(&d_scores, &tiles.keys, comptime!(Form::ab(c, b.key_cols, c, Mode::Add)));
         sync_cube();
     }
-    let at = rows_of(block.first, head, sizes.heads, sizes.key_dim);
-    leave::<I, E, N>(&sum, &mut tiles.queries, dq, at, block.rows, sizes.key_dim, b);
+    leave::<I, E, N>(&sum, &mut tiles.queries, dq, &rows, sizes.key_dim, b);
 }
 
 /// `dk` and `dv`
@@ -266,10 +239,8 @@ pub(crate) fn keys_kernel<I: Float, E: Float, N: Size>(
             sync_cube();
         }
     }
-    let key_at = rows_of(block.first, kv_head, sizes.kv_heads, sizes.key_dim);
-    let value_at = rows_of(block.first, kv_head, sizes.kv_heads, sizes.value_dim);
-    leave::<I, E, N>(&key_sum, &mut tiles.keys, dk, key_at, block.rows, sizes.key_dim, b);
-    leave::<I, E, N>(&value_sum, &mut tiles.values, dv, value_at, block.rows, sizes.value_dim, b);
+    leave::<I, E, N>(&key_sum, &mut tiles.keys, dk, &rows, sizes.key_dim, b);
+    leave::<I, E, N>(&value_sum, &mut tiles.values, dv, &rows, sizes.value_dim, b);
 }
 
 /// Writes sums to a tensor, through a tile that nothing reads any more. Synchronises.
@@ -278,17 +249,17 @@ pub(super) fn leave<I: Float, E: Float, N: Size>(
     sums: &Sums,
     tile: &mut Tile<E>,
     out: &mut [Vector<I, N>],
-    at: (usize, usize),
-    rows: usize,
+    rows: &Rows,
     dim: usize,
     #[comptime] b: Blueprint,
 ) {
+    let at = rows.at(dim);
     if comptime!(sums.spread.in_memory()) {
         sync_cube();
-        store::<I, f32, N>(&sums.memory, out, at, rows, 0, dim, b.units);
+        store::<I, f32, N>(&sums.memory, out, at, rows.count, 0, dim, b.units);
     } else {
         sums.put::<E>(tile);
         sync_cube();
-        store::<I, E, N>(&*tile, out, at, rows, 0, dim, b.units);
+        store::<I, E, N>(&*tile, out, at, rows.count, 0, dim, b.units);
     }
 }

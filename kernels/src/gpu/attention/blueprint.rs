@@ -22,14 +22,6 @@ pub(crate) struct Blueprint {
     pub operand_size: usize,
 }
 
-/// The three launches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kernel {
-    Forward,
-    Queries,
-    Keys,
-}
-
 /// What the launches of one problem are compiled with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Blueprints {
@@ -45,21 +37,15 @@ impl Blueprints {
         // Registers take f32, but blocks of fewer rows than matrix units have.
         let engines = [preferred, registers(client)];
         engines.into_iter().find_map(|engine| {
-            let choose = |kernels: &[Kernel]| Blueprint::largest(client, p, storage, engine, kernels);
-            Some(Self { forward: choose(&[Kernel::Forward])?, backward: choose(&[Kernel::Queries, Kernel::Keys])? })
+            let choose = |forward| Blueprint::largest(client, p, storage, engine, forward);
+            Some(Self { forward: choose(true)?, backward: choose(false)? })
         })
     }
 }
 
 impl Blueprint {
     /// The largest blocks for which there is room.
-    fn largest(
-        client: &Client,
-        p: &AttentionProblem,
-        storage: Storage,
-        engine: Engine,
-        kernels: &[Kernel],
-    ) -> Option<Self> {
+    fn largest(client: &Client, p: &AttentionProblem, storage: Storage, engine: Engine, forward: bool) -> Option<Self> {
         let hardware = &client.properties().hardware;
         let room = hardware.max_shared_memory_size.min(SHARED_MEMORY);
         let most = hardware.max_units_per_cube as usize;
@@ -74,12 +60,12 @@ impl Blueprint {
                     Engine::Registers { side: 1 } => 2 * chunk,
                     Engine::Registers { .. } => (chunk * widest / 32).next_multiple_of(chunk).clamp(2 * WARP, 256),
                     Engine::Matrix { plane, .. } => planes(plane, chunk, widest),
-                    Engine::Mma if kernels[0] == Kernel::Forward && value_cols <= 128 => WARP * (chunk / BLOCK).max(2),
+                    Engine::Mma if forward && value_cols <= 128 => WARP * (chunk / BLOCK).max(2),
                     Engine::Mma => planes(WARP, chunk, widest),
                 };
                 Self { chunk, key_cols, value_cols, units, engine, operand_size }
             })
-            .find(|b| b.units <= most && kernels.iter().all(|kernel| b.shared_memory(*kernel) <= room))
+            .find(|b| b.units <= most && b.shared_memory(forward) <= room)
     }
 
     /// Padding of f32 tiles.
@@ -125,17 +111,14 @@ impl Blueprint {
         if self.spread(cols).in_memory() { self.float(cols) } else { 64 }
     }
 
-    /// What a kernel needs, in bytes.
-    fn shared_memory(&self, kernel: Kernel) -> usize {
+    /// What the forward pass, or the launch for keys and values, which of the backward pass has the most, needs in bytes.
+    fn shared_memory(&self, forward: bool) -> usize {
         let (c, k, v) = (self.chunk, self.key_cols, self.value_cols);
-        let four = 2 * (self.operand(k) + self.operand(v));
-        let tiles = match kernel {
-            Kernel::Forward => {
-                let scores = if self.by_plane() { 0 } else { self.float(c) };
-                2 * self.operand(k) + self.operand(v) + self.operand(c) + scores + self.sums(v)
-            }
-            Kernel::Queries => four + 2 * self.sums(c) + self.operand(c) + self.sums(k),
-            Kernel::Keys => four + 2 * (self.operand(c) + self.sums(c)) + self.sums(k) + self.sums(v),
+        let tiles = if forward {
+            let scores = if self.by_plane() { 0 } else { self.float(c) };
+            2 * self.operand(k) + self.operand(v) + self.operand(c) + scores + self.sums(v)
+        } else {
+            2 * (self.operand(k) + self.operand(v) + self.operand(c) + self.sums(c)) + self.sums(k) + self.sums(v)
         };
         // And what is lost because tiles begin at multiples of 32 bytes.
         tiles + (3 * c + self.units) * 4 + 512

@@ -8,11 +8,10 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Form, Mode, Sums, Tile, unit};
-use super::super::transfer::Flight;
+use super::super::tile::{Form, Mode, Sums, Tile};
 use super::backward::leave;
 use super::blueprint::Blueprint;
-use super::place::{Block, Sizes, number_of, rows_of};
+use super::place::{Block, Rows, Sizes, number_of};
 use super::softmax::{Softmax, scale_scores};
 
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
@@ -43,19 +42,14 @@ pub(crate) fn forward_kernel<I: Float, E: Float, N: Size>(
     let mut softmax = Softmax::new(b);
     out.clear();
 
-    let mut query_flight = Flight::<I, N>::new(comptime!(b.shape(b.key_cols)), true);
-    let at = rows_of(block.first, head, sizes.heads, sizes.key_dim);
-    query_flight.ask(q, at, block.rows, 0, sizes.key_dim, unit());
-    query_flight.put_all::<E>(&mut queries);
+    let own = Rows { first: block.first, count: block.rows, head, heads: sizes.heads };
+    own.ask(q, sizes.key_dim, b.key_cols, b).put_all::<E>(&mut queries);
     let (from, end) = block.keys(sizes, c);
     for first in range_stepped(from, end, c) {
-        let rows = min(block.other_rows - first, c);
-        let mut key_flight = Flight::<I, N>::new(comptime!(b.shape(b.key_cols)), true);
-        let mut value_flight = Flight::<I, N>::new(comptime!(b.shape(b.value_cols)), true);
-        let key_at = rows_of(block.other + first, kv_head, sizes.kv_heads, sizes.key_dim);
-        let value_at = rows_of(block.other + first, kv_head, sizes.kv_heads, sizes.value_dim);
-        key_flight.ask(k, key_at, rows, 0, sizes.key_dim, unit());
-        value_flight.ask(v, value_at, rows, 0, sizes.value_dim, unit());
+        let count = min(block.other_rows - first, c);
+        let rows = Rows { first: block.other + first, count, head: kv_head, heads: sizes.kv_heads };
+        let key_flight = rows.ask(k, sizes.key_dim, b.key_cols, b);
+        let value_flight = rows.ask(v, sizes.value_dim, b.value_cols, b);
         key_flight.put_all::<E>(&mut keys);
         value_flight.put_all::<E>(&mut values);
         sync_cube();
@@ -70,6 +64,5 @@ pub(crate) fn forward_kernel<I: Float, E: Float, N: Size>(
     }
     softmax.divide(&mut out, b);
     softmax.leave(&scores, lse, &block, number_of(block.first, head, sizes), b);
-    let at = rows_of(block.first, head, sizes.heads, sizes.value_dim);
-    leave::<I, E, N>(&out, &mut values, o, at, block.rows, sizes.value_dim, b);
+    leave::<I, E, N>(&out, &mut values, o, &own, sizes.value_dim, b);
 }

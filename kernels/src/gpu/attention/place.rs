@@ -2,6 +2,9 @@
 
 use cubecl::prelude::*;
 
+use super::super::tile::unit;
+use super::super::transfer::Flight;
+use super::blueprint::Blueprint;
 use crate::attention::AttentionProblem;
 use crate::sequences::Sequences;
 
@@ -98,10 +101,34 @@ pub(crate) fn sees(query: usize, key: usize, sizes: &Sizes) -> bool {
     key <= query && query - min(key, query) < sizes.window
 }
 
-/// Where a head's first of some rows is in a `[rows, heads, dim]` tensor, and from there to the next.
+/// Rows of a head of a `[rows, heads, dim]` tensor.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Rows {
+    pub first: usize,
+    pub count: usize,
+    pub head: usize,
+    pub heads: usize,
+}
+
 #[cube]
-pub(crate) fn rows_of(first: usize, head: usize, heads: usize, dim: usize) -> (usize, usize) {
-    ((first * heads + head) * dim, heads * dim)
+impl Rows {
+    /// Where the first is, and from there to the next.
+    pub fn at(&self, dim: usize) -> (usize, usize) {
+        ((self.first * self.heads + self.head) * dim, self.heads * dim)
+    }
+
+    /// Asks for all features of these rows.
+    pub fn ask<I: Float, N: Size>(
+        &self,
+        x: &[Vector<I, N>],
+        dim: usize,
+        #[comptime] cols: usize,
+        #[comptime] b: Blueprint,
+    ) -> Flight<I, N> {
+        let mut flight = Flight::<I, N>::new(comptime!(b.shape(cols)), true);
+        flight.ask(x, self.at(dim), self.count, 0, dim, unit());
+        flight
+    }
 }
 
 /// Where the number of a query is in `[batch, heads, time]`.

@@ -3,7 +3,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{Engine, Sums, Tile, exp2, unit};
+use super::super::tile::{Sums, Tile, exp2, exponential, unit};
 use super::blueprint::Blueprint;
 use super::place::{Block, Sizes, sees};
 
@@ -11,22 +11,11 @@ use super::place::{Block, Sizes, sees};
 /// the first score that is one.
 pub(crate) const HIDDEN: f32 = -1e30;
 
-/// Scores are binary logarithms where `exp2` is one instruction.
-pub(crate) fn log_scale(engine: Engine) -> f32 {
-    if engine == Engine::Mma { std::f32::consts::LOG2_E } else { 1.0 }
-}
-
-/// The exponential of a difference of such scores.
-#[cube]
-pub(crate) fn exponential(x: f32, #[comptime] b: Blueprint) -> f32 {
-    if comptime!(b.engine == Engine::Mma) { exp2(x) } else { x.exp() }
-}
-
 /// Scales products of queries and keys, and hides pairs that do not meet.
 #[cube]
 pub(crate) fn scale_scores(scores: &mut Sums, queries: usize, keys: usize, sizes: &Sizes, #[comptime] b: Blueprint) {
     let unit = unit();
-    let factor = sizes.scale * comptime!(log_scale(b.engine));
+    let factor = sizes.scale * comptime!(b.engine.log_scale());
     #[unroll]
     for j in 0..comptime!(scores.spread.len()) {
         if scores.has(unit, j) {
@@ -177,7 +166,7 @@ impl Softmax {
         }
         let mut sum = f32::new(0.0);
         for col in range_stepped(share, b.chunk, shares) {
-            let weight = exponential(scores.get(row, col) - most, b);
+            let weight = exponential(scores.get(row, col) - most, b.engine);
             sum += weight;
             weights.set(row, col, weight);
         }
@@ -190,7 +179,7 @@ impl Softmax {
             for other in 0..shares {
                 sum += self.partial[other * b.chunk + row];
             }
-            let shrink = exponential(before - most, b);
+            let shrink = exponential(before - most, b.engine);
             self.sum[row] = self.sum[row] * shrink + sum;
             self.shrink[row] = shrink;
             self.most[row] = most;
@@ -210,11 +199,11 @@ impl Softmax {
 
     /// Writes the natural logarithm of each row's sum. After [`Softmax::take`], whose scores these are.
     pub fn leave(&self, scores: &Sums, out: &mut [f32], block: &Block, at: usize, #[comptime] b: Blueprint) {
-        let unlog = comptime!(1.0 / log_scale(b.engine));
+        let unlog = comptime!(1.0 / b.engine.log_scale());
         if comptime!(b.by_plane()) {
             #[unroll]
             for n in 0..scores.rows() {
-                let row = scores.place(unit(), comptime!(n / 2 * scores.spread.part() + n % 2 * 2)).0;
+                let row = scores.first_of_row(unit(), n).0;
                 if unit() % 4 < 1 && row < block.rows {
                     out[at + row] = self.own.most[n] * unlog + self.own.sum[n].ln();
                 }

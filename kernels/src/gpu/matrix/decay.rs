@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Engine, Sums, Tile, WARP, exp2, reciprocal, unit, units};
+use super::super::tile::{BLOCK, Engine, Sums, Tile, WARP, exponential, reciprocal, unit, units};
 use super::super::transfer::Flight;
 use super::blueprint::{Blueprint, GateKind};
 use super::place::{Place, Sizes};
@@ -55,17 +55,6 @@ pub(crate) struct Decay {
 /// Sums of gates over a sub-block down to which an operand may hold what undoes them.
 const MILD: f32 = -30.0;
 
-/// Sums of gates are binary logarithms on [`Engine::Mma`], whose operands are of 16 bits anyway.
-fn scale_of_logs(engine: Engine) -> f32 {
-    if engine == Engine::Mma { std::f32::consts::LOG2_E } else { 1.0 }
-}
-
-/// The exponential of a sum of gates.
-#[cube]
-pub(super) fn exponential(sum: f32, #[comptime] b: Blueprint) -> f32 {
-    if comptime!(b.engine == Engine::Mma) { exp2(sum) } else { sum.exp() }
-}
-
 #[cube]
 impl Decay {
     pub fn new(#[comptime] b: Blueprint) -> Decay {
@@ -96,7 +85,7 @@ impl Decay {
     pub fn begin(&mut self, gate: f32, #[comptime] b: Blueprint) {
         if comptime!(b.gate == GateKind::Head) {
             if unit() < b.chunk {
-                self.g[unit()] = gate * comptime!(scale_of_logs(b.engine));
+                self.g[unit()] = gate * comptime!(b.engine.log_scale());
             }
             sync_cube();
             // Within sub-blocks, then over them: every unit reads 16 gates and a few sums, side by side.
@@ -122,8 +111,8 @@ impl Decay {
                     before += select(s < segment, self.totals[s], f32::new(0.0));
                     after += select(s > segment, self.totals[s], f32::new(0.0));
                 }
-                self.from_start[i] = exponential(self.so_far[i] + before, b);
-                self.to_end[i] = exponential(self.later[i] + after, b);
+                self.from_start[i] = exponential(self.so_far[i] + before, b.engine);
+                self.to_end[i] = exponential(self.later[i] + after, b.engine);
             }
             sync_cube();
         }
@@ -167,13 +156,13 @@ impl Decay {
                 let mut gates = Array::<f32>::new(BLOCK);
                 #[unroll]
                 for i in 0..BLOCK {
-                    gates[i] = key_gate(g, place, sizes, first + i, k0 + k) * comptime!(scale_of_logs(b.engine));
+                    gates[i] = key_gate(g, place, sizes, first + i, k0 + k) * comptime!(b.engine.log_scale());
                 }
                 let mut sum = f32::new(0.0);
                 #[unroll]
                 for i in 0..BLOCK {
                     let through = sum + gates[i];
-                    self.within.set(first + i, k, exponential(through, b));
+                    self.within.set(first + i, k, exponential(through, b.engine));
                     sum = through;
                 }
                 self.totals[item] = self.within.get(first + comptime!(BLOCK - 1), k);
@@ -184,7 +173,7 @@ impl Decay {
                 for i in 1..BLOCK {
                     let back = comptime!(BLOCK - 1 - i);
                     let later = sum + gates[comptime!(back + 1)];
-                    self.after.set(first + back, k, exponential(later, b));
+                    self.after.set(first + back, k, exponential(later, b.engine));
                     sum = later;
                 }
             }
@@ -205,7 +194,7 @@ impl Decay {
         for plane in 0..comptime!(b.units / WARP) {
             least = least.min(self.strongest[plane]);
         }
-        least >= comptime!(MILD * scale_of_logs(b.engine))
+        least >= comptime!(MILD * b.engine.log_scale())
     }
 
     /// Leaves `e^g` of each token and feature of the block in the place of what [`Role::Within`] and those made of it need.
@@ -213,8 +202,8 @@ impl Decay {
     pub fn factors(&mut self, g: &[f32], place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) {
         for i in range_stepped(unit(), comptime!(b.chunk * b.block), units()) {
             let (row, k) = (i / b.block, i % b.block);
-            let gate = key_gate(g, place, sizes, row, k0 + k) * comptime!(scale_of_logs(b.engine));
-            self.within.set(row, k, exponential(gate, b));
+            let gate = key_gate(g, place, sizes, row, k0 + k) * comptime!(b.engine.log_scale());
+            self.within.set(row, k, exponential(gate, b.engine));
         }
     }
 

@@ -270,7 +270,7 @@ fn sum_in_registers<E: Float>(pairs: &Pairs<E>, roles: &Roles, tokens: &mut ByTo
     }
     #[unroll]
     for n in 0..of.rows() {
-        let (row, col) = of.place(unit(), comptime!(n / 2 * of.spread.part() + n % 2 * 2));
+        let (row, col) = of.first_of_row(unit(), n);
         let at = col / comptime!(of.spread.cols / of.spread.across()) * b.chunk + row;
         let first = unit() % 4 < 1;
         if comptime!(b.delta) {

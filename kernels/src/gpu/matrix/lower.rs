@@ -2,9 +2,9 @@
 
 use cubecl::prelude::*;
 
-use super::super::tile::{BLOCK, Sums, Tile, unit, units};
+use super::super::tile::{BLOCK, Sums, Tile, exponential, unit, units};
 use super::blueprint::{Blueprint, GateKind};
-use super::decay::{Decay, exponential};
+use super::decay::Decay;
 
 /// The log-decay between the tokens of each sub-block, `[chunk, 16]`, where scores are weighed in registers.
 #[derive(CubeType)]
@@ -70,7 +70,7 @@ pub(crate) fn weigh_lower(
                     if comptime!(b.gate == GateKind::Head) {
                         let near = between.sums.get(row, col % BLOCK);
                         let far = decay.so_far[row] + until(decay, col, segment, b);
-                        weight = exponential(select(own == segment, near, far), b);
+                        weight = exponential(select(own == segment, near, far), b.engine);
                     }
                     p.set(place, j, select(row >= col, p.get(place, j) * weight * scale, f32::new(0.0)));
                     if comptime!(b.delta) {
@@ -125,7 +125,7 @@ pub(crate) fn multiply_lower(p: &mut Tile<f32>, r: &mut Tile<f32>, decay: &Decay
                 if i > j {
                     sum += decay.g[i];
                 }
-                weight = exponential(sum, b);
+                weight = exponential(sum, b.engine);
             }
             p.set(i, j, select(i >= j, p.get(i, j) * weight, f32::new(0.0)));
             if comptime!(b.delta) {

@@ -11,8 +11,8 @@ use cubecl::prelude::*;
 use super::super::tile::{Corner, Form, Mode, Sums, Tile, this_cube, unit};
 use super::super::transfer::{Flight, load};
 use super::ahead::{Ahead, Rows, WalkedKeys, fetch_keys, put_keys};
-use super::blueprint::{Blueprint, GateKind, WalkBlueprint};
-use super::decay::{Decay, Role};
+use super::blueprint::{GateKind, WalkBlueprint};
+use super::decay::{Role, weigh_sums};
 use super::place::{Place, Sizes, Walk};
 use super::state::{
     Part, decay_rows, leave_state, narrow_state, read_state, store_state, store_sums, take_state, take_steps, weigh,
@@ -99,7 +99,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
                 }
             }
             if comptime!(b.gate == GateKind::Head) {
-                weigh_sums(&by.decay, &mut du, Role::ToEnd, by_row);
+                weigh_sums(&mut du, 1.0, &by.decay, Role::ToEnd, by_row);
                 du.settle();
             }
             du.product::<E, E>(&square, &d_out, comptime!(Form::atb(c, d, c, Mode::Add)));
@@ -166,19 +166,6 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     dstate.settle();
     let part = Part::of(this_cube(), sizes, w);
     leave_state(&dstate, d_initial, &part, sizes);
-}
-
-/// `sums *=` the weight of their row in a role.
-#[cube]
-fn weigh_sums(decay: &Decay, sums: &mut Sums, #[comptime] role: Role, #[comptime] b: Blueprint) {
-    let unit = unit();
-    #[unroll]
-    for j in 0..comptime!(sums.spread.len()) {
-        if sums.has(unit, j) {
-            let place = sums.place(unit, j);
-            sums.set(place, j, sums.get(place, j) * decay.weight(place.0, 0, role, b));
-        }
-    }
 }
 
 /// What a chunk reads besides, on its way from its own beginning: what is needed late, and the queries, which are needed

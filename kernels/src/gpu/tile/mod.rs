@@ -49,6 +49,12 @@ impl Engine {
         matches!(self, Engine::Matrix { .. } | Engine::Mma)
     }
 
+    /// What makes of a logarithm one for [`exponential`]: binary ones where `2^x` is an instruction, and operands have 16 bits
+    /// anyway.
+    pub(crate) fn log_scale(self) -> f32 {
+        if self == Engine::Mma { std::f32::consts::LOG2_E } else { 1.0 }
+    }
+
     /// Whether the device is a CPU behind a driver for GPUs.
     pub(crate) fn in_software(self) -> bool {
         self == Engine::Registers { side: 1 }
@@ -181,6 +187,12 @@ pub(crate) fn exp2(x: f32) -> f32 {
     } else {
         (x * std::f32::consts::LN_2).exp()
     }
+}
+
+/// The exponential of a logarithm times [`Engine::log_scale`].
+#[cube]
+pub(crate) fn exponential(x: f32, #[comptime] engine: Engine) -> f32 {
+    if comptime!(engine == Engine::Mma) { exp2(x) } else { x.exp() }
 }
 
 /// `1 / x`, as [`exp2`] is.

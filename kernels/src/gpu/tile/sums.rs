@@ -190,7 +190,7 @@ impl Sums {
         self.pairs[i]
     }
 
-    /// Sets it.
+    /// Sets them.
     pub fn set_pair(&mut self, #[comptime] i: usize, pair: Vector<f32, Const<2>>) {
         self.pairs[i] = pair;
     }
@@ -198,6 +198,11 @@ impl Sums {
     /// Rows of which this unit has elements, on [`Engine::Mma`]: that of the first element of a part, and the one 8 after it.
     pub fn rows(&self) -> comptime_type!(usize) {
         comptime!(2 * self.spread.parts())
+    }
+
+    /// Where the first element of the `n`-th of them is.
+    pub fn first_of_row(&self, unit: usize, #[comptime] n: usize) -> (usize, usize) {
+        self.place(unit, comptime!(n / 2 * self.spread.part() + n % 2 * 2))
     }
 
     /// Which of them has the `i`-th pair.
