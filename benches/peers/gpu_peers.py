@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
-"""flash-linear-attention and Mamba-2 on a CUDA device, at the shapes of fla's own benchmark and at long sequences.
+"""Other libraries on a CUDA device beside ours, at the shapes of fla's own benchmark and at long sequences.
 
-usage: gpu_peers.py [--only SUBSTRING] [--shapes 1x8192x16x128,...] [--seconds 1] [--json FILE]
-                    [--ours target/release/thalweg] [--ours-json FILE]
+usage: gpu_peers.py [--only SUBSTRING] [--shapes 1x8192x16x128,...] [--steps 64x16x128,...] [--seconds 1] [--json FILE]
+                    [--ours target/release/thalweg] [--dtype bf16] [--ours-json FILE]
 
 With `--ours`, a `thalweg` built with `--features cuda`, each benchmark of ours with the same name, passes and shape runs first,
 on the same device in the same session, and one markdown table of both is printed, by operation, pass, shape and element type.
 Theirs are medians of what CUDA events say of runs after a warm-up that compiles and tunes; memory is the most that torch's
 allocator had at once, inputs included. Gradients are those of all inputs. Inputs are bf16, gates and beta f32.
+
+The other libraries run on nothing but CUDA. Where there is none, `--ours` still runs on what the build finds, Mesa's software
+driver for one, and the table says why the others are missing; `--dtype f32` where that device has no bf16.
 """
 
 import argparse
+import importlib
 import json
 import pathlib
 import statistics
@@ -18,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from importlib.metadata import version
 
 # fla's benchmarks/ops/registry.py, then one long sequence: batch, time, heads, features of keys and of values.
 SHAPES = [
@@ -36,18 +42,32 @@ STEPS = [(1, 16, 128), (8, 16, 128), (64, 16, 128), (256, 16, 128)]
 
 FORWARD, TRAIN, STEP = "forward", "forward+backward", "step"
 
+# Our name of a matrix recurrence; fla's module and function after `chunk_` and `fused_recurrent_`; inputs; and those after q, k
+# and v as `fused_recurrent_` calls them.
+FAMILY = [
+    ("gla", "gla", "gla", ["q", "k", "v", "key"], ["gk"]),
+    ("simple_gla", "simple_gla", "simple_gla", ["q", "k", "v", "head"], ["g"]),
+    ("gated_delta_rule", "gated_delta_rule", "gated_delta_rule", ["q", "k", "v", "head", "beta"], ["g", "beta"]),
+    ("kda", "kda", "kda", ["q", "k", "v", "key", "beta"], ["g", "beta"]),
+    ("dplr", "generalized_delta_rule", "dplr_delta_rule", ["q", "k", "v", "a", "b", "key"], ["a", "b", "gk"]),
+]
+# Ours for which nobody publishes a GPU kernel.
+ALONE = ["scan", "complex_scan", "rg_lru"]
 
-def need_device():
+
+def missing():
+    """Why the other libraries cannot run, if they cannot."""
     try:
         import torch
     except ImportError:
-        sys.exit("gpu_peers.py: torch is not installed; pip install -r benches/peers/requirements-gpu.txt")
+        return "torch is not installed"
     if not torch.cuda.is_available():
-        sys.exit("gpu_peers.py: no CUDA device; these peers run on nothing else")
+        return "no CUDA device"
     try:
         import fla  # noqa: F401
     except ImportError:
-        sys.exit("gpu_peers.py: flash-linear-attention is not installed; pip install -r benches/peers/requirements-gpu.txt")
+        return "flash-linear-attention is not installed"
+    return None
 
 
 def tensors(batch, length, heads, dim):
@@ -74,43 +94,22 @@ def tensors(batch, length, heads, dim):
     }
 
 
-def operations():
-    """Name in our benchmark, name of the peer, its inputs, the chunked call, and the call on a token with a state."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-    from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule, fused_recurrent_dplr_delta_rule
-    from fla.ops.gla import chunk_gla, fused_recurrent_gla
-    from fla.ops.kda import chunk_kda, fused_recurrent_kda
-    from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+def fla_call(module, function, keywords=None):
+    """A call of fla's; with `keywords` on one token and a state, which comes first."""
+    call = getattr(importlib.import_module(f"fla.ops.{module}"), function)
+    if keywords is None:
+        return lambda *x: call(*x)[0]
+    return lambda state, q, k, v, *rest: call(
+        q, k, v, **dict(zip(keywords, rest)), initial_state=state, output_final_state=True)
 
-    keep = lambda state: dict(initial_state=state, output_final_state=True)
-    found = [
-        ("gla", "fla chunk_gla", ["q", "k", "v", "key"], lambda q, k, v, g: chunk_gla(q, k, v, g)[0],
-         lambda s, q, k, v, g: fused_recurrent_gla(q, k, v, gk=g, **keep(s))),
-        ("simple_gla", "fla chunk_simple_gla", ["q", "k", "v", "head"], lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0],
-         lambda s, q, k, v, g: fused_recurrent_simple_gla(q, k, v, g=g, **keep(s))),
-        ("gated_delta_rule", "fla chunk_gated_delta_rule", ["q", "k", "v", "head", "beta"],
-         lambda q, k, v, g, b: chunk_gated_delta_rule(q, k, v, g, b)[0],
-         lambda s, q, k, v, g, b: fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=b, **keep(s))),
-        ("kda", "fla chunk_kda", ["q", "k", "v", "key", "beta"], lambda q, k, v, g, b: chunk_kda(q, k, v, g, b)[0],
-         lambda s, q, k, v, g, b: fused_recurrent_kda(q, k, v, g, b, **keep(s))),
-        ("dplr", "fla chunk_dplr_delta_rule", ["q", "k", "v", "a", "b", "key"],
-         lambda q, k, v, a, b, g: chunk_dplr_delta_rule(q, k, v, a, b, g)[0],
-         lambda s, q, k, v, a, b, g: fused_recurrent_dplr_delta_rule(q, k, v, a, b, g, **keep(s))),
-    ]
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError:
-        print("mamba-ssm is not installed and not timed", file=sys.stderr)
-        return found
 
-    def mamba(q, k, v, g):
-        import torch
+def mamba(q, k, v, g):
+    import torch
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-        # The gate is dt A: with A = -1 the step size is -g, and what is written is as much smaller.
-        a = -torch.ones(v.shape[2], device="cuda")
-        return mamba_chunk_scan_combined(v, -g, a, k, q, chunk_size=256)
-
-    return found + [("simple_gla", "mamba-ssm mamba_chunk_scan_combined", ["q", "k", "v", "head"], mamba, None)]
+    # The gate is dt A: with A = -1 the step size is -g, and what is written is as much smaller.
+    a = -torch.ones(v.shape[2], device="cuda")
+    return mamba_chunk_scan_combined(v, -g, a, k, q, chunk_size=256)
 
 
 def hgrn(batch, length, channels):
@@ -176,104 +175,128 @@ def measure(run, seconds):
     return samples, peak
 
 
-def cases(shapes):
-    """`(benchmark, peer, pass, shape, function that makes the run)` of all."""
+def chunked(module, function, takes, shape, what):
+    inputs = tensors(*shape)
+    return passes(fla_call(module, function), [inputs[name] for name in takes])[what]
+
+
+def stepped(module, function, takes, keywords, batch, heads, dim):
     import torch
 
-    found = operations()
+    inputs = tensors(batch, 1, heads, dim)
+    state = torch.rand(batch, heads, dim, dim, device="cuda")
+    call = fla_call(module, function, keywords)
+
+    def run():
+        with torch.no_grad():
+            call(state, *(inputs[name] for name in takes))
+
+    return run
+
+
+def on_tensors(call, takes, shape, what):
+    inputs = tensors(*shape)
+    return passes(call, [inputs[name] for name in takes])[what]
+
+
+def scanned(peer, sizes, what):
+    calls, inputs = hgrn(*sizes)
+    return passes(calls[peer], inputs)[what]
+
+
+def cases(shapes, steps):
+    """`(benchmark, peer, pass, shape, function that makes the run)` of all; no peer and function for what only we have."""
     for shape in shapes:
         batch, length, heads, dim = shape
-        for name, peer, takes, chunked, _ in found:
-            for what in (FORWARD, TRAIN):
-                def make(takes=takes, chunked=chunked, shape=shape, what=what):
-                    inputs = tensors(*shape)
-                    return passes(chunked, [inputs[name] for name in takes])[what]
-                yield name, peer, what, [batch, length, heads, dim, dim], make
+        matrix, channels = [batch, length, heads, dim, dim], [batch, length, heads * dim]
         for what in (FORWARD, TRAIN):
-            def make(shape=shape, what=what):
-                inputs = tensors(*shape)
-                return passes(attention, [inputs[name] for name in "qkv"])[what]
-            yield "attention", "torch SDPA", what, list(shape), make
-        for peer in ("fla chunk_hgrn", "fla fused_recurrent_hgrn"):
-            for what in (FORWARD, TRAIN):
-                def make(peer=peer, what=what, sizes=(batch, length, heads * dim)):
-                    calls, inputs = hgrn(*sizes)
-                    return passes(calls[peer], inputs)[what]
-                yield "hgrn", peer, what, [batch, length, heads * dim], make
-    for batch, heads, dim in STEPS:
-        for name, peer, takes, _, recurrent in found:
-            if recurrent is None:
-                continue
-
-            def make(takes=takes, recurrent=recurrent, sizes=(batch, heads, dim)):
-                batch, heads, dim = sizes
-                inputs = tensors(batch, 1, heads, dim)
-                state = torch.rand(batch, heads, dim, dim, device="cuda")
-
-                def run():
-                    with torch.no_grad():
-                        recurrent(state, *(inputs[name] for name in takes))
-
-                return run
-
-            yield name, peer.replace("chunk_", "fused_recurrent_"), STEP, [batch, 1, heads, dim, dim], make
+            for name, module, function, takes, _ in FAMILY:
+                yield (name, f"fla chunk_{function}", what, matrix,
+                       partial(chunked, module, f"chunk_{function}", takes, shape, what))
+            yield ("simple_gla", "mamba-ssm mamba_chunk_scan_combined", what, matrix,
+                   partial(on_tensors, mamba, ["q", "k", "v", "head"], shape, what))
+            yield "attention", "torch SDPA", what, list(shape), partial(on_tensors, attention, "qkv", shape, what)
+            for peer in ("fla chunk_hgrn", "fla fused_recurrent_hgrn"):
+                yield "hgrn", peer, what, channels, partial(scanned, peer, channels, what)
+            for name in ALONE:
+                yield name, None, what, channels, None
+    for batch, heads, dim in steps:
+        for name, module, function, takes, keywords in FAMILY:
+            yield (name, f"fla fused_recurrent_{function}", STEP, [batch, 1, heads, dim, dim],
+                   partial(stepped, module, f"fused_recurrent_{function}", takes, keywords, batch, heads, dim))
 
 
-def report(options):
+def label(name, peer, what, shape):
+    return f"{name}/{what} {shape} {peer or 'ours alone'}"
+
+
+def timed(make, seconds):
+    """What a row says of a peer's time."""
+    import torch
+
+    try:
+        samples, peak = measure(make(), seconds)
+    except Exception as error:  # A peer that refuses or fails at a shape is a result.
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    finally:
+        torch.cuda.empty_cache()
+    quartiles = statistics.quantiles(samples, n=4)
+    return {"median_ms": statistics.median(samples), "min_ms": min(samples), "iqr_ms": quartiles[2] - quartiles[0],
+            "samples": len(samples), "peak_bytes": peak}
+
+
+def report(chosen, seconds, why_not):
+    """A row for each peer, without times if there is a reason why they cannot run."""
+    rows = []
+    for name, peer, what, shape, make in chosen:
+        row = {"part": "ops", "name": name, "pass": what, "shape": shape, "dtype": "bf16", "peer": peer}
+        if peer and not why_not:
+            row |= timed(make, seconds)
+            said = row.get("error") or f"{row['median_ms']:.4f} ms, {row['peak_bytes'] / 1e9:.2f} GB"
+            print(f"{label(name, peer, what, shape)}: {said}", file=sys.stderr)
+        rows.append(row)
+    if why_not:
+        return {"machine": {"peers": f"not run ({why_not})"}, "rows": rows}
     import torch
     import triton
-    from importlib.metadata import version
 
-    rows = []
-    for name, peer, what, shape, make in cases(options.shapes):
-        label = f"{name}/{what} {shape} {peer}"
-        if options.only not in label:
-            continue
-        row = {"part": "ops", "name": name, "pass": what, "shape": shape, "dtype": "bf16", "peer": peer}
-        try:
-            samples, peak = measure(make(), options.seconds)
-        except Exception as error:  # A peer that refuses or fails at a shape is a result.
-            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"{label}: {row['error']}", file=sys.stderr)
-        else:
-            quartiles = statistics.quantiles(samples, n=4)
-            row |= {"median_ms": statistics.median(samples), "min_ms": min(samples), "iqr_ms": quartiles[2] - quartiles[0],
-                    "samples": len(samples), "peak_bytes": peak}
-            print(f"{label}: {row['median_ms']:.4f} ms, {peak / 1e9:.2f} GB", file=sys.stderr)
-        rows.append(row)
-        torch.cuda.empty_cache()
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
                "fla": version("flash-linear-attention")}
     return {"machine": machine, "rows": rows}
 
 
-def ours(binary, only, shapes):
-    """The rows of our benchmark at the same shapes; each shape in a process of its own."""
-    rows, seen = [], set()
+def ours(binary, dtype, chosen):
+    """What our benchmark reports of the same shapes; each shape in a process of its own."""
+    reports, seen = [], set()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "ours.json"
-        for name, peer, what, shape, _ in cases(shapes):
+        for name, _, what, shape, _ in chosen:
             # A filter that contains "forward" also takes "forward+backward".
             part = f"ops/{name}/{STEP if what == STEP else FORWARD}"
-            if only not in f"{name}/{what} {shape} {peer}" or (part, *shape) in seen:
+            if (part, *shape) in seen:
                 continue
             seen.add((part, *shape))
             sizes = ",".join(map(str, shape))
-            command = [binary, "bench", "ops", "--path", "gpu", "--dtype", "bf16", "--filter", part, "--shape", sizes]
+            command = [binary, "bench", "ops", "--path", "gpu", "--dtype", dtype, "--filter", part, "--shape", sizes]
             path.unlink(missing_ok=True)
             # What is wrong or fails is said on the terminal, and is no row.
             subprocess.run([*command, "--json", str(path)], stdout=sys.stderr, check=False)
             if path.exists():
-                rows += json.loads(path.read_text())["rows"]
-    return {"rows": rows}
+                reports.append(json.loads(path.read_text()))
+    if not reports:
+        sys.exit("gpu_peers.py: none of our benchmarks ran")
+    # A `gla` in a filter also finds `simple_gla`: the last one of a benchmark stays.
+    rows = {(row["name"], row["pass"], *row["shape"]): row for report in reports for row in report["rows"]}
+    return {**reports[0], "rows": list(rows.values())}
 
 
 def joined(theirs, ours):
     """A markdown table of both."""
-    same = lambda row: (row["name"], row["pass"], tuple(row["shape"]), row["dtype"])
+    same = lambda row: (row["name"], row["pass"], tuple(row["shape"]))
     mine = {same(row): row for row in ours["rows"] if row["path"] == "gpu"}
-    versions = ", ".join(f"{name} {value}" for name, value in theirs["machine"].items())
-    lines = [versions, "",
+    versions = [f"thalweg {ours['machine']['commit']} on {ceiling['device']}" for ceiling in ours["ceilings"]]
+    versions += [f"{name} {value}" for name, value in theirs["machine"].items()]
+    lines = [", ".join(versions), "",
              "| op and shape | pass | ours (ms) | of the ceiling | GB/s | TFLOP/s | memory (GB) | error | peer | peer (ms) "
              "| memory (GB) | ratio |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in theirs["rows"]:
@@ -281,11 +304,11 @@ def joined(theirs, ours):
         if our is None:
             continue
         peer = f"{row['median_ms']:.3f} ± {row['iqr_ms']:.3f} | {row['peak_bytes'] / 1e9:.2f} | " \
-               f"{row['median_ms'] / our['median_ms']:.2f}x" if "median_ms" in row else f"{row['error']} | | "
+               f"{row['median_ms'] / our['median_ms']:.2f}x" if "median_ms" in row else f"{row.get('error', '')} | | "
         lines.append(
             f"| {row['name']} {row['shape']} | {row['pass']} | {our['median_ms']:.3f} ± {our['iqr_ms']:.3f} "
-            f"| {100 * our['fraction']:.0f} % {our['bound']} | {our['gbytes']:.0f} | {our['gflops'] / 1e3:.1f} "
-            f"| {our['peak_bytes'] / 1e9:.2f} | {our['error']:.1e} | {row['peer']} | {peer} |")
+            f"| {100 * our['fraction']:.0f} % {our['bound']} | {our['gbytes']:.3g} | {our['gflops'] / 1e3:.3g} "
+            f"| {our['peak_bytes'] / 1e9:.2f} | {our['error']:.1e} | {row['peer'] or ''} | {peer} |")
     return "\n".join(lines)
 
 
@@ -297,16 +320,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only what contains this in `name/pass shape peer`")
     parser.add_argument("--shapes", type=sizes, default=SHAPES, metavar="BxTxHxD,...", help="in place of all sequences")
+    parser.add_argument("--steps", type=sizes, default=STEPS, metavar="BxHxD,...", help="in place of all single tokens")
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples for each row")
     parser.add_argument("--json", help="writes the report to this file instead of standard output")
     parser.add_argument("--ours", metavar="THALWEG", help="runs our benchmarks too and prints one table of both")
-    parser.add_argument("--ours-json", metavar="FILE", help="writes our rows to this file")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "f32"], help="of our tensors")
+    parser.add_argument("--ours-json", metavar="FILE", help="writes our report to this file")
     options = parser.parse_args()
-    need_device()
-    mine = ours(options.ours, options.only, options.shapes) if options.ours else None
+    why_not = missing()
+    if why_not and not options.ours:
+        sys.exit(f"gpu_peers.py: {why_not}; see benches/peers/requirements-gpu.txt, or run ours alone with --ours")
+    if options.dtype != "bf16" and not why_not:
+        sys.exit("gpu_peers.py: the other libraries are timed in bf16; --dtype is for devices that they do not run on")
+    chosen = [case for case in cases(options.shapes, options.steps) if options.only in label(*case[:4])]
+    mine = ours(options.ours, options.dtype, chosen) if options.ours else None
     if options.ours_json and mine:
         pathlib.Path(options.ours_json).write_text(json.dumps(mine, indent=2) + "\n")
-    theirs = report(options)
+    theirs = report(chosen, options.seconds, why_not)
     text = json.dumps(theirs, indent=2)
     if options.json:
         pathlib.Path(options.json).write_text(text + "\n")
