@@ -49,6 +49,12 @@ impl Sequences {
         self.bounds[self.count()]
     }
 
+    /// The tokens of every sequence, if all have as many.
+    pub fn common_length(&self) -> Option<usize> {
+        let length = self.range(0).len();
+        (1..self.count()).all(|n| self.range(n).len() == length).then_some(length)
+    }
+
     /// The tokens of sequence `n`.
     pub fn range(&self, n: usize) -> Range<usize> {
         self.bounds[n]..self.bounds[n + 1]
@@ -62,7 +68,9 @@ mod tests {
     #[test]
     fn refuses_what_is_not_a_partition() {
         assert_eq!(Sequences::new(2, 3, None).unwrap().range(1), 3..6);
+        assert_eq!(Sequences::new(2, 3, None).unwrap().common_length(), Some(3));
         assert_eq!(Sequences::new(1, 7, Some(&[0, 2, 7])).unwrap().range(1), 2..7);
+        assert_eq!(Sequences::new(1, 7, Some(&[0, 2, 7])).unwrap().common_length(), None);
         for bad in [&[0][..], &[1, 7], &[0, 5, 5, 7], &[0, 6]] {
             assert!(matches!(Sequences::new(1, 7, Some(bad)), Err(Error::Sequences { .. })), "{bad:?}");
         }

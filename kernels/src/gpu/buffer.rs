@@ -61,6 +61,9 @@ pub struct Buffer {
     pub len: usize,
 }
 
+/// Elements of a tensor that stands for none: at least one vector.
+const ABSENT: usize = 8;
+
 static POISON: AtomicBool = AtomicBool::new(false);
 
 /// From now on, fills every output with NaN before its kernel runs, so that an element which no kernel writes is found.
@@ -80,6 +83,11 @@ impl Buffer {
     /// A table of numbers.
     pub(crate) fn table(client: &Client, data: &[u32]) -> Self {
         Self { handle: client.create_from_slice(bytemuck::cast_slice(data)), storage: Storage::F32, len: data.len() }
+    }
+
+    /// Stands for a tensor that is absent: never read, so nothing is copied to the device for it.
+    pub(crate) fn absent(client: &Client) -> Self {
+        Self::output(client, Storage::F32, ABSENT)
     }
 
     /// Memory for an output: its elements are arbitrary.

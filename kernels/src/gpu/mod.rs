@@ -4,6 +4,7 @@
 
 pub mod attention;
 mod buffer;
+mod chunks;
 mod device;
 mod engine;
 pub mod matrix;

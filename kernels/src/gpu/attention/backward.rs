@@ -162,11 +162,12 @@ pub(crate) fn queries_kernel<I: Float, E: Float, N: Size>(
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
-    if CUBE_POS >= sizes.blocks * sizes.heads {
+    if CUBE_POS >= sizes.cut.chunks * sizes.heads {
         terminate!();
     }
     let c = comptime!(b.chunk);
-    let (block, head) = (Block::of(CUBE_POS / sizes.heads, table), CUBE_POS % sizes.heads);
+    let head = CUBE_POS % sizes.heads;
+    let block = Block::of_queries(CUBE_POS / sizes.heads, sizes, table, c);
     let kv_head = head / (sizes.heads / sizes.kv_heads);
     let mut tiles = Tiles::<E>::new(b);
     let mut d_scores = Tile::<E>::new(c, c, comptime!(b.operand_padding()));
@@ -204,11 +205,12 @@ pub(crate) fn keys_kernel<I: Float, E: Float, N: Size>(
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
-    if CUBE_POS >= sizes.blocks * sizes.kv_heads {
+    if CUBE_POS >= sizes.cut.chunks * sizes.kv_heads {
         terminate!();
     }
     let (c, operand) = comptime!((b.chunk, b.operand_padding()));
-    let (block, kv_head) = (Block::of(CUBE_POS / sizes.kv_heads, table), CUBE_POS % sizes.kv_heads);
+    let kv_head = CUBE_POS % sizes.kv_heads;
+    let block = Block::of_keys(CUBE_POS / sizes.kv_heads, sizes, table, c);
     let group = sizes.heads / sizes.kv_heads;
     let mut tiles = Tiles::<E>::new(b);
     let mut weights = Tile::<E>::new(c, c, operand);

@@ -26,11 +26,12 @@ pub(crate) fn forward_kernel<I: Float, E: Float, N: Size>(
     #[comptime] b: Blueprint,
     #[define(I, E)] _types: [ElemType; 2],
 ) {
-    if CUBE_POS >= sizes.blocks * sizes.heads {
+    if CUBE_POS >= sizes.cut.chunks * sizes.heads {
         terminate!();
     }
     let (c, operand) = comptime!((b.chunk, b.operand_padding()));
-    let (block, head) = (Block::of(CUBE_POS / sizes.heads, table), CUBE_POS % sizes.heads);
+    let head = CUBE_POS % sizes.heads;
+    let block = Block::of_queries(CUBE_POS / sizes.heads, sizes, table, c);
     let kv_head = head / (sizes.heads / sizes.kv_heads);
     let mut queries = Tile::<E>::new(c, b.key_cols, operand);
     let mut keys = Tile::<E>::new(c, b.key_cols, operand);

@@ -17,13 +17,14 @@ use cubecl::client::Client;
 use cubecl::ir::{AddressType, ElemType};
 
 use super::buffer::{Buffer, Storage};
+use super::chunks::Chunks;
 use super::device::{address_type, grid, vector};
 use super::engine::{launch, operands};
 use crate::attention::AttentionProblem;
 use crate::error::Error;
 use crate::sequences::Sequences;
 use blueprint::{Blueprint, Blueprints};
-use place::{SizesLaunch, table};
+use place::SizesLaunch;
 
 /// The tensors that go in, of one element type.
 #[derive(Debug, Clone, Copy)]
@@ -70,19 +71,19 @@ pub fn forward(client: &Client, problem: &AttentionProblem, inputs: &Inputs) -> 
     let o = Buffer::output(client, inputs.q.storage, p.batch * p.time * p.heads * p.value_dim);
     let lse = Buffer::output(client, Storage::F32, p.batch * p.heads * p.time);
     let b = launch.b.forward;
-    let (table, blocks) = launch.table(&b, false);
+    let blocks = launch.blocks(&b, Side::Queries)?;
     launch!(
         launch,
         b,
         forward::forward_kernel,
-        grid(client, blocks * p.heads)?,
+        grid(client, blocks.count * p.heads)?,
         inputs.q.arg(),
         inputs.k.arg(),
         inputs.v.arg(),
-        table.arg(),
+        blocks.table.arg(),
         o.arg(),
         lse.arg(),
-        launch.sizes(blocks),
+        launch.sizes(&blocks, Side::Queries),
         b,
         launch.types,
     );
@@ -107,6 +108,7 @@ pub fn backward(
     d_o.check("do", storage, &[p.batch, p.time, p.heads, p.value_dim])?;
     let products = Buffer::output(client, Storage::F32, outputs.lse.len);
     let b = launch.b.backward;
+    let blocks = launch.blocks(&b, Side::Queries)?;
     launch!(
         launch,
         b,
@@ -115,44 +117,50 @@ pub fn backward(
         outputs.o.arg(),
         d_o.arg(),
         products.arg(),
-        launch.sizes(0),
+        launch.sizes(&blocks, Side::Queries),
         launch.types[0],
     );
     let [dq, dk, dv] = [inputs.q, inputs.k, inputs.v].map(|x| Buffer::output(client, storage, x.len));
-    let (table, blocks) = launch.table(&b, false);
     launch!(
         launch,
         b,
         backward::queries_kernel,
-        grid(client, blocks * p.heads)?,
+        grid(client, blocks.count * p.heads)?,
         inputs.q.arg(),
         inputs.k.arg(),
         inputs.v.arg(),
         backward::OutputsLaunch::new(d_o.arg(), outputs.lse.arg(), products.arg()),
-        table.arg(),
+        blocks.table.arg(),
         dq.arg(),
-        launch.sizes(blocks),
+        launch.sizes(&blocks, Side::Queries),
         b,
         launch.types,
     );
-    let (table, blocks) = launch.table(&b, true);
+    let blocks = launch.blocks(&b, Side::Keys)?;
     launch!(
         launch,
         b,
         backward::keys_kernel,
-        grid(client, blocks * p.kv_heads)?,
+        grid(client, blocks.count * p.kv_heads)?,
         inputs.q.arg(),
         inputs.k.arg(),
         inputs.v.arg(),
         backward::OutputsLaunch::new(d_o.arg(), outputs.lse.arg(), products.arg()),
-        table.arg(),
+        blocks.table.arg(),
         dk.arg(),
         dv.arg(),
-        launch.sizes(blocks),
+        launch.sizes(&blocks, Side::Keys),
         b,
         launch.types,
     );
     Ok(Gradients { dq, dk, dv })
+}
+
+/// What a launch has blocks of.
+#[derive(Clone, Copy)]
+enum Side {
+    Queries,
+    Keys,
 }
 
 /// One operation's launches share this.
@@ -185,14 +193,24 @@ impl<'a> Launch<'a> {
         Ok(Self { client, p, sequences, b, address, vector, types })
     }
 
-    fn table(&self, b: &Blueprint, of_keys: bool) -> (Buffer, usize) {
-        let (table, blocks) = table(self.p, &self.sequences, b.chunk, of_keys);
-        (Buffer::table(self.client, &table), blocks)
+    fn blocks(&self, b: &Blueprint, side: Side) -> Result<Chunks, Error> {
+        let p = self.p;
+        Ok(match (side, &p.cu_seqlens) {
+            (Side::Keys, None) => Chunks::new(self.client, &Sequences::new(p.batch, p.kv_time, None)?, b.chunk),
+            _ => Chunks::new(self.client, &self.sequences, b.chunk),
+        })
     }
 
-    fn sizes(&self, blocks: usize) -> SizesLaunch {
+    /// Of a launch with these blocks.
+    fn sizes(&self, blocks: &Chunks, side: Side) -> SizesLaunch {
         let p = self.p;
         let window = p.window.unwrap_or(usize::MAX).min(p.kv_time);
-        SizesLaunch::new(blocks, p.time, p.heads, p.kv_heads, p.key_dim, p.value_dim, window, p.scale)
+        let (other_time, ahead) = match (side, &p.cu_seqlens) {
+            (_, Some(_)) => (0, 0),
+            (Side::Queries, None) => (p.kv_time, p.kv_time - p.time),
+            (Side::Keys, None) => (p.time, p.kv_time - p.time),
+        };
+        let cut = blocks.cut();
+        SizesLaunch::new(cut, other_time, ahead, p.time, p.heads, p.kv_heads, p.key_dim, p.value_dim, window, p.scale)
     }
 }

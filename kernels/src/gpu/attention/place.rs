@@ -2,17 +2,20 @@
 
 use cubecl::prelude::*;
 
+use super::super::chunks::{Cut, Span};
 use super::super::tile::unit;
 use super::super::transfer::Flight;
 use super::blueprint::Blueprint;
-use crate::attention::AttentionProblem;
-use crate::sequences::Sequences;
 
 /// The sizes that are known at launch.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub(crate) struct Sizes {
-    /// Blocks of this launch.
-    pub blocks: usize,
+    /// The blocks of this launch.
+    pub cut: Cut,
+    /// Rows of each sequence on the other side, of keys or of queries; 0 if as many as on this one.
+    pub other_time: usize,
+    /// Keys before the first query of a sequence.
+    pub ahead: usize,
     pub time: usize,
     pub heads: usize,
     pub kv_heads: usize,
@@ -22,9 +25,6 @@ pub(crate) struct Sizes {
     pub window: usize,
     pub scale: f32,
 }
-
-/// Numbers of a block in a table.
-const FIELDS: usize = 6;
 
 /// A block of queries or of keys of one sequence.
 #[derive(CubeType, Clone, Copy)]
@@ -40,40 +40,38 @@ pub(crate) struct Block {
     pub other_position: usize,
 }
 
-/// Blocks of `chunk` rows, of queries or (`of_keys`) of keys; the last ones, which causal queries have the most to do for,
-/// come first.
-pub(crate) fn table(p: &AttentionProblem, sequences: &Sequences, chunk: usize, of_keys: bool) -> (Vec<u32>, usize) {
-    let mut table = Vec::new();
-    for n in 0..sequences.count() {
-        let queries = sequences.range(n);
-        let keys = if p.cu_seqlens.is_some() { queries.clone() } else { n * p.kv_time..(n + 1) * p.kv_time };
-        let ahead = keys.len() - queries.len();
-        let (own, other, [position, other_position]) =
-            if of_keys { (keys, queries, [0, ahead]) } else { (queries, keys, [ahead, 0]) };
-        for at in (0..own.len()).step_by(chunk) {
-            let rows = chunk.min(own.len() - at);
-            let block = [own.start + at, rows, position + at, other.start, other.len(), other_position];
-            table.push(block.map(|x| x as u32));
-        }
-    }
-    if !of_keys {
-        table.reverse();
-    }
-    (table.concat(), table.len())
-}
-
 #[cube]
 impl Block {
-    pub fn of(index: usize, table: &[u32]) -> Block {
-        let at = index * comptime!(FIELDS);
-        Block {
-            first: table[at] as usize,
-            rows: table[at + 1] as usize,
-            position: table[at + 2] as usize,
-            other: table[at + 3] as usize,
-            other_rows: table[at + 4] as usize,
-            other_position: table[at + 5] as usize,
+    /// Of queries, the last of a sequence first, for they have the most to do where attention is causal.
+    pub fn of_queries(index: usize, sizes: &Sizes, table: &[u32], #[comptime] chunk: usize) -> Block {
+        Block::of(sizes.cut.chunks - 1 - index, sizes.ahead, 0usize.runtime(), sizes, table, chunk)
+    }
+
+    /// Of keys.
+    pub fn of_keys(index: usize, sizes: &Sizes, table: &[u32], #[comptime] chunk: usize) -> Block {
+        Block::of(index, 0usize.runtime(), sizes.ahead, sizes, table, chunk)
+    }
+
+    /// The `index`-th block, of sequences whose first row has this position, and the first row of their other side that one.
+    fn of(
+        index: usize,
+        position: usize,
+        other_position: usize,
+        sizes: &Sizes,
+        table: &[u32],
+        #[comptime] chunk: usize,
+    ) -> Block {
+        let span = Span::of_chunk(index, &sizes.cut, table, chunk);
+        let before = (index - span.first_chunk) * chunk;
+        let first = span.first_token + before;
+        let rows = min(span.end - first, chunk.runtime());
+        let mut other = span.first_token;
+        let mut other_rows = span.end - span.first_token;
+        if sizes.other_time > 0 {
+            other = span.sequence * sizes.other_time;
+            other_rows = sizes.other_time;
         }
+        Block { first, rows, position: position + before, other, other_rows, other_position }
     }
 
     /// Of a block of queries: the first row of the keys that any of them sees, down to a multiple of `chunk`, and the row

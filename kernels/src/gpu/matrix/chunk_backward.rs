@@ -146,7 +146,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     #[define(I, E, O)] _types: [ElemType; 3],
 ) {
     let cube = CUBE_POS;
-    if cube >= sizes.chunks * sizes.value_heads {
+    if cube >= sizes.cut.chunks * sizes.value_heads {
         terminate!();
     }
     let place = Place::of(cube, sizes, table, b);

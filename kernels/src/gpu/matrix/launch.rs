@@ -5,12 +5,13 @@ use cubecl::ir::{AddressType, ElemType};
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 
 use super::super::buffer::{Buffer, Storage};
+use super::super::chunks::Chunks;
 use super::super::device::{address_type, grid, vector};
 use super::super::engine::{launch, operands};
 use super::super::reduce::{sum_all_rows, sum_rows};
 use super::blueprint::{Blueprint, GateKind, ReadBlueprint, WalkBlueprint};
 use super::output::Direction;
-use super::place::{SizesLaunch, table};
+use super::place::SizesLaunch;
 use super::step::{COLUMNS, LowRankLaunch, StepBlueprint, StepSizesLaunch, step_kernel};
 use super::{Inputs, Outputs, Write};
 use crate::cost::WriteKind;
@@ -21,14 +22,6 @@ use crate::sequences::Sequences;
 use super::{Gate, Gradients, ahead, chunk_backward, output, scores, scores_backward};
 use super::{panel_state::panel_state_kernel, panel_state_backward::panel_state_backward_kernel};
 use super::{state::state_kernel, state_backward::state_backward_kernel};
-
-/// Elements of a tensor that stands for none: at least one vector.
-const ABSENT: usize = 8;
-
-/// Stands for a tensor that is absent: never read, so nothing is copied to the device for it.
-pub(super) fn absent(client: &Client) -> Buffer {
-    Buffer::output(client, Storage::F32, ABSENT)
-}
 
 /// Stage 2 reversed.
 pub(crate) struct WalkBack {
@@ -61,9 +54,8 @@ pub(crate) struct Launch<'a> {
     gradients: Blueprint,
     w: WalkBlueprint,
     r: ReadBlueprint,
-    chunks: usize,
+    chunks: Chunks,
     sequences: usize,
-    table: Buffer,
     /// Stands for tensors that are absent, and is never read.
     nothing: Buffer,
     address: AddressType,
@@ -108,11 +100,10 @@ impl<'a> Launch<'a> {
             let reason = format!("{room} bytes of shared memory are too few for `key_dim` {}", p.key_dim);
             return Err(Error::Device { reason });
         };
-        let (table, chunks) = table(sequences, b.chunk);
-        let (table, sequences) = (Buffer::table(client, &table), sequences.count());
+        let (chunks, sequences) = (Chunks::new(client, sequences, b.chunk), sequences.count());
         let (w, r) = (b.plain().walk(client, p, sequences), b.plain().read(p));
-        let nothing = absent(client);
-        let chunk_heads = chunks * p.value_heads;
+        let nothing = Buffer::absent(client);
+        let chunk_heads = chunks.count * p.value_heads;
         let lengths = [
             chunk_heads * p.key_dim * p.value_dim,
             chunk_heads * b.chunk * b.chunk,
@@ -122,13 +113,13 @@ impl<'a> Launch<'a> {
         let address = address_type(client, storage, lengths)?;
         let types = [storage.elem_type(), operands(b.engine, storage).1];
         let vector = vector(b.operand_size, &[p.key_dim, p.value_dim]);
-        Ok(Self { client, p, x, reads, b, gradients, w, r, chunks, sequences, table, nothing, address, vector, types })
+        Ok(Self { client, p, x, reads, b, gradients, w, r, chunks, sequences, nothing, address, vector, types })
     }
 
     fn sizes(&self, b: &Blueprint) -> SizesLaunch {
         let gate_stride = if let Gate::Constant(_) = self.x.gate { 0 } else { self.p.value_heads };
         SizesLaunch::new(
-            self.chunks,
+            self.chunks.cut(),
             self.sequences,
             self.p.heads,
             self.p.value_heads,
@@ -147,7 +138,7 @@ impl<'a> Launch<'a> {
 
     /// An output that only exists if `wanted`.
     fn output_if(&self, wanted: bool, storage: Storage, len: usize) -> Buffer {
-        Buffer::output(self.client, storage, if wanted { len } else { ABSENT })
+        if wanted { Buffer::output(self.client, storage, len) } else { Buffer::absent(self.client) }
     }
 
     fn tensor(&self, optional: Option<&Buffer>) -> BufferArg {
@@ -165,7 +156,7 @@ impl<'a> Launch<'a> {
     }
 
     fn chunk_heads(&self) -> usize {
-        self.chunks * self.p.value_heads
+        self.chunks.count * self.p.value_heads
     }
 
     /// A state for each chunk, as the products read it.
@@ -197,7 +188,7 @@ impl<'a> Launch<'a> {
             self.tensor(self.reads),
             self.tensor(self.x.gate.tensor()),
             self.tensor(self.x.write.beta()),
-            self.table.arg(),
+            self.chunks.table.arg(),
             a.arg(),
             t.arg(),
             scores::WeightedLaunch::new(q_start.arg(), k_start.arg(), k_end.arg(), ends.arg()),
@@ -228,7 +219,7 @@ impl<'a> Launch<'a> {
             self.tensor(self.x.write.beta()),
             scores.t.arg(),
             self.tensor(self.x.initial_state),
-            self.table.arg(),
+            self.chunks.table.arg(),
             x.arg(),
             states.arg(),
             final_state.arg(),
@@ -271,7 +262,7 @@ impl<'a> Launch<'a> {
             self.tensor(self.x.write.beta()),
             a.arg(),
             states.arg(),
-            self.table.arg(),
+            self.chunks.table.arg(),
             o.arg(),
             self.sizes(&self.b),
             direction,
@@ -301,7 +292,7 @@ impl<'a> Launch<'a> {
             scores.t.arg(),
             d_o.arg(),
             self.tensor(d_final_state),
-            self.table.arg(),
+            self.chunks.table.arg(),
             z.arg(),
             dstates.arg(),
             d_initial_state.arg(),
@@ -350,7 +341,7 @@ impl<'a> Launch<'a> {
             self.tensor(self.x.gate.tensor()),
             d_o.arg(),
             back.z.arg(),
-            self.table.arg(),
+            self.chunks.table.arg(),
             p.arg(),
             r.arg(),
             self.sizes(&self.b),
@@ -395,7 +386,7 @@ impl<'a> Launch<'a> {
             d_o.arg(),
             back.z.arg(),
             back.dstates.arg(),
-            self.table.arg(),
+            self.chunks.table.arg(),
             chunk_backward::GradientsLaunch::new(dq.arg(), dk.arg(), dreads.arg(), dg.arg(), dbeta.arg()),
             self.sizes(&self.gradients),
             self.gradients,
@@ -433,7 +424,7 @@ impl<'a> Launch<'a> {
 pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffer) -> Result<Buffer, Error> {
     let o = Buffer::output(client, x.q.storage, x.v.len);
     let units = client.properties().hardware.max_units_per_cube as usize;
-    let nothing = absent(client);
+    let nothing = Buffer::absent(client);
     let tensor = |x: Option<&Buffer>| x.unwrap_or(&nothing).arg();
     let (write, a, b) = match x.write {
         Write::Additive => (WriteKind::Additive, None, None),

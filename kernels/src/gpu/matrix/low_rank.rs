@@ -18,7 +18,7 @@ use cubecl::prelude::*;
 use super::super::buffer::{Buffer, Storage};
 use super::super::device::{address_type, grid, vector};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::launch::{Launch, absent};
+use super::launch::Launch;
 use super::{Gate, Gradients, Inputs, Outputs, Write, validate};
 use crate::error::Error;
 use crate::matrix::MatrixProblem;
@@ -128,7 +128,7 @@ impl<'a> Pairs<'a> {
             grid(client, g.len.div_ceil(UNITS))?,
             CubeDim::new_1d(UNITS as u32),
             address_type(client, Storage::F32, [g.len])?,
-            x.gate.tensor().unwrap_or(&absent(client)).arg(),
+            x.gate.tensor().unwrap_or(&Buffer::absent(client)).arg(),
             g.arg(),
             beta.arg(),
             keys,

@@ -46,7 +46,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
     let (c, d, by_row) = comptime!((b.chunk, r.value_block, b.by_row()));
     let parts = sizes.value_dim.div_ceil(d);
     let (cube, v0) = (CUBE_POS / parts, CUBE_POS % parts * d);
-    if cube >= sizes.chunks * sizes.value_heads {
+    if cube >= sizes.cut.chunks * sizes.value_heads {
         terminate!();
     }
     let place = Place::of(cube, sizes, table, b);

@@ -2,14 +2,13 @@
 
 use cubecl::prelude::*;
 
+use super::super::chunks::{Cut, Span};
 use super::blueprint::{Blueprint, GateKind};
-use crate::sequences::Sequences;
 
 /// The sizes that are known at launch.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub(crate) struct Sizes {
-    /// Chunks of all sequences.
-    pub chunks: usize,
+    pub cut: Cut,
     pub sequences: usize,
     pub heads: usize,
     pub value_heads: usize,
@@ -21,20 +20,6 @@ pub(crate) struct Sizes {
     pub key_blocks: usize,
     pub value_blocks: usize,
     pub scale: f32,
-}
-
-/// For each chunk the number of its sequence; then for each sequence its first token, the token after its last, and its
-/// first chunk.
-pub(crate) fn table(sequences: &Sequences, chunk: usize) -> (Vec<u32>, usize) {
-    let (mut table, mut bounds) = (Vec::new(), Vec::new());
-    for n in 0..sequences.count() {
-        let range = sequences.range(n);
-        bounds.extend([range.start as u32, range.end as u32, table.len() as u32]);
-        table.extend(std::iter::repeat_n(n as u32, range.len().div_ceil(chunk)));
-    }
-    let chunks = table.len();
-    table.extend(bounds);
-    (table, chunks)
 }
 
 /// The chunks of one sequence, of which there is at least one.
@@ -49,10 +34,12 @@ pub(crate) struct Walk {
 #[cube]
 impl Walk {
     pub fn of(sizes: &Sizes, table: &[u32], sequence: usize, #[comptime] b: Blueprint) -> Walk {
-        let at = sizes.chunks + sequence * 3;
-        let (first_token, end) = (table[at] as usize, table[at + 1] as usize);
-        let chunks = (end - first_token).div_ceil(b.chunk);
-        Walk { first_token, end, first_chunk: table[at + 2] as usize, chunks }
+        Walk::along(Span::of_sequence(sequence, &sizes.cut, table, b.chunk), b)
+    }
+
+    fn along(span: Span, #[comptime] b: Blueprint) -> Walk {
+        let Span { first_token, end, first_chunk, .. } = span;
+        Walk { first_token, end, first_chunk, chunks: (end - first_token).div_ceil(b.chunk) }
     }
 
     /// The `n`-th chunk, of one head.
@@ -82,7 +69,7 @@ impl Place {
     /// The chunk of cube `cube`, if each has a chunk of a head.
     pub fn of(cube: usize, sizes: &Sizes, table: &[u32], #[comptime] b: Blueprint) -> Place {
         let (chunk, head) = (cube / sizes.value_heads, cube % sizes.value_heads);
-        let walk = Walk::of(sizes, table, table[chunk] as usize, b);
+        let walk = Walk::along(Span::of_chunk(chunk, &sizes.cut, table, b.chunk), b);
         walk.place(sizes, chunk - walk.first_chunk, head, b)
     }
 

@@ -29,7 +29,7 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     #[define(I, E)] _types: [ElemType; 2],
 ) {
     let cube = CUBE_POS;
-    if cube >= sizes.chunks * sizes.value_heads {
+    if cube >= sizes.cut.chunks * sizes.value_heads {
         terminate!();
     }
     let place = Place::of(cube, sizes, table, b);

@@ -105,6 +105,7 @@ fn scan<'a>(inputs: &ComplexInputs<'a>, tokens: Vec<&'a Buffer>, channels: usize
         kept: if backward { 6 } else { 4 },
         constants: 2,
         sums: if backward { pick(true).count() } else { 0 },
+        forgets: false,
         flags: constant,
         packed: false,
         units: 0,

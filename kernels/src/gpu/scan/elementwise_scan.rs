@@ -75,7 +75,19 @@ fn check(problem: &ScanProblem, inputs: &ScanInputs) -> Result<Sequences, Error>
 fn plan(backward: bool, log: bool) -> Plan {
     let (tokens, inputs, kept) = if backward { (4, 3, 3) } else { (8, 2, 2) };
     let flags = [log, false];
-    Plan { planes: 1, backward, tokens, inputs, kept, constants: 0, sums: 0, flags, packed: false, units: 0 }
+    Plan {
+        planes: 1,
+        backward,
+        tokens,
+        inputs,
+        kept,
+        constants: 0,
+        sums: 0,
+        forgets: true,
+        flags,
+        packed: false,
+        units: 0,
+    }
 }
 
 /// `h_t = a_t h_{t-1} + x_t` over every sequence and channel; the state is f32 throughout.

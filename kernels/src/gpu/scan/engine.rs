@@ -29,8 +29,8 @@
 //! not cut over cubes: that reads everything twice, while cubes of 16 channels keep most of the 132 multiprocessors of an
 //! H100 busy from `batch * channels = 1600` on.
 //!
-//! A factor of exactly 0 forgets also what is not finite (real recurrences): a reset document is not poisoned by its
-//! neighbour.
+//! A factor of exactly 0 forgets also what is not finite, where a map asks for it ([`Plan::forgets`]): a reset document is not
+//! poisoned by its neighbour.
 
 use cubecl::prelude::*;
 
@@ -174,11 +174,12 @@ fn affine<N: Size>(
     a_im: Vector<f32, N>,
     b_re: Vector<f32, N>,
     b_im: Vector<f32, N>,
-    #[comptime] planes: usize,
+    #[comptime] plan: Plan,
 ) {
-    if comptime!(planes == 1) {
+    if comptime!(plan.planes == 1) {
         let zero = Vector::new(f32::new(0.0));
-        x[0] = select_many(a_re.equal(&zero), b_re, a_re * x[0] + b_re);
+        let y = a_re * x[0] + b_re;
+        x[0] = if comptime!(plan.forgets) { select_many(a_re.equal(&zero), b_re, y) } else { y };
     } else {
         let (re, im) = (x[0], x[1]);
         x[0] = a_re * re - a_im * im + b_re;
@@ -205,9 +206,9 @@ fn advance<N: Size>(
             carry[k] += kept[b + k];
             value[k] = carry[k];
         }
-        affine::<N>(carry, kept[a], kept[a_im], zero, zero, planes);
+        affine::<N>(carry, kept[a], kept[a_im], zero, zero, plan);
     } else {
-        affine::<N>(carry, kept[a], kept[a_im], kept[b], kept[b_im], planes);
+        affine::<N>(carry, kept[a], kept[a_im], kept[b], kept[b_im], plan);
         #[unroll]
         for k in 0..planes {
             value[k] = carry[k];
@@ -295,7 +296,7 @@ fn hand_on<N: Size>(
                 for k in 0..planes {
                     shift[k * plan.units + (lane + i) * width + channel] = carry[k];
                 }
-                affine::<N>(carry, a[re], a[im], b[re], b[im], planes);
+                affine::<N>(carry, a[re], a[im], b[re], b[im], plan);
             }
         }
     }
@@ -383,7 +384,7 @@ pub(crate) fn scan<M: ElementMap, W: Numeric, I: Float, N: Size>(
             for j in 0..comptime!(plan.tokens) {
                 let at = comptime!(j * plan.kept);
                 advance::<N>(&kept, &mut local, &mut value, j, plan);
-                affine::<N>(&mut product, kept[at], kept[at + planes - 1], zero, zero, planes);
+                affine::<N>(&mut product, kept[at], kept[at + planes - 1], zero, zero, plan);
             }
             #[unroll]
             for k in 0..planes {

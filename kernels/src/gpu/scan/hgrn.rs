@@ -78,6 +78,7 @@ fn scan<'a>(inputs: &HgrnInputs<'a>, mut tokens: Vec<&'a Buffer>, backward: bool
         kept: if backward { 5 } else { 2 },
         constants: 1,
         sums: (backward && bounded) as usize,
+        forgets: true,
         flags: [bounded, false],
         packed: false,
         units: 0,

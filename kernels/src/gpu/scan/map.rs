@@ -52,6 +52,8 @@ pub(crate) struct Plan {
     pub constants: usize,
     /// Sums over tokens.
     pub sums: usize,
+    /// Whether a real factor of exactly 0 forgets what is not finite too.
+    pub forgets: bool,
     /// The map's own variants.
     pub flags: [bool; 2],
     /// Whether there are [`Inputs::bounds`]; set at the launch.

@@ -118,13 +118,15 @@ struct Shape {
 
 impl Shape {
     /// 32 channels are a full line of memory; where sequences are few, fewer channels a cube make more cubes, down to a
-    /// sector of 32 bytes of 16-bit pairs. Lanes need not exceed the segments of the longest sequence; what is left over
-    /// goes to channels.
+    /// sector of 32 bytes of 16-bit pairs; also where that leaves fewer channels to the processor that has most. Lanes need
+    /// not exceed the segments of the longest sequence; what is left over goes to channels.
     fn new(client: &Client, sequences: usize, channels: usize, segments: usize, few: bool) -> Self {
         let hardware = &client.properties().hardware;
         let processors = hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
         let cubes = |width| sequences * channels.div_ceil(width);
-        let width = [32, 16].into_iter().find(|&w| 2 * cubes(w) >= 3 * processors).unwrap_or(8);
+        let most = |width: &usize| cubes(*width).div_ceil(processors) * width;
+        let enough = |width: &usize| *width == 8 || 2 * cubes(*width) >= 3 * processors;
+        let width = [32, 16, 8].into_iter().filter(enough).min_by_key(most).unwrap_or(8);
         let shared = few || cubes(width) > processors;
         let units = if shared { UNITS / 2 } else { UNITS }.min(1 << hardware.max_units_per_cube.ilog2());
         let lanes = (units / width).min(segments.next_power_of_two()).max(engine::GROUP);

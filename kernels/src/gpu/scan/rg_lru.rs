@@ -87,6 +87,7 @@ fn scan<'a>(inputs: &RgLruInputs<'a>, mut tokens: Vec<&'a Buffer>, backward: boo
         kept: if backward { 6 } else { 2 },
         constants: 2,
         sums: backward as usize,
+        forgets: inputs.reset.is_some(),
         flags: [inputs.reset.is_some(), false],
         packed: false,
         units: 0,
@@ -168,10 +169,11 @@ pub fn step(
     forward(client, &ScanProblem::new(batch, 1, a_param.len), &inputs)
 }
 
-/// `1 - a^2` from `a` and its logarithm.
+/// `1 - a^2` from `a` and its logarithm, for tensors of `I`.
 #[cube]
-fn rest<N: Size>(log_a: Vector<f32, N>, a: Vector<f32, N>) -> Vector<f32, N> {
-    let m = expm1::<N>(log_a, a);
+fn rest<I: Float, N: Size>(log_a: Vector<f32, N>, a: Vector<f32, N>) -> Vector<f32, N> {
+    let size = I::size().comptime();
+    let m = expm1::<N>(log_a, a, comptime!(size < 4));
     -m * (all::<N>(2.0) + m)
 }
 
@@ -217,7 +219,7 @@ impl ElementMap for RealGated {
             kept[to + 4] = r;
             kept[to + 5] = gate;
         } else {
-            kept[to + 1] = root::<N>(rest::<N>(log_a, a)) * gate * x;
+            kept[to + 1] = root::<N>(rest::<I, N>(log_a, a)) * gate * x;
         }
     }
 
@@ -239,7 +241,7 @@ impl ElementMap for RealGated {
             let (zero, one) = (all::<N>(0.0), all::<N>(1.0));
             // At a reset, or where the decay has underflowed.
             let cut = a.equal(&zero);
-            let rest = select_many(cut, one, rest::<N>(constants[0] * r, a));
+            let rest = select_many(cut, one, rest::<I, N>(constants[0] * r, a));
             let dx = u * root::<N>(rest) * gate;
             // The derivative of the square root is bounded by 1000.
             let square = all::<N>(4.0) * rest;

@@ -10,6 +10,8 @@
 
 use cubecl::prelude::*;
 
+use super::super::chunks::{Cut, Span};
+use super::SEGMENT;
 use crate::short_conv::Activation;
 
 /// Inputs that a unit asks for at once.
@@ -32,14 +34,11 @@ impl Plan {
     }
 }
 
-/// Numbers of a segment in the table: first token, tokens, first token of the sequence and the one after its last, and the
-/// sequence.
-pub(super) const FIELDS: usize = 5;
-
 #[derive(CubeType, Clone, Copy)]
 struct Segment {
     first: usize,
     tokens: usize,
+    /// Of the sequence, first token and the one after the last.
     start: usize,
     end: usize,
     sequence: usize,
@@ -47,15 +46,11 @@ struct Segment {
 
 #[cube]
 impl Segment {
-    fn of(index: usize, table: &[u32]) -> Segment {
-        let at = index * comptime!(FIELDS);
-        Segment {
-            first: table[at] as usize,
-            tokens: table[at + 1] as usize,
-            start: table[at + 2] as usize,
-            end: table[at + 3] as usize,
-            sequence: table[at + 4] as usize,
-        }
+    fn of<I: Float, N: Size>(index: usize, inputs: &Inputs<I, N>) -> Segment {
+        let span = Span::of_chunk(index, &inputs.cut, &inputs.table, SEGMENT);
+        let first = span.first_token + (index - span.first_chunk) * comptime!(SEGMENT);
+        let tokens = min(span.end - first, SEGMENT.runtime());
+        Segment { first, tokens, start: span.first_token, end: span.end, sequence: span.sequence }
     }
 }
 
@@ -71,6 +66,7 @@ pub(super) struct Inputs<I: Float, N: Size> {
     /// `[sequences, channels, width - 1]`.
     pub state: Box<[f32]>,
     pub table: Box<[u32]>,
+    pub cut: Cut,
     pub channels: usize,
 }
 
@@ -208,16 +204,15 @@ pub(super) fn forward_kernel<I: Float, N: Size>(
     inputs: &Inputs<I, N>,
     y: &mut [Vector<I, N>],
     new_state: &mut [f32],
-    segments: usize,
     #[comptime] plan: Plan,
     #[define(I)] _storage: ElemType,
 ) {
     let n = N::value().comptime();
     let (width, vectors) = (plan.width, inputs.channels / n);
-    if ABSOLUTE_POS >= segments * vectors {
+    if ABSOLUTE_POS >= inputs.cut.chunks * vectors {
         terminate!();
     }
-    let (segment, d) = (Segment::of(ABSOLUTE_POS / vectors, &inputs.table), ABSOLUTE_POS % vectors * n);
+    let (segment, d) = (Segment::of(ABSOLUTE_POS / vectors, inputs), ABSOLUTE_POS % vectors * n);
     let taps = Taps::<N>::load::<I>(inputs, d, plan);
     let mut window = empty::<N>(width);
     let (first, all) = (segment.first - segment.start, segment.tokens + comptime!(width - 1));
@@ -271,17 +266,16 @@ pub(super) fn backward_kernel<I: Float, N: Size>(
     dy: &[Vector<I, N>],
     d_new_state: &[f32],
     out: &mut Gradients<I, N>,
-    segments: usize,
     #[comptime] plan: Plan,
     #[define(I)] _storage: ElemType,
 ) {
     let n = N::value().comptime();
     let (width, before, vectors) = (plan.width, comptime!(plan.width - 1), inputs.channels / n);
-    if ABSOLUTE_POS >= segments * vectors {
+    if ABSOLUTE_POS >= inputs.cut.chunks * vectors {
         terminate!();
     }
     let (index, d) = (ABSOLUTE_POS / vectors, ABSOLUTE_POS % vectors * n);
-    let segment = Segment::of(index, &inputs.table);
+    let segment = Segment::of(index, inputs);
     let taps = Taps::<N>::load::<I>(inputs, d, plan);
     // The last inputs, and the last `dz`, the newest last too.
     let (mut window, mut slopes) = (empty::<N>(width), empty::<N>(width));

@@ -10,6 +10,7 @@ use cubecl::ir::AddressType;
 use cubecl::prelude::CubeDim;
 
 use super::buffer::{Buffer, Storage};
+use super::chunks::Chunks;
 use super::device::{address_type, grid};
 use super::reduce::sum_all_rows;
 use crate::error::Error;
@@ -73,7 +74,6 @@ pub fn forward(client: &Client, problem: &ConvProblem, inputs: &Inputs) -> Resul
             launch.inputs(),
             y.arg(),
             state.arg(),
-            launch.segments,
             Plan::new(problem.width, problem.activation, [inputs.bias.is_some(), inputs.state.is_some(), false]),
             inputs.x.storage.elem_type(),
         );
@@ -96,7 +96,7 @@ pub fn backward(
     problem.shape.check_buffer("dy", dy, inputs.x.storage)?;
     launch.check_state("d_new_state", d_new_state)?;
     let (channels, width) = (problem.shape.channels, problem.width);
-    let sums = |inner: usize| Buffer::output(client, Storage::F32, launch.segments * inner);
+    let sums = |inner: usize| Buffer::output(client, Storage::F32, launch.segments.count * inner);
     let (dweight, dbias) = (sums(channels * width), sums(channels));
     let dx = Buffer::output(client, inputs.x.storage, inputs.x.len);
     let dstate = Buffer::output(client, Storage::F32, launch.state_len());
@@ -113,7 +113,6 @@ pub fn backward(
             dy.arg(),
             d_new_state.unwrap_or(inputs.weight).arg(),
             GradientsLaunch::new(dx.arg(), dweight.arg(), dbias.arg(), dstate.arg()),
-            launch.segments,
             Plan::new(width, problem.activation, there),
             inputs.x.storage.elem_type(),
         );
@@ -127,8 +126,7 @@ struct Launch<'a> {
     problem: &'a ConvProblem,
     x: &'a Inputs<'a>,
     sequences: Sequences,
-    table: Buffer,
-    segments: usize,
+    segments: Chunks,
     address: AddressType,
     /// Channels that a unit computes: two, with which a warp reads whole lines of 16-bit elements. Windows and sums of more would
     /// take the registers of other warps.
@@ -144,19 +142,10 @@ impl<'a> Launch<'a> {
         if let Some(bias) = x.bias {
             bias.check("bias", Storage::F32, &[channels])?;
         }
-        let mut table: Vec<u32> = Vec::new();
-        for n in 0..sequences.count() {
-            let range = sequences.range(n);
-            for first in range.clone().step_by(SEGMENT) {
-                let tokens = SEGMENT.min(range.end - first);
-                table.extend([first, tokens, range.start, range.end, n].map(|number| number as u32));
-            }
-        }
-        let segments = table.len() / kernels::FIELDS;
-        let table = Buffer::table(client, &table);
-        let address = address_type(client, storage, [x.x.len, segments * channels * problem.width])?;
+        let segments = Chunks::new(client, &sequences, SEGMENT);
+        let address = address_type(client, storage, [x.x.len, segments.count * channels * problem.width])?;
         let vector = if channels.is_multiple_of(2) { 2 } else { 1 };
-        let launch = Self { problem, x, sequences, table, segments, address, vector };
+        let launch = Self { problem, x, sequences, segments, address, vector };
         launch.check_state("state", x.state)?;
         Ok(launch)
     }
@@ -171,12 +160,20 @@ impl<'a> Launch<'a> {
     }
 
     fn units(&self) -> usize {
-        self.segments * (self.problem.shape.channels / self.vector)
+        self.segments.count * (self.problem.shape.channels / self.vector)
     }
 
     fn inputs<I: cubecl::prelude::Float, N: cubecl::prelude::Size>(&self) -> InputsLaunch<I, N> {
         let or = |x: Option<&Buffer>| x.unwrap_or(self.x.weight).arg();
         let (weight, bias, state) = (self.x.weight.arg(), or(self.x.bias), or(self.x.state));
-        InputsLaunch::new(self.x.x.arg(), weight, bias, state, self.table.arg(), self.problem.shape.channels)
+        InputsLaunch::new(
+            self.x.x.arg(),
+            weight,
+            bias,
+            state,
+            self.segments.table.arg(),
+            self.segments.cut(),
+            self.problem.shape.channels,
+        )
     }
 }
