@@ -25,7 +25,7 @@ check-cuda:
 
 # Run the GPU kernels' CUDA C++ on the CPU, as an H100 and an A100 would be given it (needs g++)
 test-cuda:
-    cargo test --release -p thalweg-nvrtc --features check --test emulated --test tf32
+    cargo test --release -p thalweg-nvrtc --features check --test emulated --test tf32 --test wide_addresses
 
 # Format, lints, documentation, dependency arrows
 check:

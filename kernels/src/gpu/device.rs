@@ -1,11 +1,21 @@
 //! What a device can do.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use cubecl::client::Client;
 use cubecl::ir::AddressType;
 use cubecl::prelude::CubeCount;
 
 use super::buffer::Storage;
 use crate::error::Error;
+
+static WIDE: AtomicBool = AtomicBool::new(false);
+
+/// From now on, kernels index with 64 bits however short their buffers are. For tests.
+#[doc(hidden)]
+pub fn wide_addresses() {
+    WIDE.store(true, Ordering::Relaxed);
+}
 
 /// The integers that a kernel indexes buffers of these lengths with: 64 bits only where 32 might not do, for they are
 /// slow.
@@ -18,7 +28,8 @@ pub(crate) fn address_type(
         return Err(Error::Device { reason: format!("it has no {storage:?}") });
     }
     let largest = lengths.into_iter().max().unwrap_or(0);
-    let address = if largest > u32::MAX as usize / 4 { AddressType::U64 } else { AddressType::U32 };
+    let wide = largest > u32::MAX as usize / 4 || WIDE.load(Ordering::Relaxed);
+    let address = if wide { AddressType::U64 } else { AddressType::U32 };
     if !client.properties().supports_address(address) {
         return Err(Error::Device { reason: format!("{largest} elements need 64-bit indices") });
     }

@@ -16,4 +16,5 @@ mod transfer;
 
 pub use buffer::{Buffer, Storage, poison_outputs};
 pub use cubecl::client::Client;
+pub use device::wide_addresses;
 pub use scan::{complex_scan, elementwise_scan, hgrn, rg_lru};

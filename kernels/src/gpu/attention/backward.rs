@@ -11,7 +11,7 @@ use cubecl::prelude::*;
 use super::super::tile::{Form, Mode, Sums, Tile, exponential, unit, units};
 use super::super::transfer::store;
 use super::blueprint::Blueprint;
-use super::place::{Block, Rows, Sizes, number_of, sees};
+use super::place::{Block, Rows, Sizes, all_see, number_of, sees};
 
 /// `out = do . o` of each query and head, one for each unit.
 #[cube(launch, launch_unchecked, address_type = "dynamic")]
@@ -132,6 +132,22 @@ impl<E: Float> Tiles<E> {
         let form = comptime!(Form::abt(b.chunk, b.chunk, b.value_cols, Mode::Set));
         self.d_scores.product::<E, E>(&self.d_outs, &self.values, form);
         self.d_scores.settle();
+        if all_see(queries, keys, sizes, b.chunk) {
+            self.weigh_pairs(queries, keys, sizes, false, b);
+        } else {
+            self.weigh_pairs(queries, keys, sizes, true, b);
+        }
+    }
+
+    /// Without weight where a pair does not meet, if there are such.
+    fn weigh_pairs(
+        &mut self,
+        queries: usize,
+        keys: usize,
+        sizes: &Sizes,
+        #[comptime] hide: bool,
+        #[comptime] b: Blueprint,
+    ) {
         let unit = unit();
         let factor = sizes.scale * comptime!(b.engine.log_scale());
         #[unroll]
@@ -139,8 +155,10 @@ impl<E: Float> Tiles<E> {
             if self.weights.has(unit, j) {
                 let place = self.weights.place(unit, j);
                 let score = self.weights.get(place, j) * factor - self.lse[place.0];
-                let seen = sees(queries + place.0, keys + place.1, sizes);
-                let weight = select(seen, exponential(score, b.engine), f32::new(0.0));
+                let mut weight = exponential(score, b.engine);
+                if comptime!(hide) {
+                    weight = select(sees(queries + place.0, keys + place.1, sizes), weight, f32::new(0.0));
+                }
                 let d_score = weight * (self.d_scores.get(place, j) - self.products[place.0]) * sizes.scale;
                 self.weights.set(place, j, weight);
                 self.d_scores.set(place, j, d_score);

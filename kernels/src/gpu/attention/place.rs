@@ -99,6 +99,12 @@ pub(crate) fn sees(query: usize, key: usize, sizes: &Sizes) -> bool {
     key <= query && query - min(key, query) < sizes.window
 }
 
+/// Whether that is so of all pairs of two blocks that begin there.
+#[cube]
+pub(crate) fn all_see(queries: usize, keys: usize, sizes: &Sizes, #[comptime] chunk: usize) -> bool {
+    keys + chunk <= queries + 1 && queries + chunk - keys <= sizes.window
+}
+
 /// Rows of a head of a `[rows, heads, dim]` tensor.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Rows {

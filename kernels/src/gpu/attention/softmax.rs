@@ -5,23 +5,42 @@ use cubecl::prelude::*;
 
 use super::super::tile::{Sums, Tile, exp2, exponential, unit};
 use super::blueprint::Blueprint;
-use super::place::{Block, Sizes, sees};
+use super::place::{Block, Sizes, all_see, sees};
 
 /// Score of a pair that does not meet: its exponential is 0, but where a row has seen nothing else; then it is taken back by
 /// the first score that is one.
 pub(crate) const HIDDEN: f32 = -1e30;
 
-/// Scales products of queries and keys, and hides pairs that do not meet.
+/// Scales products of queries and keys, and hides pairs that do not meet: those of few blocks.
 #[cube]
 pub(crate) fn scale_scores(scores: &mut Sums, queries: usize, keys: usize, sizes: &Sizes, #[comptime] b: Blueprint) {
+    if all_see(queries, keys, sizes, b.chunk) {
+        scale_pairs(scores, queries, keys, sizes, false, b);
+    } else {
+        scale_pairs(scores, queries, keys, sizes, true, b);
+    }
+}
+
+#[cube]
+fn scale_pairs(
+    scores: &mut Sums,
+    queries: usize,
+    keys: usize,
+    sizes: &Sizes,
+    #[comptime] hide: bool,
+    #[comptime] b: Blueprint,
+) {
     let unit = unit();
     let factor = sizes.scale * comptime!(b.engine.log_scale());
     #[unroll]
     for j in 0..comptime!(scores.spread.len()) {
         if scores.has(unit, j) {
             let place = scores.place(unit, j);
-            let score = scores.get(place, j) * factor;
-            scores.set(place, j, select(sees(queries + place.0, keys + place.1, sizes), score, f32::new(HIDDEN)));
+            let mut score = scores.get(place, j) * factor;
+            if comptime!(hide) {
+                score = select(sees(queries + place.0, keys + place.1, sizes), score, f32::new(HIDDEN));
+            }
+            scores.set(place, j, score);
         }
     }
 }

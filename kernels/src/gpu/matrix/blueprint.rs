@@ -334,6 +334,11 @@ impl Blueprint {
         Self { gate, ..*self }
     }
 
+    /// Whether a token has a step size of its own, whose gradient someone wants.
+    pub fn steps(&self) -> bool {
+        self.delta && !self.low_rank
+    }
+
     /// For launches to which keys that only read are keys like others.
     pub fn plain(&self) -> Self {
         Self { low_rank: false, ..*self }

@@ -181,12 +181,12 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         beta: Shared::new_slice(c),
         carry: Shared::new_slice(b.block),
         shares: Shared::new_slice(b.units),
-        d_beta: Shared::new_slice(comptime!(if b.delta { b.units } else { 1 })),
+        d_beta: Shared::new_slice(comptime!(if b.steps() { b.units } else { 1 })),
         dc: Shared::new_slice(comptime!(if head { b.units } else { 1 })),
         ending: Shared::new_slice(comptime!(if head { b.units } else { 1 })),
         total: Shared::new_slice(comptime!(if head { b.block } else { 1 })),
     };
-    if comptime!(b.delta) {
+    if comptime!(b.steps()) {
         tokens.d_beta[unit()] = f32::new(0.0);
     }
     if comptime!(head) {
@@ -275,7 +275,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     }
     let place = Place::of(this_cube(), sizes, table, b);
     let (scalar_at, stride) = place.scalars(sizes);
-    if comptime!(b.delta) {
+    if comptime!(b.steps()) {
         let d_beta = over_shares(&tokens.d_beta, b);
         if unit() < place.rows {
             out.dbeta[scalar_at + unit() * stride] = d_beta;

@@ -209,11 +209,11 @@ pub(super) fn sum_features<E: Float>(
 ) {
     let head = comptime!(b.gate == GateKind::Head);
     if comptime!(b.engine == Engine::Mma) {
-        if comptime!(b.delta || head) {
+        if comptime!(b.steps() || head) {
             sum_in_registers::<E>(pairs, roles, tokens, b);
         }
     } else {
-        if comptime!(b.delta) {
+        if comptime!(b.steps()) {
             gather::<E>(pairs, roles, &*tokens, scratch, Wanted::Dbeta, b);
             tokens.d_beta[unit()] += sum_row(&*scratch, b);
         }
@@ -258,7 +258,7 @@ fn sum_in_registers<E: Float>(pairs: &Pairs<E>, roles: &Roles, tokens: &mut ByTo
     for i in 0..comptime!(of.spread.len() / 2) {
         let terms = pair_terms::<E>(pairs, roles, &*tokens, i, b);
         let row = of.row_of(i);
-        if comptime!(b.delta) {
+        if comptime!(b.steps()) {
             let pair = terms.get(Wanted::Dbeta);
             d_beta[row] += pair.extract(0usize) + pair.extract(1usize);
         }
@@ -273,7 +273,7 @@ fn sum_in_registers<E: Float>(pairs: &Pairs<E>, roles: &Roles, tokens: &mut ByTo
         let (row, col) = of.first_of_row(unit(), n);
         let at = col / comptime!(of.spread.cols / of.spread.across()) * b.chunk + row;
         let first = unit() % 4 < 1;
-        if comptime!(b.delta) {
+        if comptime!(b.steps()) {
             let sum = of.over_row(d_beta[n]);
             if first {
                 tokens.d_beta[at] += sum;

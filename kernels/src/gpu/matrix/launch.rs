@@ -366,7 +366,7 @@ impl<'a> Launch<'a> {
         let [p_pairs, r_pairs] = self.scores_backward(walk, &back, d_o)?;
         let dg_len = if gate == GateKind::Key { by_key } else { by_head };
         let dg = self.output_if(gate != GateKind::None, Storage::F32, dg_len);
-        let dbeta = self.output_if(delta, Storage::F32, by_head);
+        let dbeta = self.output_if(self.b.steps(), Storage::F32, by_head);
         launch!(
             self,
             self.gradients,
@@ -406,7 +406,7 @@ impl<'a> Launch<'a> {
             dk: ungroup(dk)?,
             dv,
             dg,
-            dbeta: delta.then_some(dbeta),
+            dbeta: self.b.steps().then_some(dbeta),
             da: self.reads.map(|_| dreads),
             db: None,
             d_initial_state: self.x.initial_state.map(|_| back.d_initial_state),
