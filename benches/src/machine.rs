@@ -141,6 +141,9 @@ impl Ceilings {
         let mut product = 0.0f64;
         for side in [1024, 2048, 4096, 8192] {
             let x = square(side);
+            if !computed(x.clone().matmul(x.clone()).flatten(0, 1), side as f32) {
+                break;
+            }
             let seconds = fastest(device, time, || drop(x.clone().matmul(x.clone())))?;
             product = product.max(2.0 * (side as f64).powi(3) / seconds / 1e9);
             if seconds > 0.02 {
@@ -150,8 +153,14 @@ impl Ceilings {
         let mut copies = Vec::new();
         for bytes in COPIES {
             let x = Tensor::<1>::ones([bytes / 8], device);
+            if !computed(x.clone().add_scalar(1.0), 2.0) {
+                break;
+            }
             let seconds = fastest(device, time, || drop(x.clone().add_scalar(1.0)))?;
             copies.push((bytes, bytes as f64 / seconds / 1e9));
+        }
+        if product == 0.0 || copies.is_empty() {
+            return Err(Error::argument("device", format!("{name} computes no products of 1024 x 1024 or no copies")));
         }
         Ok(Self { device: name.into(), threads: rayon::current_num_threads(), product, copies })
     }
@@ -174,6 +183,14 @@ impl Ceilings {
         cost.bytes as f64 / self.copy(cost.bytes) > cost.flops as f64 / self.product
     }
 }
+
+/// Whether a tensor's last number is this one. A device that has no room for a tensor says so late, if at all, and takes no time
+/// over it.
+fn computed(x: Tensor<1>, expected: f32) -> bool {
+    let last = x.dims()[0] - 1;
+    x.slice([last..last + 1]).try_into_scalar::<f32>().is_ok_and(|found| found == expected)
+}
+
 /// Seconds of the fastest of the runs that fit in `time`, after one that is not counted.
 fn fastest(device: &Device, time: Duration, run: impl Fn()) -> Result<f64, Error> {
     let timed = || {
