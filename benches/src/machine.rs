@@ -188,7 +188,7 @@ impl Ceilings {
 /// over it.
 fn computed(x: Tensor<1>, expected: f32) -> bool {
     let last = x.dims()[0] - 1;
-    x.slice([last..last + 1]).try_into_scalar::<f32>().is_ok_and(|found| found == expected)
+    x.narrow(0, last, 1).try_into_scalar::<f32>().is_ok_and(|found| found == expected)
 }
 
 /// Seconds of the fastest of the runs that fit in `time`, after one that is not counted.
