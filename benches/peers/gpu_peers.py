@@ -112,15 +112,13 @@ def mamba(q, k, v, g):
     return mamba_chunk_scan_combined(v, -g, a, k, q, chunk_size=256)
 
 
-def hgrn(batch, length, channels):
-    """Scans whose gate is a logarithm, by name of the peer, and their inputs."""
+def hgrn(function, sizes, what):
+    """A scan whose gate is a logarithm."""
     import torch
-    from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
 
-    x = (2 * torch.rand(batch, length, channels, device="cuda") - 1).bfloat16()
+    x = (2 * torch.rand(*sizes, device="cuda") - 1).bfloat16()
     gate = (0.5 + 0.5 * torch.rand_like(x.float())).log().bfloat16()
-    return {"fla chunk_hgrn": lambda x, g: chunk_hgrn(x, g)[0],
-            "fla fused_recurrent_hgrn": lambda x, g: fused_recurrent_hgrn(x, g)[0]}, [x, gate]
+    return passes(fla_call("hgrn", function), [x, gate])[what]
 
 
 def attention(q, k, v):
@@ -175,9 +173,13 @@ def measure(run, seconds):
     return samples, peak
 
 
-def chunked(module, function, takes, shape, what):
+def on_tensors(call, takes, shape, what):
     inputs = tensors(*shape)
-    return passes(fla_call(module, function), [inputs[name] for name in takes])[what]
+    return passes(call, [inputs[name] for name in takes])[what]
+
+
+def chunked(module, function, *rest):
+    return on_tensors(fla_call(module, function), *rest)
 
 
 def stepped(module, function, takes, keywords, batch, heads, dim):
@@ -194,16 +196,6 @@ def stepped(module, function, takes, keywords, batch, heads, dim):
     return run
 
 
-def on_tensors(call, takes, shape, what):
-    inputs = tensors(*shape)
-    return passes(call, [inputs[name] for name in takes])[what]
-
-
-def scanned(peer, sizes, what):
-    calls, inputs = hgrn(*sizes)
-    return passes(calls[peer], inputs)[what]
-
-
 def cases(shapes, steps):
     """`(benchmark, peer, pass, shape, function that makes the run)` of all; no peer and function for what only we have."""
     for shape in shapes:
@@ -216,8 +208,8 @@ def cases(shapes, steps):
             yield ("simple_gla", "mamba-ssm mamba_chunk_scan_combined", what, matrix,
                    partial(on_tensors, mamba, ["q", "k", "v", "head"], shape, what))
             yield "attention", "torch SDPA", what, list(shape), partial(on_tensors, attention, "qkv", shape, what)
-            for peer in ("fla chunk_hgrn", "fla fused_recurrent_hgrn"):
-                yield "hgrn", peer, what, channels, partial(scanned, peer, channels, what)
+            for function in ("chunk_hgrn", "fused_recurrent_hgrn"):
+                yield "hgrn", f"fla {function}", what, channels, partial(hgrn, function, channels, what)
             for name in ALONE:
                 yield name, None, what, channels, None
     for batch, heads, dim in steps:
@@ -245,21 +237,19 @@ def timed(make, seconds):
             "samples": len(samples), "peak_bytes": peak}
 
 
-def report(chosen, seconds, why_not):
-    """A row for each peer, without times if there is a reason why they cannot run."""
-    rows = []
-    for name, peer, what, shape, make in chosen:
-        row = {"part": "ops", "name": name, "pass": what, "shape": shape, "dtype": "bf16", "peer": peer}
-        if peer and not why_not:
-            row |= timed(make, seconds)
-            said = row.get("error") or f"{row['median_ms']:.4f} ms, {row['peak_bytes'] / 1e9:.2f} GB"
-            print(f"{label(name, peer, what, shape)}: {said}", file=sys.stderr)
-        rows.append(row)
-    if why_not:
-        return {"machine": {"peers": f"not run ({why_not})"}, "rows": rows}
+def report(chosen, seconds):
+    """A row for each peer."""
     import torch
     import triton
 
+    rows = []
+    for name, peer, what, shape, make in chosen:
+        if peer:
+            row = {"part": "ops", "name": name, "pass": what, "shape": shape, "dtype": "bf16", "peer": peer}
+            row |= timed(make, seconds)
+            said = row.get("error") or f"{row['median_ms']:.4f} ms, {row['peak_bytes'] / 1e9:.2f} GB"
+            print(f"{label(name, peer, what, shape)}: {said}", file=sys.stderr)
+            rows.append(row)
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
                "fla": version("flash-linear-attention")}
     return {"machine": machine, "rows": rows}
@@ -285,30 +275,30 @@ def ours(binary, dtype, chosen):
                 reports.append(json.loads(path.read_text()))
     if not reports:
         sys.exit("gpu_peers.py: none of our benchmarks ran")
-    # A `gla` in a filter also finds `simple_gla`: the last one of a benchmark stays.
-    rows = {(row["name"], row["pass"], *row["shape"]): row for report in reports for row in report["rows"]}
-    return {**reports[0], "rows": list(rows.values())}
+    return {**reports[0], "rows": [row for report in reports for row in report["rows"]]}
 
 
-def joined(theirs, ours):
-    """A markdown table of both."""
-    same = lambda row: (row["name"], row["pass"], tuple(row["shape"]))
-    mine = {same(row): row for row in ours["rows"] if row["path"] == "gpu"}
+def joined(chosen, theirs, ours):
+    """A markdown table of both; what a peer has no row of is left empty."""
+    key = lambda row: (row["name"], row["pass"], tuple(row["shape"]))
+    mine = {key(row): row for row in ours["rows"]}
+    peers = {(row["peer"], *key(row)): row for row in theirs["rows"]}
     versions = [f"thalweg {ours['machine']['commit']} on {ceiling['device']}" for ceiling in ours["ceilings"]]
     versions += [f"{name} {value}" for name, value in theirs["machine"].items()]
     lines = [", ".join(versions), "",
              "| op and shape | pass | ours (ms) | of the ceiling | GB/s | TFLOP/s | memory (GB) | error | peer | peer (ms) "
              "| memory (GB) | ratio |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    for row in theirs["rows"]:
-        our = mine.get(same(row))
+    for name, peer, what, shape, _ in chosen:
+        same = (name, what, tuple(shape))
+        our, row = mine.get(same), peers.get((peer, *same), {})
         if our is None:
             continue
-        peer = f"{row['median_ms']:.3f} ± {row['iqr_ms']:.3f} | {row['peak_bytes'] / 1e9:.2f} | " \
-               f"{row['median_ms'] / our['median_ms']:.2f}x" if "median_ms" in row else f"{row.get('error', '')} | | "
+        cells = f"{row['median_ms']:.3f} ± {row['iqr_ms']:.3f} | {row['peak_bytes'] / 1e9:.2f} | " \
+                f"{row['median_ms'] / our['median_ms']:.2f}x" if "median_ms" in row else f"{row.get('error', '')} | | "
         lines.append(
-            f"| {row['name']} {row['shape']} | {row['pass']} | {our['median_ms']:.3f} ± {our['iqr_ms']:.3f} "
+            f"| {name} {shape} | {what} | {our['median_ms']:.3f} ± {our['iqr_ms']:.3f} "
             f"| {100 * our['fraction']:.0f} % {our['bound']} | {our['gbytes']:.3g} | {our['gflops'] / 1e3:.3g} "
-            f"| {our['peak_bytes'] / 1e9:.2f} | {our['error']:.1e} | {row['peer'] or ''} | {peer} |")
+            f"| {our['peak_bytes'] / 1e9:.2f} | {our['error']:.1e} | {peer or ''} | {cells} |")
     return "\n".join(lines)
 
 
@@ -336,14 +326,15 @@ def main():
     mine = ours(options.ours, options.dtype, chosen) if options.ours else None
     if options.ours_json and mine:
         pathlib.Path(options.ours_json).write_text(json.dumps(mine, indent=2) + "\n")
-    theirs = report(chosen, options.seconds, why_not)
+    none = {"machine": {"peers": f"not run ({why_not})"}, "rows": []}
+    theirs = none if why_not else report(chosen, options.seconds)
     text = json.dumps(theirs, indent=2)
     if options.json:
         pathlib.Path(options.json).write_text(text + "\n")
     elif not mine:
         print(text)
     if mine:
-        print(joined(theirs, mine))
+        print(joined(chosen, theirs, mine))
 
 
 if __name__ == "__main__":

@@ -141,10 +141,8 @@ impl Ceilings {
         let mut product = 0.0f64;
         for side in [1024, 2048, 4096, 8192] {
             let x = square(side);
-            if !computed(x.clone().matmul(x.clone()).flatten(0, 1), side as f32) {
-                break;
-            }
-            let seconds = fastest(device, time, || drop(x.clone().matmul(x.clone())))?;
+            let product_of = || x.clone().matmul(x.clone()).flatten(0, 1);
+            let Some(seconds) = fastest(device, time, side as f32, product_of)? else { break };
             product = product.max(2.0 * (side as f64).powi(3) / seconds / 1e9);
             if seconds > 0.02 {
                 break;
@@ -153,10 +151,7 @@ impl Ceilings {
         let mut copies = Vec::new();
         for bytes in COPIES {
             let x = Tensor::<1>::ones([bytes / 8], device);
-            if !computed(x.clone().add_scalar(1.0), 2.0) {
-                break;
-            }
-            let seconds = fastest(device, time, || drop(x.clone().add_scalar(1.0)))?;
+            let Some(seconds) = fastest(device, time, 2.0, || x.clone().add_scalar(1.0))? else { break };
             copies.push((bytes, bytes as f64 / seconds / 1e9));
         }
         if product == 0.0 || copies.is_empty() {
@@ -184,24 +179,22 @@ impl Ceilings {
     }
 }
 
-/// Whether a tensor's last number is this one. A device that has no room for a tensor says so late, if at all, and takes no time
-/// over it.
-fn computed(x: Tensor<1>, expected: f32) -> bool {
-    let last = x.dims()[0] - 1;
-    x.narrow(0, last, 1).try_into_scalar::<f32>().is_ok_and(|found| found == expected)
-}
-
-/// Seconds of the fastest of the runs that fit in `time`, after one that is not counted.
-fn fastest(device: &Device, time: Duration, run: impl Fn()) -> Result<f64, Error> {
+/// Seconds of the fastest of the runs that fit in `time`, after one that is not counted. None if that one's last number is not
+/// `expected`: a device that has no room for a tensor says so late, if at all, and takes no time over it.
+fn fastest(device: &Device, time: Duration, expected: f32, run: impl Fn() -> Tensor<1>) -> Result<Option<f64>, Error> {
     let timed = || {
         let start = Instant::now();
-        run();
+        drop(run());
         device.sync().map(|()| start.elapsed().as_secs_f64())
     };
-    timed()?;
+    let x = run();
+    let last = x.dims()[0] - 1;
+    if !x.narrow(0, last, 1).try_into_scalar::<f32>().is_ok_and(|found| found == expected) {
+        return Ok(None);
+    }
     let (all, mut best) = (Instant::now(), timed()?);
     while all.elapsed() < time {
         best = best.min(timed()?);
     }
-    Ok(best)
+    Ok(Some(best))
 }

@@ -76,4 +76,10 @@ impl Span {
         let sequence = if cut.time < 1 { table[index] as usize } else { index / cut.time.div_ceil(chunk) };
         Span::of_sequence(sequence, cut, table, chunk)
     }
+
+    /// The first token of the sequence's chunk `index`, which counts all chunks, and its tokens.
+    pub fn tokens(&self, index: usize, #[comptime] chunk: usize) -> (usize, usize) {
+        let first = self.first_token + (index - self.first_chunk) * chunk;
+        (first, min(self.end - first, chunk.runtime()))
+    }
 }

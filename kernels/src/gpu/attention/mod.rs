@@ -71,7 +71,7 @@ pub fn forward(client: &Client, problem: &AttentionProblem, inputs: &Inputs) -> 
     let o = Buffer::output(client, inputs.q.storage, p.batch * p.time * p.heads * p.value_dim);
     let lse = Buffer::output(client, Storage::F32, p.batch * p.heads * p.time);
     let b = launch.b.forward;
-    let blocks = launch.blocks(&b, Side::Queries)?;
+    let blocks = launch.query_blocks(&b);
     launch!(
         launch,
         b,
@@ -83,7 +83,7 @@ pub fn forward(client: &Client, problem: &AttentionProblem, inputs: &Inputs) -> 
         blocks.table.arg(),
         o.arg(),
         lse.arg(),
-        launch.sizes(&blocks, Side::Queries),
+        launch.sizes(&blocks),
         b,
         launch.types,
     );
@@ -108,7 +108,7 @@ pub fn backward(
     d_o.check("do", storage, &[p.batch, p.time, p.heads, p.value_dim])?;
     let products = Buffer::output(client, Storage::F32, outputs.lse.len);
     let b = launch.b.backward;
-    let blocks = launch.blocks(&b, Side::Queries)?;
+    let blocks = launch.query_blocks(&b);
     launch!(
         launch,
         b,
@@ -117,7 +117,7 @@ pub fn backward(
         outputs.o.arg(),
         d_o.arg(),
         products.arg(),
-        launch.sizes(&blocks, Side::Queries),
+        launch.sizes(&blocks),
         launch.types[0],
     );
     let [dq, dk, dv] = [inputs.q, inputs.k, inputs.v].map(|x| Buffer::output(client, storage, x.len));
@@ -132,11 +132,11 @@ pub fn backward(
         backward::OutputsLaunch::new(d_o.arg(), outputs.lse.arg(), products.arg()),
         blocks.table.arg(),
         dq.arg(),
-        launch.sizes(&blocks, Side::Queries),
+        launch.sizes(&blocks),
         b,
         launch.types,
     );
-    let blocks = launch.blocks(&b, Side::Keys)?;
+    let blocks = launch.key_blocks(&b);
     launch!(
         launch,
         b,
@@ -149,25 +149,20 @@ pub fn backward(
         blocks.table.arg(),
         dk.arg(),
         dv.arg(),
-        launch.sizes(&blocks, Side::Keys),
+        launch.sizes(&blocks),
         b,
         launch.types,
     );
     Ok(Gradients { dq, dk, dv })
 }
 
-/// What a launch has blocks of.
-#[derive(Clone, Copy)]
-enum Side {
-    Queries,
-    Keys,
-}
-
 /// One operation's launches share this.
 struct Launch<'a> {
     client: &'a Client,
     p: &'a AttentionProblem,
-    sequences: Sequences,
+    /// The sequences as queries, and as keys.
+    queries: Sequences,
+    keys: Sequences,
     b: Blueprints,
     address: AddressType,
     /// Elements that are read and written at a time.
@@ -177,7 +172,8 @@ struct Launch<'a> {
 
 impl<'a> Launch<'a> {
     fn new(client: &'a Client, p: &'a AttentionProblem, x: &Inputs) -> Result<Self, Error> {
-        let sequences = p.check_sizes()?;
+        let queries = p.check_sizes()?;
+        let keys = Sequences::new(p.batch, p.kv_time, p.cu_seqlens.as_deref())?;
         let storage = x.q.storage;
         x.q.check("q", storage, &[p.batch, p.time, p.heads, p.key_dim])?;
         x.k.check("k", storage, &[p.batch, p.kv_time, p.kv_heads, p.key_dim])?;
@@ -190,27 +186,22 @@ impl<'a> Launch<'a> {
         let address = address_type(client, storage, [x.q.len, x.k.len, x.v.len])?;
         let types = [storage.elem_type(), operands(b.forward.engine, storage).1];
         let vector = vector(b.forward.operand_size, &[p.key_dim, p.value_dim]);
-        Ok(Self { client, p, sequences, b, address, vector, types })
+        Ok(Self { client, p, queries, keys, b, address, vector, types })
     }
 
-    fn blocks(&self, b: &Blueprint, side: Side) -> Result<Chunks, Error> {
-        let p = self.p;
-        Ok(match (side, &p.cu_seqlens) {
-            (Side::Keys, None) => Chunks::new(self.client, &Sequences::new(p.batch, p.kv_time, None)?, b.chunk),
-            _ => Chunks::new(self.client, &self.sequences, b.chunk),
-        })
+    fn query_blocks(&self, b: &Blueprint) -> Chunks {
+        Chunks::new(self.client, &self.queries, b.chunk)
+    }
+
+    fn key_blocks(&self, b: &Blueprint) -> Chunks {
+        Chunks::new(self.client, &self.keys, b.chunk)
     }
 
     /// Of a launch with these blocks.
-    fn sizes(&self, blocks: &Chunks, side: Side) -> SizesLaunch {
+    fn sizes(&self, blocks: &Chunks) -> SizesLaunch {
         let p = self.p;
         let window = p.window.unwrap_or(usize::MAX).min(p.kv_time);
-        let (other_time, ahead) = match (side, &p.cu_seqlens) {
-            (_, Some(_)) => (0, 0),
-            (Side::Queries, None) => (p.kv_time, p.kv_time - p.time),
-            (Side::Keys, None) => (p.time, p.kv_time - p.time),
-        };
-        let cut = blocks.cut();
-        SizesLaunch::new(cut, other_time, ahead, p.time, p.heads, p.kv_heads, p.key_dim, p.value_dim, window, p.scale)
+        let (cut, ahead) = (blocks.cut(), p.kv_time - p.time);
+        SizesLaunch::new(cut, ahead, p.time, p.heads, p.kv_heads, p.key_dim, p.value_dim, window, p.scale)
     }
 }

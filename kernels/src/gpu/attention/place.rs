@@ -12,8 +12,6 @@ use super::blueprint::Blueprint;
 pub(crate) struct Sizes {
     /// The blocks of this launch.
     pub cut: Cut,
-    /// Rows of each sequence on the other side, of keys or of queries; 0 if as many as on this one.
-    pub other_time: usize,
     /// Keys before the first query of a sequence.
     pub ahead: usize,
     pub time: usize,
@@ -44,34 +42,31 @@ pub(crate) struct Block {
 impl Block {
     /// Of queries, the last of a sequence first, for they have the most to do where attention is causal.
     pub fn of_queries(index: usize, sizes: &Sizes, table: &[u32], #[comptime] chunk: usize) -> Block {
-        Block::of(sizes.cut.chunks - 1 - index, sizes.ahead, 0usize.runtime(), sizes, table, chunk)
+        let index = sizes.cut.chunks - 1 - index;
+        let span = Span::of_chunk(index, &sizes.cut, table, chunk);
+        let (first, rows) = span.tokens(index, chunk);
+        Block {
+            first,
+            rows,
+            position: sizes.ahead + first - span.first_token,
+            other: span.first_token + span.sequence * sizes.ahead,
+            other_rows: span.end - span.first_token + sizes.ahead,
+            other_position: 0usize.runtime(),
+        }
     }
 
     /// Of keys.
     pub fn of_keys(index: usize, sizes: &Sizes, table: &[u32], #[comptime] chunk: usize) -> Block {
-        Block::of(index, 0usize.runtime(), sizes.ahead, sizes, table, chunk)
-    }
-
-    /// The `index`-th block, of sequences whose first row has this position, and the first row of their other side that one.
-    fn of(
-        index: usize,
-        position: usize,
-        other_position: usize,
-        sizes: &Sizes,
-        table: &[u32],
-        #[comptime] chunk: usize,
-    ) -> Block {
         let span = Span::of_chunk(index, &sizes.cut, table, chunk);
-        let before = (index - span.first_chunk) * chunk;
-        let first = span.first_token + before;
-        let rows = min(span.end - first, chunk.runtime());
-        let mut other = span.first_token;
-        let mut other_rows = span.end - span.first_token;
-        if sizes.other_time > 0 {
-            other = span.sequence * sizes.other_time;
-            other_rows = sizes.other_time;
+        let (first, rows) = span.tokens(index, chunk);
+        Block {
+            first,
+            rows,
+            position: first - span.first_token,
+            other: span.first_token - span.sequence * sizes.ahead,
+            other_rows: span.end - span.first_token - sizes.ahead,
+            other_position: sizes.ahead,
         }
-        Block { first, rows, position: position + before, other, other_rows, other_position }
     }
 
     /// Of a block of queries: the first row of the keys that any of them sees, down to a multiple of `chunk`, and the row

@@ -424,8 +424,8 @@ impl<'a> Launch<'a> {
 pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffer) -> Result<Buffer, Error> {
     let o = Buffer::output(client, x.q.storage, x.v.len);
     let units = client.properties().hardware.max_units_per_cube as usize;
-    // The queries stand for what is absent and never read: no memory is taken for it.
-    let tensor = |optional: Option<&Buffer>| optional.unwrap_or(x.q).arg();
+    let nothing = Buffer::absent(client);
+    let tensor = |x: Option<&Buffer>| x.unwrap_or(&nothing).arg();
     let (write, a, b) = match x.write {
         Write::Additive => (WriteKind::Additive, None, None),
         Write::Delta { .. } => (WriteKind::Delta, None, None),

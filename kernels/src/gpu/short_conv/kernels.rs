@@ -48,8 +48,7 @@ struct Segment {
 impl Segment {
     fn of<I: Float, N: Size>(index: usize, inputs: &Inputs<I, N>) -> Segment {
         let span = Span::of_chunk(index, &inputs.cut, &inputs.table, SEGMENT);
-        let first = span.first_token + (index - span.first_chunk) * comptime!(SEGMENT);
-        let tokens = min(span.end - first, SEGMENT.runtime());
+        let (first, tokens) = span.tokens(index, SEGMENT);
         Segment { first, tokens, start: span.first_token, end: span.end, sequence: span.sequence }
     }
 }
