@@ -3,9 +3,9 @@
 //! `cargo run --release -p thalweg-kernels --example gpu_roofline -- TFLOP/S TB/S`
 
 use thalweg_kernels::ScanProblem;
+use thalweg_kernels::cost::Pass;
 use thalweg_kernels::cost::gpu::{self, Pipeline};
-use thalweg_kernels::cost::{GateKind, Pass, WriteKind};
-use thalweg_kernels::matrix::MatrixProblem;
+use thalweg_kernels::matrix::{GateKind, MatrixProblem, WriteKind};
 
 /// What the device can do at the most, in GFLOP/s and GB/s.
 #[derive(Clone, Copy)]
@@ -28,11 +28,11 @@ fn matrix(batch: usize, time: usize, gate: GateKind, write: WriteKind, pass: Pas
 }
 
 const OPERATIONS: [(&str, Of); 7] = [
-    ("decay, gate per key feature (GLA)", |b, t, pass| matrix(b, t, GateKind::Key, WriteKind::Additive, pass)),
-    ("decay, gate per head (Mamba-2)", |b, t, pass| matrix(b, t, GateKind::Head, WriteKind::Additive, pass)),
-    ("delta, gate per head (Gated DeltaNet)", |b, t, pass| matrix(b, t, GateKind::Head, WriteKind::Delta, pass)),
-    ("delta, gate per key feature (KDA)", |b, t, pass| matrix(b, t, GateKind::Key, WriteKind::Delta, pass)),
-    ("low rank, gate per key feature (RWKV-7)", |b, t, pass| matrix(b, t, GateKind::Key, WriteKind::LowRank, pass)),
+    ("decay, gate per key feature (GLA)", |b, t, pass| matrix(b, t, GateKind::KEY, WriteKind::Additive, pass)),
+    ("decay, gate per head (Mamba-2)", |b, t, pass| matrix(b, t, GateKind::HEAD, WriteKind::Additive, pass)),
+    ("delta, gate per head (Gated DeltaNet)", |b, t, pass| matrix(b, t, GateKind::HEAD, WriteKind::DELTA, pass)),
+    ("delta, gate per key feature (KDA)", |b, t, pass| matrix(b, t, GateKind::KEY, WriteKind::DELTA, pass)),
+    ("low rank, gate per key feature (RWKV-7)", |b, t, pass| matrix(b, t, GateKind::KEY, WriteKind::LOW_RANK, pass)),
     ("element-wise scan (HGRN)", |b, t, pass| gpu::scan(&ScanProblem::new(b, t, HEADS * DIM), true, ELEMENT, pass)),
     ("RG-LRU", |b, t, pass| gpu::rg_lru(&ScanProblem::new(b, t, HEADS * DIM), ELEMENT, pass)),
 ];

@@ -26,6 +26,16 @@ impl ScanProblem {
         Self { batch: 1, time: cu_seqlens.last().copied().unwrap_or(0), channels, cu_seqlens: Some(cu_seqlens) }
     }
 
+    /// Shape of the tensors of all tokens.
+    pub fn token_shape(&self) -> [usize; 3] {
+        [self.batch, self.time, self.channels]
+    }
+
+    /// Shape of the initial and final state; the leading size counts sequences.
+    pub fn state_shape(&self) -> [usize; 2] {
+        [self.cu_seqlens.as_ref().map_or(self.batch, |bounds| bounds.len().saturating_sub(1)), self.channels]
+    }
+
     /// Checks the sizes and finds the sequences.
     ///
     /// # Errors

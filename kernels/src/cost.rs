@@ -12,7 +12,7 @@ pub mod gpu;
 
 use crate::attention::AttentionProblem;
 use crate::channels::ScanProblem;
-use crate::matrix::{Gate, MatrixProblem, Write};
+use crate::matrix::{GateKind, MatrixProblem, WriteKind};
 use crate::short_conv::{Activation, ConvProblem};
 use std::ops::Add;
 
@@ -55,46 +55,6 @@ impl Add for Cost {
     }
 }
 
-/// [`Gate`] without its tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum GateKind {
-    None,
-    Constant,
-    Head,
-    Key,
-}
-
-impl From<&Gate<'_>> for GateKind {
-    fn from(gate: &Gate<'_>) -> Self {
-        match gate {
-            Gate::None => GateKind::None,
-            Gate::Constant(_) => GateKind::Constant,
-            Gate::Head(_) => GateKind::Head,
-            Gate::Key(_) => GateKind::Key,
-        }
-    }
-}
-
-/// [`Write`] without its tensors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
-pub enum WriteKind {
-    Additive,
-    Delta,
-    LowRank,
-}
-
-impl<E> From<&Write<'_, E>> for WriteKind {
-    fn from(write: &Write<'_, E>) -> Self {
-        match write {
-            Write::Additive => WriteKind::Additive,
-            Write::Delta { .. } => WriteKind::Delta,
-            Write::LowRank { .. } => WriteKind::LowRank,
-        }
-    }
-}
-
 /// Tokens of each sequence of the batch or of the packed row.
 fn lengths(p: &MatrixProblem) -> Vec<usize> {
     match &p.cu_seqlens {
@@ -126,14 +86,14 @@ impl Tensors {
             values: tokens * p.value_heads * p.value_dim * element,
             gates: 4 * match gate {
                 GateKind::None => 0,
-                GateKind::Constant => p.value_heads,
-                GateKind::Head => tokens * p.value_heads,
-                GateKind::Key => tokens * p.value_heads * p.key_dim,
+                GateKind::CONSTANT => p.value_heads,
+                GateKind::HEAD => tokens * p.value_heads,
+                GateKind::KEY => tokens * p.value_heads * p.key_dim,
             },
             writes: match write {
                 WriteKind::Additive => 0,
-                WriteKind::Delta => 4 * tokens * p.value_heads,
-                WriteKind::LowRank => 2 * keys,
+                WriteKind::DELTA => 4 * tokens * p.value_heads,
+                WriteKind::LOW_RANK => 2 * keys,
             },
             states: 4 * lengths.len() * p.value_heads * p.key_dim * p.value_dim,
         }
@@ -154,7 +114,7 @@ pub fn matrix(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usiz
         Pass::Step => {
             let decay = u64::from(gate != GateKind::None);
             let reads_and_writes = if write == WriteKind::Additive { 4 } else { 6 };
-            let reads_and_writes = if write == WriteKind::LowRank { 8 } else { reads_and_writes };
+            let reads_and_writes = if write == WriteKind::LOW_RANK { 8 } else { reads_and_writes };
             let state = p.key_dim * p.value_dim;
             let tokens: usize = lengths.iter().sum();
             let flops = (tokens * p.value_heads * state) as u64 * (reads_and_writes + decay);
@@ -188,10 +148,10 @@ fn chunk_flops(c: u64, k: u64, v: u64, write: WriteKind, pass: Pass) -> u64 {
     // The values that a write solves for; the backward pass computes them again.
     let solve = match write {
         WriteKind::Additive => 0,
-        WriteKind::Delta => state + strict * (k + v),
-        WriteKind::LowRank => state + strict * (2 * k + 2 * v),
+        WriteKind::DELTA => state + strict * (k + v),
+        WriteKind::LOW_RANK => state + strict * (2 * k + 2 * v),
     };
-    let writes = if write == WriteKind::LowRank { 2 } else { 1 };
+    let writes = if write == WriteKind::LOW_RANK { 2 } else { 1 };
     if pass == Pass::Forward {
         // q meets the state; each write meets q and goes into the state.
         return solve + state + writes * (lower * (k + v) + state);
@@ -202,8 +162,8 @@ fn chunk_flops(c: u64, k: u64, v: u64, write: WriteKind, pass: Pass) -> u64 {
     let read_back = 2 * state;
     let solve_back = match write {
         WriteKind::Additive => 0,
-        WriteKind::Delta => 2 * state + strict * (2 * k + 2 * v),
-        WriteKind::LowRank => 2 * state + strict * (4 * k + 4 * v),
+        WriteKind::DELTA => 2 * state + strict * (2 * k + 2 * v),
+        WriteKind::LOW_RANK => 2 * state + strict * (4 * k + 4 * v),
     };
     solve + write_back + read_back + solve_back
 }
@@ -312,16 +272,16 @@ mod tests {
     #[test]
     fn a_longer_chunk_does_more_work_inside_and_as_much_on_the_state() {
         let flops = |chunk| {
-            forward(&MatrixProblem { chunk, ..MatrixProblem::new(1, 256, 2, 64, 64) }, G::Key, W::Additive).flops
+            forward(&MatrixProblem { chunk, ..MatrixProblem::new(1, 256, 2, 64, 64) }, G::KEY, W::Additive).flops
         };
         assert_eq!(flops(64) - flops(16), 256 * 2 * (64 - 16) * (64 + 64));
     }
 
     #[test]
     fn twice_the_time_costs_twice_as_much() {
-        for write in [W::Additive, W::Delta, W::LowRank] {
+        for write in [W::Additive, W::DELTA, W::LOW_RANK] {
             for pass in [Pass::Forward, Pass::Backward] {
-                let flops = |time| matrix(&MatrixProblem::new(2, time, 3, 16, 32), G::Key, write, 4, pass).flops;
+                let flops = |time| matrix(&MatrixProblem::new(2, time, 3, 16, 32), G::KEY, write, 4, pass).flops;
                 assert_eq!(2 * flops(128), flops(256));
             }
         }
@@ -330,8 +290,8 @@ mod tests {
     #[test]
     fn packing_costs_as_much_as_the_sequences_apart() {
         let packed = MatrixProblem { cu_seqlens: Some(vec![0, 70, 100]), ..MatrixProblem::new(1, 100, 2, 8, 8) };
-        let apart = |time| forward(&MatrixProblem::new(1, time, 2, 8, 8), G::Head, W::Delta);
-        assert_eq!(forward(&packed, G::Head, W::Delta), apart(70) + apart(30));
+        let apart = |time| forward(&MatrixProblem::new(1, time, 2, 8, 8), G::HEAD, W::DELTA);
+        assert_eq!(forward(&packed, G::HEAD, W::DELTA), apart(70) + apart(30));
     }
 
     #[test]
@@ -340,14 +300,14 @@ mod tests {
         for pass in [Pass::Forward, Pass::Backward, Pass::Step] {
             let p = if pass == Pass::Step { &MatrixProblem::new(1, 1, 4, 128, 128) } else { &p };
             let [additive, delta, low_rank] =
-                [W::Additive, W::Delta, W::LowRank].map(|write| matrix(p, G::Key, write, 4, pass).flops);
+                [W::Additive, W::DELTA, W::LOW_RANK].map(|write| matrix(p, G::KEY, write, 4, pass).flops);
             assert!(additive < delta && delta < low_rank, "{pass:?}: {additive} {delta} {low_rank}");
         }
     }
 
     #[test]
     fn a_step_is_bound_by_the_bytes_of_the_state() {
-        let step = matrix(&MatrixProblem::new(8, 1, 4, 128, 128), G::Head, W::Delta, 4, Pass::Step);
+        let step = matrix(&MatrixProblem::new(8, 1, 4, 128, 128), G::HEAD, W::DELTA, 4, Pass::Step);
         let state = 8 * 4 * 128 * 128 * 4;
         assert!(step.bytes > 2 * state && step.bytes < 2 * state + state / 10);
         assert!(step.intensity() < 1.0);
@@ -357,8 +317,8 @@ mod tests {
     fn a_gate_per_head_reads_no_more_than_one_number_per_token() {
         let p = MatrixProblem::new(1, 100, 4, 64, 64);
         let bytes = |gate| forward(&p, gate, W::Additive).bytes;
-        assert_eq!(bytes(G::Head) - bytes(G::None), 100 * 4 * 4);
-        assert_eq!(bytes(G::Key) - bytes(G::None), 100 * 4 * 64 * 4);
+        assert_eq!(bytes(G::HEAD) - bytes(G::None), 100 * 4 * 4);
+        assert_eq!(bytes(G::KEY) - bytes(G::None), 100 * 4 * 64 * 4);
     }
 
     #[test]

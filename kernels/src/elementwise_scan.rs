@@ -9,16 +9,16 @@
 
 use crate::{channels::ScanProblem, element::Element, error::Error, native};
 
-/// The decay of the state, `[batch, time, channels]`.
+/// The decay of the state, `[batch, time, channels]`, with the tensor `T`: a slice, a device buffer.
 #[derive(Debug, Clone, Copy)]
-pub enum ScanGate<'a, E> {
+pub enum ScanGate<T> {
     /// The factor `a` itself, any number that is not NaN.
-    Linear(&'a [E]),
+    Linear(T),
     /// Its natural logarithm: `a = exp(g)`, `g <= 0`, `-inf` allowed.
-    Log(&'a [E]),
+    Log(T),
 }
 
-impl<'a, E> ScanGate<'a, E> {
+impl<'a, E> ScanGate<&'a [E]> {
     pub(crate) fn values(&self) -> &'a [E] {
         match *self {
             ScanGate::Linear(x) | ScanGate::Log(x) => x,
@@ -30,7 +30,7 @@ impl<'a, E> ScanGate<'a, E> {
 #[derive(Debug, Clone, Copy)]
 pub struct ScanInputs<'a, E> {
     /// Decay, `[batch, time, channels]`.
-    pub gate: ScanGate<'a, E>,
+    pub gate: ScanGate<&'a [E]>,
     /// What is added, `[batch, time, channels]`.
     pub x: &'a [E],
     /// State before the first token, `[sequences, channels]`; zero where absent.
@@ -65,7 +65,7 @@ fn check<E: Element>(problem: &ScanProblem, inputs: &ScanInputs<E>) -> Result<cr
     Ok(sequences)
 }
 
-fn gate_name<E>(gate: &ScanGate<E>) -> &'static str {
+fn gate_name<T>(gate: &ScanGate<T>) -> &'static str {
     match gate {
         ScanGate::Linear(_) => "a",
         ScanGate::Log(_) => "g",
@@ -73,7 +73,7 @@ fn gate_name<E>(gate: &ScanGate<E>) -> &'static str {
 }
 
 /// The error for the first gate that is out of range; looked for only after a kernel has met one.
-fn bad_gate<E: Element>(gate: &ScanGate<E>) -> Error {
+fn bad_gate<E: Element>(gate: &ScanGate<&[E]>) -> Error {
     let (allowed, expected): (fn(f32) -> bool, _) = match gate {
         ScanGate::Linear(_) => (|a| !a.is_nan(), "a decay factor, not NaN"),
         ScanGate::Log(_) => (|g| g <= 0.0, "a natural-log decay, at most 0 and not NaN"),
@@ -157,7 +157,7 @@ pub fn backward_into<E: Element>(
 pub fn step<E: Element>(
     batch: usize,
     channels: usize,
-    gate: ScanGate<E>,
+    gate: ScanGate<&[E]>,
     x: &[E],
     state: &mut [f32],
 ) -> Result<Vec<E>, Error> {

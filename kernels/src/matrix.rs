@@ -79,36 +79,131 @@ impl MatrixProblem {
     }
 }
 
-/// The natural-log decay `g <= 0` of the state.
-#[derive(Debug, Clone, Copy)]
-pub enum Gate<'a> {
+/// The natural-log decay `g <= 0` of the state: what it depends on, and the tensor `T` (a slice, a device buffer, a tensor of
+/// a framework; `()` where only the kind matters).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Gate<T> {
     /// The state never decays.
     None,
     /// One decay per head for all tokens: `[value_heads]`.
-    Constant(&'a [f32]),
+    Constant(T),
     /// One decay per token and head: `[batch, time, value_heads]`.
-    Head(&'a [f32]),
+    Head(T),
     /// One decay per token, head and key feature: `[batch, time, value_heads, key_dim]`.
-    Key(&'a [f32]),
+    Key(T),
 }
 
-/// What a token writes into the state.
-#[derive(Debug, Clone, Copy)]
-pub enum Write<'a, E> {
+impl<T> Gate<T> {
+    /// The same kind of gate with another tensor.
+    pub fn map<U>(self, f: impl FnOnce(T) -> U) -> Gate<U> {
+        match self {
+            Gate::None => Gate::None,
+            Gate::Constant(g) => Gate::Constant(f(g)),
+            Gate::Head(g) => Gate::Head(f(g)),
+            Gate::Key(g) => Gate::Key(f(g)),
+        }
+    }
+
+    /// The same kind of gate with a reference to the tensor.
+    pub fn as_ref(&self) -> Gate<&T> {
+        match self {
+            Gate::None => Gate::None,
+            Gate::Constant(g) => Gate::Constant(g),
+            Gate::Head(g) => Gate::Head(g),
+            Gate::Key(g) => Gate::Key(g),
+        }
+    }
+
+    /// What the gate depends on.
+    pub fn kind(&self) -> GateKind {
+        self.as_ref().map(|_| ())
+    }
+
+    /// The tensor, if there is one.
+    pub fn tensor(self) -> Option<T> {
+        match self {
+            Gate::None => None,
+            Gate::Constant(g) | Gate::Head(g) | Gate::Key(g) => Some(g),
+        }
+    }
+}
+
+/// What the gate depends on.
+pub type GateKind = Gate<()>;
+
+impl GateKind {
+    /// One decay per head for all tokens.
+    pub const CONSTANT: Self = Gate::Constant(());
+    /// One decay per token and head.
+    pub const HEAD: Self = Gate::Head(());
+    /// One decay per token, head and key feature.
+    pub const KEY: Self = Gate::Key(());
+}
+
+/// What a token writes into the state, with the tensors of the write: `B` for step sizes, `L` for low-rank factors, which
+/// have the element type of the keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Write<B, L = B> {
     /// `k v^T`.
     Additive,
     /// The delta rule; it decays the state first.
     Delta {
         /// Step size per token and head, `[batch, time, value_heads]`; stable in `[0, 2]` for unit-norm keys.
-        beta: &'a [f32],
+        beta: B,
     },
     /// `b (a^T S) + k v^T` on the state before its decay. Needs `value_heads == heads`.
     LowRank {
         /// `[batch, time, heads, key_dim]`.
-        a: &'a [E],
+        a: L,
         /// `[batch, time, heads, key_dim]`.
-        b: &'a [E],
+        b: L,
     },
+}
+
+impl<B, L> Write<B, L> {
+    /// The same kind of write with other tensors.
+    pub fn map_each<C, M>(self, beta: impl FnOnce(B) -> C, mut low_rank: impl FnMut(L) -> M) -> Write<C, M> {
+        match self {
+            Write::Additive => Write::Additive,
+            Write::Delta { beta: x } => Write::Delta { beta: beta(x) },
+            Write::LowRank { a, b } => Write::LowRank { a: low_rank(a), b: low_rank(b) },
+        }
+    }
+
+    /// The same kind of write with references to the tensors.
+    pub fn as_ref(&self) -> Write<&B, &L> {
+        match self {
+            Write::Additive => Write::Additive,
+            Write::Delta { beta } => Write::Delta { beta },
+            Write::LowRank { a, b } => Write::LowRank { a, b },
+        }
+    }
+
+    /// What is written.
+    pub fn kind(&self) -> WriteKind {
+        self.as_ref().map_each(|_| (), |_| ())
+    }
+}
+
+/// What is written.
+pub type WriteKind = Write<()>;
+
+impl WriteKind {
+    /// The delta rule.
+    pub const DELTA: Self = Write::Delta { beta: () };
+    /// A low-rank write.
+    pub const LOW_RANK: Self = Write::LowRank { a: (), b: () };
+}
+
+impl<T> Write<T> {
+    /// The same kind of write with other tensors.
+    pub fn map<U>(self, mut f: impl FnMut(T) -> U) -> Write<U> {
+        match self {
+            Write::Additive => Write::Additive,
+            Write::Delta { beta } => Write::Delta { beta: f(beta) },
+            Write::LowRank { a, b } => Write::LowRank { a: f(a), b: f(b) },
+        }
+    }
 }
 
 /// The tensors that go in.
@@ -121,9 +216,9 @@ pub struct MatrixInputs<'a, E> {
     /// Values, `[batch, time, value_heads, value_dim]`.
     pub v: &'a [E],
     /// The decay.
-    pub gate: Gate<'a>,
+    pub gate: Gate<&'a [f32]>,
     /// The write.
-    pub write: Write<'a, E>,
+    pub write: Write<&'a [f32], &'a [E]>,
     /// State before the first token, `[sequences, value_heads, key_dim, value_dim]`; zero if absent.
     pub initial_state: Option<&'a [f32]>,
 }
@@ -281,7 +376,7 @@ fn validate<E: Element>(p: &MatrixProblem, x: &MatrixInputs<E>) -> Result<Sequen
         Gate::Head(g) => Error::check_len("g", g.len(), &[b, t, h])?,
         Gate::Key(g) => Error::check_len("g", g.len(), &[b, t, h, p.key_dim])?,
     }
-    if let Gate::Constant(g) | Gate::Head(g) | Gate::Key(g) = x.gate {
+    if let Some(g) = x.gate.tensor() {
         Error::check_log_decay("g", g)?;
     }
     match x.write {

@@ -337,10 +337,10 @@ impl Op for Conv {
         Ok(scan::short_conv(x[0].r3(), x[1].r2(), Some(x[2].r1()), options)?.o.into())
     }
 
-    fn apply_step(&self, x: &[Any], state: Any, _: scan::Path) -> Result<(Any, Any), scan::Error> {
+    fn apply_step(&self, x: &[Any], state: Any, path: scan::Path) -> Result<(Any, Any), scan::Error> {
         let token = x[0].r3().squeeze_dim::<2>(1);
         let (bias, silu) = (Some(x[2].r1()), scan::ConvActivation::Silu);
-        let (o, state) = scan::short_conv_step(token, x[1].r2(), bias, silu, state.r3())?;
+        let (o, state) = scan::short_conv_step(token, x[1].r2(), bias, silu, state.r3(), path)?;
         Ok((o.into(), state.into()))
     }
 }

@@ -231,9 +231,9 @@ impl Op for RgLru {
         Ok(scan::rg_lru(x[0].r3(), x[1].r3(), x[2].r3(), x[3].r1(), None, options)?.o.into())
     }
 
-    fn apply_step(&self, x: &[Any], state: Any, _: scan::Path) -> Result<(Any, Any), scan::Error> {
+    fn apply_step(&self, x: &[Any], state: Any, path: scan::Path) -> Result<(Any, Any), scan::Error> {
         let [token, recurrent, input] = [0, 1, 2].map(|i| x[i].r3().squeeze_dim::<2>(1));
-        let (o, state) = scan::rg_lru_step(token, recurrent, input, x[3].r1(), None, state.r2())?;
+        let (o, state) = scan::rg_lru_step(token, recurrent, input, x[3].r1(), None, state.r2(), path)?;
         Ok((o.into(), state.into()))
     }
 }

@@ -7,11 +7,11 @@ use crate::{Case, Dtype, Error, Pass, Path};
 use burn::tensor::Device;
 use half::bf16;
 use thalweg_kernels::Element;
-use thalweg_kernels::cost::{self, Cost, GateKind, WriteKind};
+use thalweg_kernels::cost::{self, Cost};
 #[cfg(feature = "gpu")]
 use thalweg_kernels::gpu;
 use thalweg_kernels::matrix::{
-    self, Gate, KeepStates, MatrixGradients, MatrixInputs, MatrixOutputs, MatrixProblem, Write,
+    self, GateKind, KeepStates, MatrixGradients, MatrixInputs, MatrixOutputs, MatrixProblem, Write, WriteKind,
 };
 use thalweg_reference::matrix as oracle;
 use thalweg_scan as scan;
@@ -19,13 +19,13 @@ use thalweg_scan as scan;
 /// Name, gate, write.
 const OPS: [(&str, GateKind, WriteKind); 8] = [
     ("linear_attention", GateKind::None, WriteKind::Additive),
-    ("retention", GateKind::Constant, WriteKind::Additive),
-    ("simple_gla", GateKind::Head, WriteKind::Additive),
-    ("gla", GateKind::Key, WriteKind::Additive),
-    ("delta_rule", GateKind::None, WriteKind::Delta),
-    ("gated_delta_rule", GateKind::Head, WriteKind::Delta),
-    ("kda", GateKind::Key, WriteKind::Delta),
-    ("dplr", GateKind::Key, WriteKind::LowRank),
+    ("retention", GateKind::CONSTANT, WriteKind::Additive),
+    ("simple_gla", GateKind::HEAD, WriteKind::Additive),
+    ("gla", GateKind::KEY, WriteKind::Additive),
+    ("delta_rule", GateKind::None, WriteKind::DELTA),
+    ("gated_delta_rule", GateKind::HEAD, WriteKind::DELTA),
+    ("kda", GateKind::KEY, WriteKind::DELTA),
+    ("dplr", GateKind::KEY, WriteKind::LOW_RANK),
 ];
 
 /// The tensors of any of them; what an operation does not take is empty. `q`, `k`, `v`, `a`, `b` are rounded.
@@ -70,7 +70,7 @@ impl Data {
         // Keys of about unit length, with which the delta rule contracts.
         let unit = (3.0 / key_dim as f32).sqrt();
         let key = |tensor: u64, size: f32| fill(tensor, tokens(heads * key_dim), |u| size * (2.0 * u - 1.0));
-        let low_rank = write == WriteKind::LowRank;
+        let low_rank = write == WriteKind::LOW_RANK;
         let a = if low_rank { key(5, -unit) } else { Vec::new() };
         // b is -a, shortened: b a^T takes away less than all along a.
         let lengths = fill(6, tokens(1), |u| u);
@@ -82,11 +82,11 @@ impl Data {
             v: round(signed(3, tokens(heads * value_dim))),
             g: match gate {
                 GateKind::None => Vec::new(),
-                GateKind::Constant => (0..heads).map(|h| -0.3 / (h + 1) as f32).collect(),
-                GateKind::Head => fill(4, tokens(heads), |u| -0.3 * u),
-                GateKind::Key => fill(4, tokens(heads * key_dim), |u| -0.1 * u),
+                GateKind::CONSTANT => (0..heads).map(|h| -0.3 / (h + 1) as f32).collect(),
+                GateKind::HEAD => fill(4, tokens(heads), |u| -0.3 * u),
+                GateKind::KEY => fill(4, tokens(heads * key_dim), |u| -0.1 * u),
             },
-            beta: if write == WriteKind::Delta { fill(7, tokens(heads), |u| u) } else { Vec::new() },
+            beta: if write == WriteKind::DELTA { fill(7, tokens(heads), |u| u) } else { Vec::new() },
             a: round(a),
             b: round(b),
             state: if case.pass == Pass::Step { signed(8, [batch, heads, key_dim * value_dim]) } else { Vec::new() },
@@ -103,9 +103,9 @@ impl Op for Data {
         let head = keys[..3].to_vec();
         let gate = match self.gate {
             GateKind::None => None,
-            GateKind::Constant => Some(vec![self.problem.heads]),
-            GateKind::Head => Some(head.clone()),
-            GateKind::Key => Some(keys.clone()),
+            GateKind::CONSTANT => Some(vec![self.problem.heads]),
+            GateKind::HEAD => Some(head.clone()),
+            GateKind::KEY => Some(keys.clone()),
         };
         let input = |gradient, shape: &Vec<usize>, values: &Vec<f32>, stored| Input {
             gradient,
@@ -118,11 +118,11 @@ impl Op for Data {
             input("dk", &keys, &self.k, true),
             input("dv", &values, &self.v, true),
         ];
-        if self.write == WriteKind::LowRank {
+        if self.write == WriteKind::LOW_RANK {
             inputs.extend([input("da", &keys, &self.a, true), input("db", &keys, &self.b, true)]);
         }
         inputs.extend(gate.map(|shape| input("dg", &shape, &self.g, false)));
-        if self.write == WriteKind::Delta {
+        if self.write == WriteKind::DELTA {
             inputs.push(input("dbeta", &head, &self.beta, false));
         }
         inputs
@@ -145,14 +145,14 @@ impl Op for Data {
             v: &v,
             gate: match self.gate {
                 GateKind::None => oracle::Gate::None,
-                GateKind::Constant => oracle::Gate::Constant(&g),
-                GateKind::Head => oracle::Gate::Head(&g),
-                GateKind::Key => oracle::Gate::Key(&g),
+                GateKind::CONSTANT => oracle::Gate::Constant(&g),
+                GateKind::HEAD => oracle::Gate::Head(&g),
+                GateKind::KEY => oracle::Gate::Key(&g),
             },
             write: match self.write {
                 WriteKind::Additive => oracle::Write::Additive,
-                WriteKind::Delta => oracle::Write::Delta { beta: &beta },
-                WriteKind::LowRank => oracle::Write::LowRank { a: &a, b: &b },
+                WriteKind::DELTA => oracle::Write::Delta { beta: &beta },
+                WriteKind::LOW_RANK => oracle::Write::LowRank { a: &a, b: &b },
             },
             initial_state: (pass == Pass::Step).then_some(&state[..]),
         };
@@ -183,13 +183,13 @@ impl Op for Data {
         let [q, k, v] = [0, 1, 2].map(|i| x[i].r4());
         let out = match (self.write, self.gate) {
             (WriteKind::Additive, GateKind::None) => scan::linear_attention(q, k, v, options),
-            (WriteKind::Additive, GateKind::Constant) => scan::retention(q, k, v, x[3].r1(), options),
-            (WriteKind::Additive, GateKind::Head) => scan::simple_gla(q, k, v, x[3].r3(), options),
-            (WriteKind::Additive, GateKind::Key) => scan::gla(q, k, v, x[3].r4(), options),
-            (WriteKind::Delta, GateKind::Key) => scan::kda(q, k, v, x[3].r4(), x[4].r3(), options),
-            (WriteKind::Delta, GateKind::None) => scan::delta_rule(q, k, v, x[3].r3(), options),
-            (WriteKind::Delta, _) => scan::gated_delta_rule(q, k, v, x[3].r3(), x[4].r3(), options),
-            (WriteKind::LowRank, _) => scan::dplr(q, k, v, x[3].r4(), x[4].r4(), x[5].r4(), options),
+            (WriteKind::Additive, GateKind::CONSTANT) => scan::retention(q, k, v, x[3].r1(), options),
+            (WriteKind::Additive, GateKind::HEAD) => scan::simple_gla(q, k, v, x[3].r3(), options),
+            (WriteKind::Additive, GateKind::KEY) => scan::gla(q, k, v, x[3].r4(), options),
+            (WriteKind::DELTA, GateKind::KEY) => scan::kda(q, k, v, x[3].r4(), x[4].r3(), options),
+            (WriteKind::DELTA, GateKind::None) => scan::delta_rule(q, k, v, x[3].r3(), options),
+            (WriteKind::DELTA, _) => scan::gated_delta_rule(q, k, v, x[3].r3(), x[4].r3(), options),
+            (WriteKind::LOW_RANK, _) => scan::dplr(q, k, v, x[3].r4(), x[4].r4(), x[5].r4(), options),
         }?;
         Ok(out.o.into())
     }
@@ -203,13 +203,13 @@ impl Op for Data {
         let [q, k, v] = [0, 1, 2].map(token4);
         let (o, state) = match (self.write, self.gate) {
             (WriteKind::Additive, GateKind::None) => scan::linear_attention_step(q, k, v, state, options),
-            (WriteKind::Additive, GateKind::Constant) => scan::retention_step(q, k, v, x[3].r1(), state, options),
-            (WriteKind::Additive, GateKind::Head) => scan::simple_gla_step(q, k, v, token3(3), state, options),
-            (WriteKind::Additive, GateKind::Key) => scan::gla_step(q, k, v, token4(3), state, options),
-            (WriteKind::Delta, GateKind::Key) => scan::kda_step(q, k, v, token4(3), token3(4), state, options),
-            (WriteKind::Delta, GateKind::None) => scan::delta_rule_step(q, k, v, token3(3), state, options),
-            (WriteKind::Delta, _) => scan::gated_delta_rule_step(q, k, v, token3(3), token3(4), state, options),
-            (WriteKind::LowRank, _) => scan::dplr_step(q, k, v, token4(3), token4(4), token4(5), state, options),
+            (WriteKind::Additive, GateKind::CONSTANT) => scan::retention_step(q, k, v, x[3].r1(), state, options),
+            (WriteKind::Additive, GateKind::HEAD) => scan::simple_gla_step(q, k, v, token3(3), state, options),
+            (WriteKind::Additive, GateKind::KEY) => scan::gla_step(q, k, v, token4(3), state, options),
+            (WriteKind::DELTA, GateKind::KEY) => scan::kda_step(q, k, v, token4(3), token3(4), state, options),
+            (WriteKind::DELTA, GateKind::None) => scan::delta_rule_step(q, k, v, token3(3), state, options),
+            (WriteKind::DELTA, _) => scan::gated_delta_rule_step(q, k, v, token3(3), token3(4), state, options),
+            (WriteKind::LOW_RANK, _) => scan::dplr_step(q, k, v, token4(3), token4(4), token4(5), state, options),
         }?;
         Ok((o.into(), state.into()))
     }
@@ -224,21 +224,16 @@ impl super::gpu::GpuOp for Data {
         d_o: &[gpu::Buffer],
         state: Option<&gpu::Buffer>,
     ) -> Result<super::gpu::Found, thalweg_kernels::Error> {
-        use gpu::matrix::{Gate, Inputs, Write, backward, forward, step};
+        use gpu::matrix::{Inputs, Write, backward, forward, step};
         let [q, k, v, rest @ ..] = x else { unreachable!("three tensors at least go in") };
         let mut rest = rest.iter();
         let low_rank =
-            (self.write == WriteKind::LowRank).then(|| [(); 2].map(|()| rest.next().expect("a and b go in")));
+            (self.write == WriteKind::LOW_RANK).then(|| [(); 2].map(|()| rest.next().expect("a and b go in")));
         let mut next = || rest.next().expect("gates and steps go in after them");
-        let gate = match self.gate {
-            GateKind::None => Gate::None,
-            GateKind::Constant => Gate::Constant(next()),
-            GateKind::Head => Gate::Head(next()),
-            GateKind::Key => Gate::Key(next()),
-        };
+        let gate = self.gate.map(|()| next());
         let write = match (low_rank, self.write) {
             (Some([a, b]), _) => Write::LowRank { a, b },
-            (None, WriteKind::Delta) => Write::Delta { beta: next() },
+            (None, WriteKind::DELTA) => Write::Delta { beta: next() },
             (None, _) => Write::Additive,
         };
         let inputs = Inputs { q, k, v, gate, write, initial_state: None };
@@ -302,16 +297,11 @@ impl<E: Element> Workload for Native<E> {
             q: &self.q,
             k: &self.k,
             v: &self.v,
-            gate: match gate {
-                GateKind::None => Gate::None,
-                GateKind::Constant => Gate::Constant(g),
-                GateKind::Head => Gate::Head(g),
-                GateKind::Key => Gate::Key(g),
-            },
+            gate: gate.map(|()| &g[..]),
             write: match write {
                 WriteKind::Additive => Write::Additive,
-                WriteKind::Delta => Write::Delta { beta },
-                WriteKind::LowRank => Write::LowRank { a: &self.a, b: &self.b },
+                WriteKind::DELTA => Write::Delta { beta },
+                WriteKind::LOW_RANK => Write::LowRank { a: &self.a, b: &self.b },
             },
             initial_state: None,
         };

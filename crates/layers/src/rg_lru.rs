@@ -222,7 +222,7 @@ impl SequenceMixer for RgLruBlock {
         });
         let a_param = self.rg_lru.recurrent_param.val();
         let [input, recurrent, gate] = [input, recurrent, gate].map(token);
-        let (o, h) = rg_lru_step(input, recurrent, gate, a_param, reset, state.h)?;
+        let (o, h) = rg_lru_step(input, recurrent, gate, a_param, reset, state.h, context.path)?;
         let state = RgLruState { h, conv, positions: positions.after() };
         Ok((token(self.output(o.unsqueeze_dim(1), x)), state))
     }

@@ -1,7 +1,7 @@
 //! Checks of shapes, element types and sequence bounds, made once before anything runs.
 
 use burn::Tensor;
-use burn::tensor::DType;
+use burn::tensor::{DType, FloatDType};
 use thalweg_kernels::Sequences;
 
 use crate::Error;
@@ -97,4 +97,12 @@ pub(crate) fn grouped(
         found,
         expected: format!("a number of heads that is a multiple of {heads}, not {value_heads}"),
     })
+}
+
+/// The type of gates, states and sums: f64 for f64 inputs, else f32.
+pub(crate) fn state_type(dtype: DType) -> FloatDType {
+    match dtype {
+        DType::F64 => FloatDType::F64,
+        _ => FloatDType::F32,
+    }
 }

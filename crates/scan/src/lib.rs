@@ -7,19 +7,17 @@
 //! `cuda`, `rocm`, `metal`, `vulkan`, `webgpu`, `wgpu`) the GPU kernels; what a backend has no kernel for is the
 //! chunked algorithm in Burn tensor operations ([`Path`] chooses). [`device`] finds a device by its name.
 
+mod binding;
 mod check;
 mod device;
 mod error;
-mod families;
-mod matrix;
-mod native;
+mod op;
 mod options;
 mod portable;
 
 pub use device::{DeviceError, device, gpus};
 pub use error::Error;
-pub use families::*;
-pub use matrix::Output;
+pub use op::*;
 pub use options::{
     AttentionOptions, ComplexScanOptions, MatrixOptions, Path, ScanOptions, ShortConvOptions, StepOptions,
 };

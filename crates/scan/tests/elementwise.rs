@@ -318,12 +318,14 @@ fn steps_equal_sequences() {
         let (o, next) = scan::hgrn_step(at(&x, t), at(&g, t), h).expect("valid");
         assert_close("hgrn", &values(&o), &values(&at(&whole.o, t)), TOLERANCE);
         h = next;
-        let (o, next) = scan::rg_lru_step(at(&x, t), at(&r, t), at(&g, t), a_param.clone(), None, l).expect("valid");
+        let (o, next) = scan::rg_lru_step(at(&x, t), at(&r, t), at(&g, t), a_param.clone(), None, l, scan::Path::Auto)
+            .expect("valid");
         assert_close("rg_lru", &values(&o), &values(&at(&lru.o, t)), TOLERANCE);
         l = next;
-        z = scan::complex_scan_step(at(&g, t), at(&r, t), at(&x, t), at(&g, t), z).expect("valid");
+        z = scan::complex_scan_step(at(&g, t), at(&r, t), at(&x, t), at(&g, t), z, scan::Path::Auto).expect("valid");
         assert_close("complex", &values(&z.1), &values(&at(&complex.im, t)), TOLERANCE);
-        let (o, next) = scan::short_conv_step(at(&x, t), weight.clone(), None, silu, c).expect("valid");
+        let (o, next) =
+            scan::short_conv_step(at(&x, t), weight.clone(), None, silu, c, scan::Path::Auto).expect("valid");
         assert_close("conv", &values(&o), &values(&at(&conv.o, t)), TOLERANCE);
         c = next;
     }

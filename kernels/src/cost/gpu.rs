@@ -3,9 +3,10 @@
 //! A launch reads each of its tensors once and writes each once; what the cubes of one launch read again is left to the
 //! cache. Products are counted as in [`cost`](super), and for the delta rule the inverse of a chunk's system besides.
 
-use super::{Cost, GateKind, Pass, Tensors, WriteKind, lengths};
+use super::{Cost, Pass, Tensors, lengths};
 use crate::channels::ScanProblem;
 use crate::matrix::MatrixProblem;
+use crate::matrix::{GateKind, WriteKind};
 
 /// One launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,13 +75,13 @@ struct Stages {
 impl Stages {
     fn new(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usize) -> Self {
         // Low-rank writes are the delta rule of twice the tokens, with keys of its own that read.
-        let low_rank = write == WriteKind::LowRank;
-        let (delta, gate) = (write != WriteKind::Additive, if low_rank { GateKind::Key } else { gate });
-        let write = if low_rank { WriteKind::Delta } else { write };
+        let low_rank = write == WriteKind::LOW_RANK;
+        let (delta, gate) = (write != WriteKind::Additive, if low_rank { GateKind::KEY } else { gate });
+        let write = if low_rank { WriteKind::DELTA } else { write };
         let p = &if low_rank { p.twice() } else { p.clone() };
         let (c, k, v) = (p.chunk.max(1), p.key_dim, p.value_dim);
         let chunks = lengths(p).iter().map(|length| length.div_ceil(c)).sum::<usize>() * p.value_heads;
-        let (by_key, x) = (gate == GateKind::Key, Tensors::new(p, gate, write, element));
+        let (by_key, x) = (gate == GateKind::KEY, Tensors::new(p, gate, write, element));
         let walked = if by_key { p.batch * p.time * p.value_heads * k * element } else { x.keys };
         Self {
             delta,
@@ -188,7 +189,7 @@ pub fn matrix(p: &MatrixProblem, gate: GateKind, write: WriteKind, element: usiz
     }
     let s = Stages::new(p, gate, write, element);
     let pipeline = stages(&s, pass);
-    if write == WriteKind::LowRank {
+    if write == WriteKind::LOW_RANK {
         return paired(pipeline, &s, &Tensors::new(p, gate, write, element), pass);
     }
     pipeline
@@ -254,29 +255,29 @@ mod tests {
     #[test]
     fn the_stages_of_the_forward_pass_are_the_chunked_algorithm() {
         let p = problem();
-        let additive = matrix(&p, G::Key, WriteKind::Additive, 2, Pass::Forward).total().flops;
-        assert_eq!(additive, super::super::matrix(&p, G::Key, WriteKind::Additive, 2, Pass::Forward).flops);
+        let additive = matrix(&p, G::KEY, WriteKind::Additive, 2, Pass::Forward).total().flops;
+        assert_eq!(additive, super::super::matrix(&p, G::KEY, WriteKind::Additive, 2, Pass::Forward).flops);
         // The delta rule inverts a chunk's system, where the algorithm only solves it: the inverse, and the diagonal of
         // its product with the values.
-        let delta = matrix(&p, G::Key, WriteKind::Delta, 2, Pass::Forward).total().flops;
+        let delta = matrix(&p, G::KEY, WriteKind::DELTA, 2, Pass::Forward).total().flops;
         let (c, chunks) = (64, 2 * 16 * 4);
         let inverse = chunks * (c * (c * c - 1) / 3 + 2 * c * 64);
-        assert_eq!(delta, super::super::matrix(&p, G::Key, WriteKind::Delta, 2, Pass::Forward).flops + inverse);
+        assert_eq!(delta, super::super::matrix(&p, G::KEY, WriteKind::DELTA, 2, Pass::Forward).flops + inverse);
     }
 
     #[test]
     fn the_backward_pass_computes_one_product_with_the_state_more_than_one_that_kept_the_states() {
         let p = problem();
-        let mine = matrix(&p, G::Head, WriteKind::Additive, 2, Pass::Backward).total().flops;
-        let kept = super::super::matrix(&p, G::Head, WriteKind::Additive, 2, Pass::Backward).flops;
+        let mine = matrix(&p, G::HEAD, WriteKind::Additive, 2, Pass::Backward).total().flops;
+        let kept = super::super::matrix(&p, G::HEAD, WriteKind::Additive, 2, Pass::Backward).flops;
         assert_eq!(mine - kept, 2 * 1024 * 4 * 2 * 128 * 64);
     }
 
     #[test]
     fn every_launch_moves_at_least_the_tensors_between_the_caller_and_the_device() {
-        for write in [WriteKind::Additive, WriteKind::Delta] {
+        for write in [WriteKind::Additive, WriteKind::DELTA] {
             for pass in [Pass::Forward, Pass::Backward] {
-                let pipeline = matrix(&problem(), G::Key, write, 2, pass);
+                let pipeline = matrix(&problem(), G::KEY, write, 2, pass);
                 let moved = pipeline.total().bytes;
                 // What is scratch is written once and read at least once.
                 assert!(moved >= pipeline.tensors + 2 * pipeline.scratch, "{write:?} {pass:?}");
@@ -291,8 +292,8 @@ mod tests {
         let twice = MatrixProblem { time: 2 * problem().time, ..problem() };
         let cases = [(problem(), twice), (packed, of_packed)];
         for ((p, twice), pass) in cases.iter().flat_map(|case| [(case, Pass::Forward), (case, Pass::Backward)]) {
-            let low_rank = matrix(p, G::Head, WriteKind::LowRank, 2, pass);
-            let delta = matrix(twice, G::Key, WriteKind::Delta, 2, pass);
+            let low_rank = matrix(p, G::HEAD, WriteKind::LOW_RANK, 2, pass);
+            let delta = matrix(twice, G::KEY, WriteKind::DELTA, 2, pass);
             assert_eq!(low_rank.total().flops, delta.total().flops);
             // Half of what comes back is not wanted; all else that is written is read.
             assert!(low_rank.total().bytes > delta.total().bytes + low_rank.tensors);
@@ -302,7 +303,7 @@ mod tests {
 
     #[test]
     fn launches_one_after_the_other_take_no_less_than_their_work_at_once() {
-        let pipeline = matrix(&problem(), G::Key, WriteKind::Delta, 2, Pass::Backward);
+        let pipeline = matrix(&problem(), G::KEY, WriteKind::DELTA, 2, Pass::Backward);
         for (gflops, gbytes) in [(1e3, 1e3), (1e6, 3e3)] {
             let at_once = pipeline.total().floor(gflops, gbytes);
             assert!(pipeline.floor(gflops, gbytes) >= at_once * (1.0 - 1e-12));
@@ -312,7 +313,7 @@ mod tests {
     #[test]
     fn memory_grows_with_the_time_as_the_tensors_do() {
         let of =
-            |time| matrix(&MatrixProblem::new(1, time, 16, 128, 128), G::Head, WriteKind::Delta, 2, Pass::Backward);
+            |time| matrix(&MatrixProblem::new(1, time, 16, 128, 128), G::HEAD, WriteKind::DELTA, 2, Pass::Backward);
         let (short, long) = (of(8192), of(65536));
         assert_eq!(long.scratch, 8 * short.scratch);
         assert!(long.tensors < 8 * short.tensors && long.tensors > 7 * short.tensors);

@@ -15,7 +15,8 @@ use super::SUB_BLOCK;
 use super::decay::{prefix, prefix_exclusive, shift_down, shift_up, suffix_exclusive};
 use super::scores::scores;
 use super::{split, unbind, wy};
-use crate::matrix::{Decay, Output, Problem, Write, state_type};
+use crate::check::state_type;
+use crate::op::matrix::{Decay, Output, Problem, Write};
 
 /// Runs the recurrence over all sequences.
 pub(crate) fn forward(problem: Problem) -> Output {

@@ -2,7 +2,8 @@
 
 use burn::Tensor;
 
-use crate::matrix::{Decay, Problem, Write, state_type};
+use crate::check::state_type;
+use crate::op::matrix::{Decay, Problem, Write};
 
 /// Advances the state by one token (time axis of length 1); returns `o: [B, HV, V]` and the state.
 pub(crate) fn step(problem: Problem) -> (Tensor<3>, Tensor<4>) {

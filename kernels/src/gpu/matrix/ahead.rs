@@ -147,7 +147,7 @@ fn fetch_ends(
     flight: &mut Array<f32>,
     #[comptime] w: WalkBlueprint,
 ) {
-    if comptime!(w.chunk.gate == GateKind::Key) {
+    if comptime!(w.chunk.gate == GateKind::KEY) {
         #[unroll]
         for j in 0..comptime!(w.ends()) {
             let k = part.k0 + unit() + j * w.chunk.units;
@@ -162,7 +162,7 @@ fn fetch_ends(
 /// Puts what [`fetch_ends`] has fetched.
 #[cube]
 fn put_ends(flight: &Array<f32>, ends: &mut Shared<[f32]>, #[comptime] w: WalkBlueprint) {
-    if comptime!(w.chunk.gate == GateKind::Key) {
+    if comptime!(w.chunk.gate == GateKind::KEY) {
         #[unroll]
         for j in 0..comptime!(w.ends()) {
             let row = unit() + j * w.chunk.units;

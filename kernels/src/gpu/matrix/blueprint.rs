@@ -8,16 +8,8 @@ use super::super::tile::{BLOCK, Engine, Spread, WARP};
 use super::super::transfer::Shape;
 use super::decay::Role;
 use super::panels::CARRIERS;
+pub(crate) use crate::matrix::GateKind;
 use crate::matrix::MatrixProblem;
-
-/// What the decay depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum GateKind {
-    None,
-    /// One per head, for each token or for all.
-    Head,
-    Key,
-}
 
 /// The compile-time key of the kernels. Lengths, batch, head counts and head sizes are not in it: a new sequence
 /// length compiles and tunes nothing.
@@ -114,7 +106,7 @@ impl WalkBlueprint {
     /// The most that a state pass by panels needs, in bytes.
     pub fn panel_memory(&self) -> usize {
         let (b, c, rows, d) = (&self.chunk, self.chunk.chunk, self.rows(), self.value_block);
-        let key_wise = b.gate == GateKind::Key;
+        let key_wise = b.gate == GateKind::KEY;
         // Backwards queries and with the delta rule keys, or both kinds of keys.
         let keys = 1 + b.delta as usize * (1 + key_wise as usize);
         2 * (keys * b.operand(c, rows)
@@ -189,7 +181,7 @@ impl Blueprint {
             .into_iter()
             .map(|(chunk, block)| {
                 let block = widest.min(block);
-                let inverts = gate == GateKind::Key && engine == Engine::Mma && storage == Storage::Bf16;
+                let inverts = gate == GateKind::KEY && engine == Engine::Mma && storage == Storage::Bf16;
                 Self { gate, delta, low_rank, chunk, block, units: 0, engine, operand_size, inverts }
                     .with_block(client, block)
             })
@@ -211,7 +203,7 @@ impl Blueprint {
     pub fn for_gradients(&self, client: &Client) -> Option<Self> {
         let room = client.properties().hardware.max_shared_memory_size.min(SHARED_MEMORY);
         // Pairs that are summed one by one under gates per key feature take registers for each element.
-        let singly = self.gate == GateKind::Key && self.engine == Engine::Mma && !self.inverts;
+        let singly = self.gate == GateKind::KEY && self.engine == Engine::Mma && !self.inverts;
         let widest = if singly { self.block.min(32) } else { self.block };
         let blocks = [widest, 64, 32, 16].into_iter().filter(|block| *block <= widest);
         blocks.map(|block| self.with_block(client, block)).find(|b| b.gradients_memory() <= room)
@@ -315,12 +307,12 @@ impl Blueprint {
 
     /// Whether scores meet the decay in registers.
     pub fn weighs_scores(&self) -> bool {
-        self.engine == Engine::Mma && self.gate != GateKind::Key
+        self.engine == Engine::Mma && self.gate != GateKind::KEY
     }
 
     /// Whether that takes the decay between the tokens of a sub-block.
     pub fn sums_between(&self) -> bool {
-        self.weighs_scores() && self.gate == GateKind::Head
+        self.weighs_scores() && self.gate == GateKind::HEAD
     }
 
     /// Shared memory for it.
@@ -330,7 +322,7 @@ impl Blueprint {
 
     /// For launches whose queries and keys have met a gate per key feature already: what is left to weigh are rows.
     pub fn by_row(&self) -> Self {
-        let gate = if self.gate == GateKind::Key { GateKind::None } else { self.gate };
+        let gate = if self.gate == GateKind::KEY { GateKind::None } else { self.gate };
         Self { gate, ..*self }
     }
 
@@ -363,8 +355,8 @@ impl Blueprint {
     fn common_memory(&self) -> usize {
         let (c, d) = (self.chunk, self.block);
         let decay = match self.gate {
-            GateKind::Key => 2 * self.float(c, d) + self.segments() * d * 4 + self.units,
-            GateKind::None | GateKind::Head => (5 * c + self.segments()) * 4 + self.float(1, 1),
+            GateKind::KEY => 2 * self.float(c, d) + self.segments() * d * 4 + self.units,
+            GateKind::None | GateKind::CONSTANT | GateKind::HEAD => (5 * c + self.segments()) * 4 + self.float(1, 1),
         };
         decay + 512
     }
@@ -387,14 +379,14 @@ impl Blueprint {
         let sums = |rows| self.sums(self.spread(rows, d));
         let left = 1 + self.delta as usize;
         // Under gates per key feature products wait for weights of their own.
-        let more = if self.gate == GateKind::Key { left + 1 } else { 0 };
+        let more = if self.gate == GateKind::KEY { left + 1 } else { 0 };
         self.operand(c + delta, c)
             + (2 + left + more) * sums(c)
-            + if self.gate == GateKind::Key { 0 } else { self.float(c, d) }
+            + if self.gate == GateKind::KEY { 0 } else { self.float(c, d) }
             + self.operand(3 * c + 2 * d, d)
             + (2 * c + d + (1 + self.delta as usize) * self.units) * 4
             + if self.low_rank { 3 * c * 4 } else { 0 }
-            + if self.gate == GateKind::Head { (2 * self.units + d) * 4 } else { 0 }
+            + if self.gate == GateKind::HEAD { (2 * self.units + d) * 4 } else { 0 }
             + self.common_memory()
     }
 }

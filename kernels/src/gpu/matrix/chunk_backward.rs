@@ -152,7 +152,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
     let place = Place::of(cube, sizes, table, b);
     let operand = comptime!(b.operand_padding());
     let (c, delta_rows) = comptime!((b.chunk, if b.delta { b.chunk } else { 1 }));
-    let head = comptime!(b.gate == GateKind::Head);
+    let head = comptime!(b.gate == GateKind::HEAD);
     let mut decay = Decay::new(b);
     let mut pairs = Pairs::<E> {
         p: Tile::<E>::new(c, c, operand),
@@ -170,7 +170,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
         k_end: Sums::new(comptime!(b.spread(c, b.block))),
     };
     // Weights are not needed any more when this is.
-    let mut scratch = if comptime!(b.gate == GateKind::Key) {
+    let mut scratch = if comptime!(b.gate == GateKind::KEY) {
         decay.after.alias()
     } else {
         Tile::<f32>::new(c, b.block, comptime!(b.padding()))
@@ -237,7 +237,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
             &mut tokens,
             b,
         );
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             key_pairs::<I, E, N>(x, &place, sizes, k0, &mut decay, &mut pairs, &mut roles, &tokens, b);
         } else {
             scalar_pairs::<I, E, N>(x, &place, sizes, k0, &decay, &mut pairs, &mut roles, &tokens, b);
@@ -252,7 +252,7 @@ pub(crate) fn chunk_backward_kernel<I: Float, E: Float, O: Float, N: Size>(
             store::<O, f32, N>(&scratch, &mut out.dreads, to, place.rows, k0, sizes.key_dim, b.units);
         }
         sum_features::<E>(&pairs, &roles, &mut tokens, &mut scratch, b);
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             gather::<E>(&pairs, &roles, &tokens, &mut scratch, Wanted::Ending, b);
             sum_over_rows(&mut scratch, &mut tokens, false, b);
             // What was at the end of the chunk has been read; each unit reads what it sets.

@@ -58,9 +58,9 @@ const MILD: f32 = -30.0;
 #[cube]
 impl Decay {
     pub fn new(#[comptime] b: Blueprint) -> Decay {
-        let tokens = comptime!(if b.gate == GateKind::Head { b.chunk } else { 1 });
+        let tokens = comptime!(if b.gate == GateKind::HEAD { b.chunk } else { 1 });
         let (totals, rows, cols) = comptime!(match b.gate {
-            GateKind::Key => (b.segments() * b.block, b.chunk, b.block),
+            GateKind::KEY => (b.segments() * b.block, b.chunk, b.block),
             _ => (b.segments(), 1, 1),
         });
         Decay {
@@ -83,7 +83,7 @@ impl Decay {
 
     /// Begins a chunk from what [`head_gate`] has read. Synchronises.
     pub fn begin(&mut self, gate: f32, #[comptime] b: Blueprint) {
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             if unit() < b.chunk {
                 self.g[unit()] = gate * comptime!(b.engine.log_scale());
             }
@@ -121,7 +121,7 @@ impl Decay {
     /// Begins a chunk of whose scalar gates only the weights of rows are wanted, from what [`RowGates`] has read. They are
     /// there after the next barrier.
     pub fn begin_rows(&mut self, gates: &RowGates, #[comptime] b: Blueprint) {
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             if comptime!(b.engine == Engine::Mma) {
                 if unit() / WARP < comptime!(b.chunk.div_ceil(WARP)) {
                     let (from_start, to_end) = gates.weights(unit() / WARP, b);
@@ -141,14 +141,14 @@ impl Decay {
         let mut gates = RowGates::new(b);
         gates.ask(g, place, sizes, b);
         self.begin_rows(&gates, b);
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             sync_cube();
         }
     }
 
     /// Begins a block of key features. Synchronises.
     pub fn load_block(&mut self, g: &[f32], place: &Place, sizes: &Sizes, k0: usize, #[comptime] b: Blueprint) {
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             let mut least = f32::new(0.0);
             for item in range_stepped(unit(), comptime!(b.segments() * b.block), units()) {
                 let (segment, k) = (item / b.block, item % b.block);
@@ -226,13 +226,13 @@ impl Decay {
         #[comptime] b: Blueprint,
     ) -> Vector<f32, N> {
         let mut weight = Vector::<f32, N>::new(f32::new(1.0));
-        if comptime!(b.gate == GateKind::Head && role == Role::FromStart) {
+        if comptime!(b.gate == GateKind::HEAD && role == Role::FromStart) {
             weight = Vector::new(self.from_start[row]);
         }
-        if comptime!(b.gate == GateKind::Head && role == Role::ToEnd) {
+        if comptime!(b.gate == GateKind::HEAD && role == Role::ToEnd) {
             weight = Vector::new(self.to_end[row]);
         }
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             let segment = row / BLOCK;
             match comptime!(role) {
                 Role::Plain => {}
@@ -298,10 +298,10 @@ impl Decay {
     /// `e^{c_n}`, the decay of a row of the state over the whole chunk.
     pub fn end(&self, k: usize, #[comptime] b: Blueprint) -> f32 {
         let mut weight = f32::new(1.0);
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             weight = self.from_start[comptime!(b.chunk - 1)];
         }
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             for s in 0..comptime!(b.segments()) {
                 weight *= self.totals[s * b.block + k];
             }
@@ -325,7 +325,7 @@ impl RowGates {
 
     /// Asks for the gates of a chunk.
     pub fn ask(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
-        if comptime!(b.gate == GateKind::Head && b.engine == Engine::Mma) {
+        if comptime!(b.gate == GateKind::HEAD && b.engine == Engine::Mma) {
             if unit() < comptime!(b.chunk.next_multiple_of(WARP)) {
                 self.ask_all(g, place, sizes, b);
             }
@@ -336,7 +336,7 @@ impl RowGates {
 
     /// The same, on planes that all take part.
     pub fn ask_all(&mut self, g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) {
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             #[unroll]
             for j in 0..comptime!(b.chunk.div_ceil(WARP)) {
                 let token = unit() % WARP + comptime!(j * WARP);
@@ -374,7 +374,7 @@ impl RowGates {
 #[cube]
 pub(crate) fn head_gate(g: &[f32], place: &Place, sizes: &Sizes, #[comptime] b: Blueprint) -> f32 {
     let mut gate = f32::new(0.0);
-    if comptime!(b.gate == GateKind::Head) {
+    if comptime!(b.gate == GateKind::HEAD) {
         if unit() < place.rows {
             gate = g[(place.token + unit()) * sizes.gate_stride + place.head];
         }

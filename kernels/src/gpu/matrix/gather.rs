@@ -207,7 +207,7 @@ pub(super) fn sum_features<E: Float>(
     scratch: &mut Tile<f32>,
     #[comptime] b: Blueprint,
 ) {
-    let head = comptime!(b.gate == GateKind::Head);
+    let head = comptime!(b.gate == GateKind::HEAD);
     if comptime!(b.engine == Engine::Mma) {
         if comptime!(b.steps() || head) {
             sum_in_registers::<E>(pairs, roles, tokens, b);
@@ -262,7 +262,7 @@ fn sum_in_registers<E: Float>(pairs: &Pairs<E>, roles: &Roles, tokens: &mut ByTo
             let pair = terms.get(Wanted::Dbeta);
             d_beta[row] += pair.extract(0usize) + pair.extract(1usize);
         }
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             let (pair, last) = (terms.get(Wanted::Dc), terms.get(Wanted::Ending));
             dc[row] += pair.extract(0usize) + pair.extract(1usize);
             ending[row] += last.extract(0usize) + last.extract(1usize);
@@ -279,7 +279,7 @@ fn sum_in_registers<E: Float>(pairs: &Pairs<E>, roles: &Roles, tokens: &mut ByTo
                 tokens.d_beta[at] += sum;
             }
         }
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             let (sum, last) = (of.over_row(dc[n]), of.over_row(ending[n]));
             if first {
                 tokens.dc[at] += sum;

@@ -9,14 +9,13 @@ use super::super::chunks::Chunks;
 use super::super::device::{address_type, grid, vector};
 use super::super::engine::{launch, operands};
 use super::super::reduce::{sum_all_rows, sum_rows};
-use super::blueprint::{Blueprint, GateKind, ReadBlueprint, WalkBlueprint};
+use super::blueprint::{Blueprint, ReadBlueprint, WalkBlueprint};
 use super::output::Direction;
 use super::place::SizesLaunch;
 use super::step::{COLUMNS, LowRankLaunch, StepBlueprint, StepSizesLaunch, step_kernel};
 use super::{Inputs, Outputs, Write};
-use crate::cost::WriteKind;
 use crate::error::Error;
-use crate::matrix::MatrixProblem;
+use crate::matrix::{GateKind, MatrixProblem};
 use crate::sequences::Sequences;
 
 use super::{Gate, Gradients, ahead, chunk_backward, output, scores, scores_backward};
@@ -93,8 +92,8 @@ impl<'a> Launch<'a> {
         reads: Option<&'a Buffer>,
     ) -> Result<Self, Error> {
         let storage = x.q.storage;
-        let delta = x.write.beta().is_some();
-        let b = Blueprint::select(client, p, storage, x.gate.kind(), delta, reads.is_some());
+        let delta = beta(x).is_some();
+        let b = Blueprint::select(client, p, storage, kernel_gate(x), delta, reads.is_some());
         let Some((b, gradients)) = b.and_then(|b| Some((b, b.for_gradients(client)?))) else {
             let room = client.properties().hardware.max_shared_memory_size;
             let reason = format!("{room} bytes of shared memory are too few for `key_dim` {}", p.key_dim);
@@ -173,7 +172,7 @@ impl<'a> Launch<'a> {
         let squares = self.chunk_heads() * self.b.chunk * self.b.chunk;
         let a = Buffer::output(self.client, self.operand(), squares);
         let t = self.output_if(self.b.delta, self.operand(), squares);
-        let (key_wise, storage) = (self.b.gate == GateKind::Key, self.x.q.storage);
+        let (key_wise, storage) = (self.b.gate == GateKind::KEY, self.x.q.storage);
         let weighted =
             |wanted| self.output_if(wanted, storage, self.p.batch * self.p.time * self.p.value_heads * self.p.key_dim);
         let (q_start, k_start, k_end) = (weighted(key_wise), weighted(key_wise && self.b.delta), weighted(key_wise));
@@ -187,7 +186,7 @@ impl<'a> Launch<'a> {
             self.x.k.arg(),
             self.tensor(self.reads),
             self.tensor(self.x.gate.tensor()),
-            self.tensor(self.x.write.beta()),
+            self.tensor(beta(self.x)),
             self.chunks.table.arg(),
             a.arg(),
             t.arg(),
@@ -216,7 +215,7 @@ impl<'a> Launch<'a> {
             ahead::WalkedKeysLaunch::new(scores.k_start.arg(), scores.k_end.arg(), scores.ends.arg()),
             self.x.v.arg(),
             self.tensor(self.x.gate.tensor()),
-            self.tensor(self.x.write.beta()),
+            self.tensor(beta(self.x)),
             scores.t.arg(),
             self.tensor(self.x.initial_state),
             self.chunks.table.arg(),
@@ -259,7 +258,7 @@ impl<'a> Launch<'a> {
             other.arg(),
             x.arg(),
             self.tensor(self.x.gate.tensor()),
-            self.tensor(self.x.write.beta()),
+            self.tensor(beta(self.x)),
             a.arg(),
             states.arg(),
             self.chunks.table.arg(),
@@ -287,7 +286,7 @@ impl<'a> Launch<'a> {
             scores.q_start.arg(),
             ahead::WalkedKeysLaunch::new(scores.k_end.arg(), scores.k_start.arg(), scores.ends.arg()),
             self.tensor(self.x.gate.tensor()),
-            self.tensor(self.x.write.beta()),
+            self.tensor(beta(self.x)),
             scores.a.arg(),
             scores.t.arg(),
             d_o.arg(),
@@ -364,7 +363,7 @@ impl<'a> Launch<'a> {
         let dreads = self.output_if(self.b.low_rank, part, by_key);
         let dv = if delta { back.z.clone() } else { self.values(scores, &back, d_o)? };
         let [p_pairs, r_pairs] = self.scores_backward(walk, &back, d_o)?;
-        let dg_len = if gate == GateKind::Key { by_key } else { by_head };
+        let dg_len = if gate == GateKind::KEY { by_key } else { by_head };
         let dg = self.output_if(gate != GateKind::None, Storage::F32, dg_len);
         let dbeta = self.output_if(self.b.steps(), Storage::F32, by_head);
         launch!(
@@ -377,7 +376,7 @@ impl<'a> Launch<'a> {
                 self.x.k.arg(),
                 self.tensor(self.reads),
                 self.tensor(self.x.gate.tensor()),
-                self.tensor(self.x.write.beta()),
+                self.tensor(beta(self.x)),
                 walk.x.arg(),
                 walk.states.arg(),
             ),
@@ -420,19 +419,34 @@ impl<'a> Launch<'a> {
     }
 }
 
+/// What the decay of a kernel depends on: to the kernels a constant gate is one per head that every token reads.
+fn kernel_gate(x: &Inputs) -> GateKind {
+    match x.gate.kind() {
+        GateKind::CONSTANT => GateKind::HEAD,
+        other => other,
+    }
+}
+
+/// The step sizes of the delta rule.
+fn beta<'a>(x: &Inputs<'a>) -> Option<&'a Buffer> {
+    match x.write {
+        Write::Delta { beta } => Some(beta),
+        Write::Additive | Write::LowRank { .. } => None,
+    }
+}
+
 /// One token of each sequence, in one launch; `state` is updated in place.
 pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffer) -> Result<Buffer, Error> {
     let o = Buffer::output(client, x.q.storage, x.v.len);
     let units = client.properties().hardware.max_units_per_cube as usize;
     let nothing = Buffer::absent(client);
     let tensor = |x: Option<&Buffer>| x.unwrap_or(&nothing).arg();
-    let (write, a, b) = match x.write {
-        Write::Additive => (WriteKind::Additive, None, None),
-        Write::Delta { .. } => (WriteKind::Delta, None, None),
-        Write::LowRank { a, b } => (WriteKind::LowRank, Some(a), Some(b)),
+    let (a, b) = match x.write {
+        Write::LowRank { a, b } => (Some(a), Some(b)),
+        _ => (None, None),
     };
     let low_rank = LowRankLaunch::new(tensor(a), tensor(b));
-    let b = StepBlueprint::new(x.gate.kind(), write, p.key_dim, units);
+    let b = StepBlueprint::new(kernel_gate(x), x.write.kind(), p.key_dim, units);
     let cubes = p.batch * p.value_heads * p.value_dim.div_ceil(COLUMNS);
     let gate_stride = if let Gate::Constant(_) = x.gate { 0 } else { p.value_heads };
     // Safety: the kernel stays within the rows and features that the sizes describe, and the buffers have those sizes.
@@ -446,7 +460,7 @@ pub(crate) fn step(client: &Client, p: &MatrixProblem, x: &Inputs, state: &Buffe
             x.k.arg(),
             x.v.arg(),
             tensor(x.gate.tensor()),
-            tensor(x.write.beta()),
+            tensor(beta(x)),
             low_rank,
             state.arg(),
             o.arg(),

@@ -67,7 +67,7 @@ pub(crate) fn weigh_lower(
                     let place = p.place(unit, j);
                     let (row, col) = place;
                     let mut weight = f32::new(1.0);
-                    if comptime!(b.gate == GateKind::Head) {
+                    if comptime!(b.gate == GateKind::HEAD) {
                         let near = between.sums.get(row, col % BLOCK);
                         let far = decay.so_far[row] + until(decay, col, segment, b);
                         weight = exponential(select(own == segment, near, far), b.engine);
@@ -111,7 +111,7 @@ pub(crate) fn multiply_lower(p: &mut Tile<f32>, r: &mut Tile<f32>, decay: &Decay
         let (segment, j) = (item / b.chunk, item % b.chunk);
         let first = segment * BLOCK;
         let mut sum = f32::new(0.0);
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             if j < first {
                 sum = decay.later[j];
             }
@@ -121,7 +121,7 @@ pub(crate) fn multiply_lower(p: &mut Tile<f32>, r: &mut Tile<f32>, decay: &Decay
         }
         for i in first..first + BLOCK {
             let mut weight = f32::new(1.0);
-            if comptime!(b.gate == GateKind::Head) {
+            if comptime!(b.gate == GateKind::HEAD) {
                 if i > j {
                     sum += decay.g[i];
                 }

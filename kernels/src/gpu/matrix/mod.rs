@@ -39,67 +39,9 @@ use cubecl::client::Client;
 use super::buffer::{Buffer, Storage};
 pub use super::engine::allow_tf32;
 use crate::error::Error;
+pub use crate::matrix::{Gate, Write};
 use crate::matrix::{MatrixProblem, check_low_rank, check_step, validate_sizes};
-use blueprint::GateKind;
 use launch::Launch;
-
-/// The natural-log decay `g <= 0` of the state, f32.
-#[derive(Debug, Clone, Copy)]
-pub enum Gate<'a> {
-    /// The state never decays.
-    None,
-    /// One decay per head for all tokens: `[value_heads]`.
-    Constant(&'a Buffer),
-    /// One decay per token and head: `[batch, time, value_heads]`.
-    Head(&'a Buffer),
-    /// One decay per token, head and key feature: `[batch, time, value_heads, key_dim]`.
-    Key(&'a Buffer),
-}
-
-impl<'a> Gate<'a> {
-    fn kind(self) -> GateKind {
-        match self {
-            Gate::None => GateKind::None,
-            Gate::Constant(_) | Gate::Head(_) => GateKind::Head,
-            Gate::Key(_) => GateKind::Key,
-        }
-    }
-
-    fn tensor(self) -> Option<&'a Buffer> {
-        match self {
-            Gate::None => None,
-            Gate::Constant(g) | Gate::Head(g) | Gate::Key(g) => Some(g),
-        }
-    }
-}
-
-/// What a token writes into the state.
-#[derive(Debug, Clone, Copy)]
-pub enum Write<'a> {
-    /// `k v^T`.
-    Additive,
-    /// The delta rule; it decays the state first.
-    Delta {
-        /// Step size per token and head, `[batch, time, value_heads]`, f32.
-        beta: &'a Buffer,
-    },
-    /// `b (a^T S) + k v^T` on the state before its decay. Needs `value_heads == heads`.
-    LowRank {
-        /// `[batch, time, heads, key_dim]`, of the element type of `q`.
-        a: &'a Buffer,
-        /// `[batch, time, heads, key_dim]`, of the element type of `q`.
-        b: &'a Buffer,
-    },
-}
-
-impl<'a> Write<'a> {
-    fn beta(self) -> Option<&'a Buffer> {
-        match self {
-            Write::Additive | Write::LowRank { .. } => None,
-            Write::Delta { beta } => Some(beta),
-        }
-    }
-}
 
 /// The tensors that go in. `q`, `k` and `v` have one element type, all others are f32.
 #[derive(Debug, Clone, Copy)]
@@ -111,9 +53,9 @@ pub struct Inputs<'a> {
     /// Values, `[batch, time, value_heads, value_dim]`.
     pub v: &'a Buffer,
     /// The decay.
-    pub gate: Gate<'a>,
+    pub gate: Gate<&'a Buffer>,
     /// The write.
-    pub write: Write<'a>,
+    pub write: Write<&'a Buffer>,
     /// State before the first token, `[sequences, value_heads, key_dim, value_dim]`; zero if absent.
     pub initial_state: Option<&'a Buffer>,
 }

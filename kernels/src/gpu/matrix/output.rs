@@ -127,7 +127,7 @@ pub(crate) fn output_kernel<I: Float, E: Float, N: Size>(
 #[cube]
 pub(crate) fn query_scale(sizes: &Sizes, #[comptime] b: Blueprint) -> f32 {
     let mut scale = f32::new(1.0);
-    if comptime!(b.gate != GateKind::Key) {
+    if comptime!(b.gate != GateKind::KEY) {
         scale = sizes.scale;
     }
     scale

@@ -35,7 +35,7 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
     }
     let part = Part::of(cube, sizes, w);
     let walk = Walk::of(sizes, table, part.sequence, b);
-    let key_wise = comptime!(b.gate == GateKind::Key);
+    let key_wise = comptime!(b.gate == GateKind::KEY);
     let reads = comptime!(b.delta || !key_wise);
     let mut reading = twice::<E>(c, rows, reads, b);
     let mut writing = if comptime!(key_wise) { twice::<E>(c, rows, true, b) } else { reading.alias() };
@@ -80,7 +80,7 @@ pub(crate) fn panel_state_kernel<I: Float, E: Float, N: Size>(
                     x.put::<E>(&mut values, at, col);
                     sync_plane();
                 } else {
-                    if comptime!(b.gate == GateKind::Head) {
+                    if comptime!(b.gate == GateKind::HEAD) {
                         let mut u = Panel::new(c, cols);
                         u.take::<E>(&values, at, col);
                         sync_plane();

@@ -38,7 +38,7 @@ pub(crate) fn panel_state_backward_kernel<I: Float, E: Float, N: Size>(
     }
     let part = Part::of(cube, sizes, w);
     let walk = Walk::of(sizes, table, part.sequence, b);
-    let (delta, key_wise) = comptime!((b.delta, b.gate == GateKind::Key));
+    let (delta, key_wise) = comptime!((b.delta, b.gate == GateKind::KEY));
     let mut queries = twice::<E>(c, rows, true, b);
     let mut reading = twice::<E>(c, rows, delta, b);
     let mut writing = if comptime!(key_wise) { twice::<E>(c, rows, delta, b) } else { reading.alias() };

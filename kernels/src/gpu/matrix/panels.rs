@@ -82,7 +82,7 @@ pub(crate) struct WeightsAhead {
 #[cube]
 impl Weights {
     pub fn new(#[comptime] w: WalkBlueprint) -> Weights {
-        let (head, key) = comptime!((w.chunk.gate == GateKind::Head, w.chunk.gate == GateKind::Key));
+        let (head, key) = comptime!((w.chunk.gate == GateKind::HEAD, w.chunk.gate == GateKind::KEY));
         let tokens = comptime!(2 * w.chunk.chunk);
         Weights {
             from_start: Shared::new_slice(comptime!(if head { tokens } else { 1 })),
@@ -95,7 +95,7 @@ impl Weights {
     /// Puts what a carrier has asked for.
     pub fn put(&mut self, ahead: &WeightsAhead, carrier: usize, half: usize, #[comptime] w: WalkBlueprint) {
         let b = comptime!(w.chunk);
-        if comptime!(b.gate == GateKind::Head) {
+        if comptime!(b.gate == GateKind::HEAD) {
             if carrier / WARP < comptime!(b.chunk.div_ceil(WARP)) {
                 let (from_start, to_end) = ahead.gates.weights(carrier / WARP, b);
                 if carrier < b.chunk {
@@ -109,7 +109,7 @@ impl Weights {
                 self.steps[half * b.chunk + dealt(carrier, b.chunk)] = ahead.step;
             }
         }
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             #[unroll]
             for j in 0..comptime!(w.rows().div_ceil(CARRIERS)) {
                 let k = carrier + comptime!(j * CARRIERS);
@@ -124,7 +124,7 @@ impl Weights {
     pub fn weigh(&self, panel: &mut Panel, factor: f32, half: usize, #[comptime] of: Of, #[comptime] b: Blueprint) {
         let weighed = comptime!(match of {
             Of::Steps => b.delta,
-            Of::FromStart | Of::ToEnd => b.gate == GateKind::Head,
+            Of::FromStart | Of::ToEnd => b.gate == GateKind::HEAD,
         });
         let first = half * b.chunk + dealt(panel.first().0, b.chunk);
         #[unroll]
@@ -148,7 +148,7 @@ impl Weights {
             let first = half * comptime!(w.rows()) + dealt(state.first().0, w.rows());
             #[unroll]
             for i in 0..comptime!(state.rows / 8) {
-                let factor = if comptime!(b.gate == GateKind::Head) {
+                let factor = if comptime!(b.gate == GateKind::HEAD) {
                     self.from_start[half * b.chunk + comptime!(b.chunk - 1)]
                 } else {
                     self.ends[first + i]
@@ -196,7 +196,7 @@ impl WeightsAhead {
                 self.step = beta[at + carrier * stride];
             }
         }
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             #[unroll]
             for j in 0..comptime!(w.rows().div_ceil(CARRIERS)) {
                 let k = part.k0 + carrier + comptime!(j * CARRIERS);

@@ -85,7 +85,7 @@ impl Place {
 
     /// Where the keys are that the walks read: with gates per key feature those that the scores' launch has weighted.
     pub fn walked_keys(&self, sizes: &Sizes, #[comptime] b: Blueprint) -> (usize, usize) {
-        if comptime!(b.gate == GateKind::Key) { self.key_gates(sizes) } else { self.keys(sizes) }
+        if comptime!(b.gate == GateKind::KEY) { self.key_gates(sizes) } else { self.keys(sizes) }
     }
 
     /// Where the chunk's row is in `[chunks, value_heads, key_dim]`.

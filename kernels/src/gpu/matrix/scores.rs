@@ -58,7 +58,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     let mut key_sums = Sums::new(comptime!(b.spread(if b.delta { c } else { 0 }, c)));
     let weighs = comptime!(b.weighs_scores());
     let (mut a, mut m) = (query_sums.whole(b.delta || !weighs), key_sums.whole(b.delta));
-    if comptime!(b.gate == GateKind::Key) {
+    if comptime!(b.gate == GateKind::KEY) {
         zero(&mut a, b.units);
         zero(&mut m, b.units);
     } else {
@@ -76,7 +76,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
     between.load(&decay, b);
 
     let mut q_left = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
-    let weighted_keys = comptime!(b.delta && b.gate == GateKind::Key);
+    let weighted_keys = comptime!(b.delta && b.gate == GateKind::KEY);
     let mut k_left =
         Tile::<E>::new(comptime!(if weighted_keys { c } else { 1 }), b.block, comptime!(b.operand_padding()));
     let mut right = Tile::<E>::new(c, b.block, comptime!(b.operand_padding()));
@@ -88,7 +88,7 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         ask_keys(&mut k_flight, k, &place, sizes, k0);
         let read_flight = reading_keys::<I, N>(reads, &k_flight, &place, sizes, k0, b);
         decay.load_block(g, &place, sizes, k0, b);
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             put_weighted::<I, E, N>(&q_flight, 1.0, &decay, &mut q_left, Role::Within, b);
             if comptime!(b.delta) {
                 put_weighted::<I, E, N>(&read_flight, 1.0, &decay, &mut k_left, comptime!(b.reads_within()), b);
@@ -189,14 +189,14 @@ pub(crate) fn scores_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
         store_square::<E, N>(&stage, a_out, out, b);
     } else {
-        if comptime!(b.gate != GateKind::Key) {
+        if comptime!(b.gate != GateKind::KEY) {
             query_sums.put::<f32>(&mut a);
             if comptime!(b.delta) {
                 key_sums.put::<f32>(&mut m);
             }
             sync_cube();
         }
-        if comptime!(b.gate != GateKind::Key || b.inverts) {
+        if comptime!(b.gate != GateKind::KEY || b.inverts) {
             // At least what is above the diagonal of sub-blocks.
             multiply_lower(&mut a, &mut m, &decay, b);
             sync_cube();

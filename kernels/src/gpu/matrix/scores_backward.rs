@@ -34,7 +34,7 @@ pub(crate) fn scores_backward_kernel<I: Float, E: Float, N: Size>(
     }
     let place = Place::of(cube, sizes, table, b);
     let mut decay = Decay::new(b);
-    if comptime!(b.gate == GateKind::Head) {
+    if comptime!(b.gate == GateKind::HEAD) {
         decay.load(g, &place, sizes, b);
     }
     let mut between = Between::new(true, b);

@@ -125,7 +125,7 @@ pub(crate) fn decay_rows(state: &mut Sums, by: &Rows, #[comptime] b: Blueprint) 
             if state.has(unit, j) {
                 let place = state.place(unit, j);
                 let mut factor = by.decay.end(0, b.by_row());
-                if comptime!(b.gate == GateKind::Key) {
+                if comptime!(b.gate == GateKind::KEY) {
                     factor = by.ends[place.0];
                 }
                 state.set(place, j, state.get(place, j) * factor);
@@ -199,7 +199,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
     let part = Part::of(cube, sizes, w);
     let operand = comptime!(b.operand_padding());
     let (c, rows) = comptime!((b.chunk, w.rows()));
-    let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::Key));
+    let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::KEY));
     let mut by = Rows::new(w);
     let mut state = Sums::new(comptime!(w.state()));
     let mut narrow = Tile::<E>::new(comptime!(w.narrow_rows()), d, operand);
@@ -268,7 +268,7 @@ pub(crate) fn state_kernel<I: Float, E: Float, N: Size>(
             take_steps::<E>(&x, &by, &mut u, Role::ToEnd, by_row);
             sync_cube();
             store_sums::<I, E, N>(&x, &stage, x_out, place.values(sizes), place.rows, part.v0, sizes.value_dim);
-        } else if comptime!(b.gate == GateKind::Head) {
+        } else if comptime!(b.gate == GateKind::HEAD) {
             weigh::<E>(&by.decay, &mut u, 1.0, Role::ToEnd, by_row);
             sync_cube();
         }

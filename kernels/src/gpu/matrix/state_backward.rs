@@ -48,7 +48,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
     let operand = comptime!(b.operand_padding());
     let c = comptime!(b.chunk);
     let (delta_rows, both) = comptime!((if b.delta { c } else { 1 }, b.delta && w.resident));
-    let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::Key));
+    let (by_row, key_wise) = comptime!((b.by_row(), b.gate == GateKind::KEY));
     let mut by = Rows::new(w);
     let mut dstate = Sums::new(comptime!(w.state()));
     let mut narrow = Tile::<E>::new(comptime!(w.narrow_rows()), d, operand);
@@ -98,7 +98,7 @@ pub(crate) fn state_backward_kernel<I: Float, E: Float, N: Size>(
                     sync_cube();
                 }
             }
-            if comptime!(b.gate == GateKind::Head) {
+            if comptime!(b.gate == GateKind::HEAD) {
                 weigh_sums(&mut du, 1.0, &by.decay, Role::ToEnd, by_row);
                 du.settle();
             }
@@ -181,7 +181,7 @@ struct Here<I: Float, E: Float, N: Size> {
 #[cube]
 impl<I: Float, E: Float, N: Size> Here<I, E, N> {
     fn new(#[comptime] w: WalkBlueprint) -> Self {
-        let key_wise = comptime!(w.chunk.delta && w.chunk.gate == GateKind::Key);
+        let key_wise = comptime!(w.chunk.delta && w.chunk.gate == GateKind::KEY);
         Here::<I, E, N> {
             writing: Flight::new(comptime!(w.keys()), comptime!(w.keys_ahead(key_wise))),
             queries: Flight::new(comptime!(w.keys()), comptime!(w.keys_ahead(true))),
@@ -201,7 +201,7 @@ impl<I: Float, E: Float, N: Size> Here<I, E, N> {
         let b = comptime!(w.chunk);
         let side = comptime!(b.chunk).runtime();
         self.inverse.ask(t, (place.scores(sizes, b), side), side, 0, side, unit());
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             fetch_keys::<I, N>(&keys.writing, place, part, sizes, &mut self.writing, w);
         }
     }

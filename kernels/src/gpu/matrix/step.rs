@@ -12,8 +12,7 @@
 use cubecl::prelude::*;
 
 use super::super::tile::unit;
-use super::blueprint::GateKind;
-use crate::cost::WriteKind;
+use crate::matrix::{GateKind, WriteKind};
 
 /// Value features of a cube: a plane reads whole lines of memory.
 pub(crate) const COLUMNS: usize = 32;
@@ -93,13 +92,13 @@ pub(crate) fn step_kernel<I: Float>(
     if inside {
         u = f32::cast_from(v[cube * sizes.value_dim + col]);
     }
-    if comptime!(b.write == WriteKind::Delta) {
+    if comptime!(b.write == WriteKind::DELTA) {
         step = beta[cube];
     }
     let mut rows = Rows::new(b);
     rows.load::<I>(q, k, g, low_rank, (key_at, cube * sizes.key_dim), sizes.key_dim, b);
     let mut decay = f32::new(1.0);
-    if comptime!(b.gate == GateKind::Head) {
+    if comptime!(b.gate == GateKind::HEAD) {
         decay = g[sequence * sizes.gate_stride + head].exp();
     }
     sync_cube();
@@ -109,14 +108,14 @@ pub(crate) fn step_kernel<I: Float>(
     #[unroll]
     for i in 0..b.rows {
         let row = group + i * b.groups;
-        if comptime!(b.gate == GateKind::Key) {
+        if comptime!(b.gate == GateKind::KEY) {
             decay = rows.decay[row];
         }
-        if comptime!(b.write == WriteKind::LowRank) {
+        if comptime!(b.write == WriteKind::LOW_RANK) {
             read += select(there(row, sizes.key_dim, b), held[i], f32::new(0.0)) * rows.a[row];
         }
         held[i] = select(there(row, sizes.key_dim, b), held[i] * decay, f32::new(0.0));
-        if comptime!(b.write == WriteKind::Delta) {
+        if comptime!(b.write == WriteKind::DELTA) {
             read += held[i] * rows.key[row];
         }
     }
@@ -124,7 +123,7 @@ pub(crate) fn step_kernel<I: Float>(
     if comptime!(b.write != WriteKind::Additive) {
         read = over_groups(read, &mut sums, column, group, b);
     }
-    if comptime!(b.write == WriteKind::Delta) {
+    if comptime!(b.write == WriteKind::DELTA) {
         u = step * (u - read);
     }
     // The addresses again: kept, they would take as many registers as the state.
@@ -133,7 +132,7 @@ pub(crate) fn step_kernel<I: Float>(
     for i in 0..b.rows {
         let row = group + i * b.groups;
         let mut value = held[i] + rows.key[row] * u;
-        if comptime!(b.write == WriteKind::LowRank) {
+        if comptime!(b.write == WriteKind::LOW_RANK) {
             value += rows.b[row] * read;
         }
         out += value * rows.query[row];
@@ -169,11 +168,11 @@ struct Rows {
 impl Rows {
     fn new(#[comptime] b: StepBlueprint) -> Rows {
         let rows = comptime!(b.groups * b.rows);
-        let low_rank = comptime!(if b.write == WriteKind::LowRank { rows } else { 1 });
+        let low_rank = comptime!(if b.write == WriteKind::LOW_RANK { rows } else { 1 });
         Rows {
             query: Shared::new_slice(rows),
             key: Shared::new_slice(rows),
-            decay: Shared::new_slice(comptime!(if b.gate == GateKind::Key { rows } else { 1 })),
+            decay: Shared::new_slice(comptime!(if b.gate == GateKind::KEY { rows } else { 1 })),
             a: Shared::new_slice(low_rank),
             b: Shared::new_slice(low_rank),
         }
@@ -200,20 +199,20 @@ impl Rows {
                 if there(row, key_dim, b) {
                     query = f32::cast_from(q[at.0 + row]);
                     key = f32::cast_from(k[at.0 + row]);
-                    if comptime!(b.gate == GateKind::Key) {
+                    if comptime!(b.gate == GateKind::KEY) {
                         gate = g[at.1 + row];
                     }
-                    if comptime!(b.write == WriteKind::LowRank) {
+                    if comptime!(b.write == WriteKind::LOW_RANK) {
                         reads = f32::cast_from(low_rank.a[at.0 + row]);
                         writes = f32::cast_from(low_rank.b[at.0 + row]);
                     }
                 }
                 self.query[row] = query;
                 self.key[row] = key;
-                if comptime!(b.gate == GateKind::Key) {
+                if comptime!(b.gate == GateKind::KEY) {
                     self.decay[row] = gate.exp();
                 }
-                if comptime!(b.write == WriteKind::LowRank) {
+                if comptime!(b.write == WriteKind::LOW_RANK) {
                     self.a[row] = reads;
                     self.b[row] = writes;
                 }

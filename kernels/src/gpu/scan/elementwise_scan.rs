@@ -14,16 +14,9 @@ use cubecl::prelude::*;
 use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences};
 
-/// The decay of the state, `[batch, time, channels]`.
-#[derive(Debug, Clone, Copy)]
-pub enum ScanGate<'a> {
-    /// The factor `a` itself; products of eight of them must not overflow.
-    Linear(&'a Buffer),
-    /// Its natural logarithm: `a = exp(g)`, `g <= 0`, `-inf` allowed.
-    Log(&'a Buffer),
-}
+pub use crate::elementwise_scan::ScanGate;
 
-impl<'a> ScanGate<'a> {
+impl<'a> ScanGate<&'a Buffer> {
     fn parts(&self) -> (&'static str, &'a Buffer, bool) {
         match *self {
             ScanGate::Linear(a) => ("a", a, false),
@@ -36,7 +29,7 @@ impl<'a> ScanGate<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct ScanInputs<'a> {
     /// Decay, `[batch, time, channels]`.
-    pub gate: ScanGate<'a>,
+    pub gate: ScanGate<&'a Buffer>,
     /// What is added, `[batch, time, channels]`.
     pub x: &'a Buffer,
     /// State before the first token, f32 `[sequences, channels]`; zero where absent.

@@ -135,7 +135,7 @@ pub(crate) enum Rule {
 }
 
 impl Rule {
-    pub fn of<E>(write: &Write<E>) -> Self {
+    pub fn of<B, L>(write: &Write<B, L>) -> Self {
         match write {
             Write::Additive => Rule::Additive,
             Write::Delta { .. } => Rule::Delta,

@@ -1,0 +1,150 @@
+//! Norms over the last axis, with what follows them in a layer.
+
+use burn::Tensor;
+use burn::tensor::Shape;
+use burn_flex::FlexTensor;
+use thalweg_kernels::glu::Activation;
+use thalweg_kernels::norm::{self as kernel, NormInputs, NormProblem};
+
+use super::glu;
+use crate::binding::cpu::{Number, optional, slice, values};
+use crate::binding::{self, Forward, KernelResult, Operation, OutputSpec, operands};
+use crate::check::state_type;
+use crate::{Error, Path, check};
+
+/// Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467) with its weight and an output gate:
+/// `x / sqrt(mean(x^2) + eps) * (offset + weight) * f(z)`.
+///
+/// `x` and the gate's `z` are `[.., features]`, `weight` is `[features]`; what is absent is no factor. `offset` is 0, or 1
+/// for weights that start at 0. The statistic is f32 whatever the type of `x`. One pass over memory on a CPU.
+///
+/// # Errors
+/// If the shapes or the element types do not fit.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use thalweg_scan::{Path, rms_norm};
+///
+/// let x = Tensor::<1>::from_floats([3.0, -3.0], &Device::default());
+/// let y = rms_norm(x, None, 0.0, None, 0.0, Path::Auto)?;
+/// assert_eq!(y.try_into_vec_as::<f32>().unwrap(), [1.0, -1.0]);
+/// # Ok::<(), thalweg_scan::Error>(())
+/// ```
+pub fn rms_norm<const D: usize>(
+    x: Tensor<D>,
+    weight: Option<Tensor<1>>,
+    offset: f64,
+    gate: Option<(Activation, Tensor<D>)>,
+    eps: f64,
+    path: Path,
+) -> Result<Tensor<D>, Error> {
+    let features = x.dims().last().copied().unwrap_or(0);
+    if let Some(weight) = &weight {
+        check::shape("weight", weight, [("features", features)])?;
+        check::same_type("weight", weight, "x", x.dtype())?;
+    }
+    if let Some((_, z)) = &gate {
+        check::like("z", z, "x", &x)?;
+    }
+    let norm = Norm {
+        problem: NormProblem::rms(features, eps as f32).with_offset(offset as f32),
+        gate: gate.as_ref().map_or(Activation::Sigmoid, |(f, _)| *f),
+        shape: x.shape(),
+    };
+    if x.shape().num_elements() > 0 && binding::available(&norm, path, &x) {
+        return norm.run(x, weight, gate.map(|(_, z)| z));
+    }
+    let y = scaled(x, features as f64, eps);
+    let y = match weight {
+        Some(weight) if offset != 0.0 => y * (weight + offset).unsqueeze(),
+        Some(weight) => y * weight.unsqueeze(),
+        None => y,
+    };
+    match gate {
+        Some((f, z)) => glu(f, z, Some(y), path),
+        None => Ok(y),
+    }
+}
+
+/// `x / sqrt(sum(x^2) + eps)` over the last axis. The delta rules' q and k use `eps` 1e-6.
+///
+/// # Errors
+/// If the kernel fails; no shape makes it.
+pub fn l2_norm<const D: usize>(x: Tensor<D>, eps: f64, path: Path) -> Result<Tensor<D>, Error> {
+    let features = x.dims().last().copied().unwrap_or(0);
+    let problem = NormProblem::l2(features, eps as f32);
+    let norm = Norm { problem, gate: Activation::Sigmoid, shape: x.shape() };
+    if x.shape().num_elements() > 0 && binding::available(&norm, path, &x) {
+        return norm.run(x, None, None);
+    }
+    Ok(scaled(x, 1.0, eps))
+}
+
+/// `x / sqrt(sum(x^2) / divisor + eps)`
+fn scaled<const D: usize>(x: Tensor<D>, divisor: f64, eps: f64) -> Tensor<D> {
+    let dtype = x.dtype();
+    let x = x.cast(state_type(dtype));
+    let square = (x.clone() * x.clone()).sum_dim(D - 1) / divisor;
+    (x / (square + eps).sqrt()).cast(dtype)
+}
+
+operands! {
+    /// The tensors of a norm.
+    struct Operands { x; weight: Option, z: Option }
+}
+
+/// A norm with the activation of its gate, which is of no matter where there is no `z`.
+#[derive(Debug, Clone)]
+struct Norm {
+    problem: NormProblem,
+    gate: Activation,
+    shape: Shape,
+}
+
+impl Norm {
+    fn run<const D: usize>(
+        self,
+        x: Tensor<D>,
+        weight: Option<Tensor<1>>,
+        z: Option<Tensor<D>>,
+    ) -> Result<Tensor<D>, Error> {
+        let (weight, z) = (weight.map(Tensor::into_dispatch), z.map(Tensor::into_dispatch));
+        let [y] = binding::run(self, Operands { x: x.into_dispatch(), weight, z })?;
+        Ok(Tensor::from_dispatch(y))
+    }
+
+    fn inputs<'a, E: Number>(&self, x: &'a Operands<FlexTensor>) -> NormInputs<'a, E> {
+        let gate = x.z.as_ref().map(|z| (self.gate, slice(z)));
+        NormInputs { x: slice(&x.x), weight: optional(&x.weight), gate }
+    }
+}
+
+impl Operation for Norm {
+    type Operands = Operands<()>;
+
+    fn typed<T>(x: &Operands<T>) -> &T {
+        &x.x
+    }
+
+    fn outputs(&self) -> Vec<OutputSpec> {
+        vec![OutputSpec::typed(self.shape.clone())]
+    }
+
+    fn cpu_forward<E: Number>(&self, x: Operands<FlexTensor>, _: bool) -> KernelResult<Forward<FlexTensor>> {
+        Ok(Forward::of([values(kernel::forward::<E>(&self.problem, &self.inputs(&x))?)]))
+    }
+
+    fn cpu_backward<E: Number>(
+        &self,
+        x: Operands<FlexTensor>,
+        _: &[FlexTensor],
+        d: &[FlexTensor],
+    ) -> KernelResult<Operands<Option<FlexTensor>>> {
+        let grads = kernel::backward::<E>(&self.problem, &self.inputs(&x), slice(&d[0]))?;
+        Ok(Operands {
+            x: Some(values(grads.dx)),
+            weight: x.weight.map(|_| grads.d_weight.map(values)),
+            z: x.z.map(|_| grads.dz.map(values)),
+        })
+    }
+}
