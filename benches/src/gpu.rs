@@ -5,13 +5,13 @@ use cubecl::Device;
 use cubecl::std::throughput::measure_peak_throughput;
 use cubecl::throughput::{MemoryAccess, MemorySpec, ThroughputKey, ThroughputMode, compute_throughput_key};
 use half::bf16;
-use thalweg_kernels::gpu::{Buffer, Client, Storage};
+use thalweg_gpu::{Buffer, Client, Storage};
 
 /// A client of the first device that the runtimes of this build show.
 pub(crate) fn client() -> Result<Client, Error> {
     let device = Device::enumerate_all().into_iter().next();
     let device = device.ok_or_else(|| Error::argument("path", "is `gpu`, and there is none on this machine"))?;
-    Ok(device.client())
+    Ok(device.client().into())
 }
 
 /// Bytes that a copy moves, read and write together: within a second-level cache, and beyond it.

@@ -6,11 +6,11 @@ use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass, Path};
 use burn::tensor::Device;
 use half::bf16;
+#[cfg(feature = "gpu")]
+use thalweg_gpu as gpu;
 use thalweg_kernels::Element;
 use thalweg_kernels::attention::{self, AttentionGradients, AttentionOutputs, AttentionProblem, StepProblem};
 use thalweg_kernels::cost::{self, Cost};
-#[cfg(feature = "gpu")]
-use thalweg_kernels::gpu;
 use thalweg_reference::attention as oracle;
 use thalweg_scan as scan;
 

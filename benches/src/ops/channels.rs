@@ -6,10 +6,10 @@ use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass, Path};
 use burn::tensor::Device;
 use half::bf16;
+#[cfg(feature = "gpu")]
+use thalweg_gpu as gpu;
 use thalweg_kernels::cost::{self, Cost};
 use thalweg_kernels::elementwise_scan::{self, ScanGate, ScanGradients, ScanInputs, ScanOutputs};
-#[cfg(feature = "gpu")]
-use thalweg_kernels::gpu;
 use thalweg_kernels::short_conv::{self, Activation, ConvGradients, ConvInputs, ConvOutputs, ConvProblem};
 use thalweg_kernels::{Element, ScanProblem};
 use thalweg_reference::{Shape, elementwise, short_conv as conv_oracle};

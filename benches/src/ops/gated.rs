@@ -6,10 +6,10 @@ use crate::noise::{fill, signed, wide};
 use crate::workload::{Named, Workload};
 use crate::{Case, Error, Pass};
 use burn::tensor::Device;
+#[cfg(feature = "gpu")]
+use thalweg_gpu as gpu;
 use thalweg_kernels::complex_scan::{self, Complex, ComplexGradients, ComplexInputs, ComplexOutputs};
 use thalweg_kernels::cost::{self, Cost};
-#[cfg(feature = "gpu")]
-use thalweg_kernels::gpu;
 use thalweg_kernels::rg_lru::{self, RgLruGradients, RgLruInputs, RgLruOutputs};
 use thalweg_kernels::{Element, ScanProblem};
 use thalweg_reference::elementwise::{self, Lambda, Planes};

@@ -7,8 +7,8 @@ use crate::gpu::{client, download, upload, wait};
 use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass};
 use cubecl::MemoryScope;
+use thalweg_gpu::{Buffer, Client};
 use thalweg_kernels::cost::Cost;
-use thalweg_kernels::gpu::{Buffer, Client};
 
 /// Calls are launched one after the other until they have at least these bytes to move: waiting for the device once per
 /// run is then nothing.

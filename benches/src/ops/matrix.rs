@@ -6,10 +6,10 @@ use crate::workload::{Expected, Named, Workload};
 use crate::{Case, Dtype, Error, Pass, Path};
 use burn::tensor::Device;
 use half::bf16;
+#[cfg(feature = "gpu")]
+use thalweg_gpu as gpu;
 use thalweg_kernels::Element;
 use thalweg_kernels::cost::{self, Cost};
-#[cfg(feature = "gpu")]
-use thalweg_kernels::gpu;
 use thalweg_kernels::matrix::{
     self, GateKind, KeepStates, MatrixGradients, MatrixInputs, MatrixOutputs, MatrixProblem, Write, WriteKind,
 };

@@ -6,8 +6,8 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 pub(crate) use burn_cubecl::tensor::CubeTensor;
+use thalweg_gpu::{Buffer, Client, Storage};
 use thalweg_kernels::Error;
-use thalweg_kernels::gpu::{Buffer, Storage};
 
 use super::backend::{self, AnyOperation, Bound, Erased, Execute, Kernels, Results, Tensors};
 use super::operation::{Forward, Operation};
@@ -52,7 +52,7 @@ pub(crate) fn forward<O: Operation>(bound: &Bound<O>, operands: Vec<CubeTensor>)
     }
     let x = bound.structure.join(buffers(&operands)?);
     let like = &operands[bound.typed()];
-    let outputs = bound.operation.gpu_forward(&like.client, &x)?;
+    let outputs = bound.operation.gpu_forward(&Client::from(like.client.clone()), &x)?;
     let specs = bound.operation.outputs();
     Ok(outputs.iter().zip(specs).map(|(output, spec)| tensor(like, output, spec.shape)).collect())
 }
@@ -65,8 +65,8 @@ pub(crate) fn backward<O: Operation>(
 ) -> Result<Vec<Option<CubeTensor>>, Error> {
     let [operands, saved] = [operands, saved].map(|x| x.into_iter().map(into_contiguous).collect::<Vec<_>>());
     let x = bound.structure.join(buffers(&operands)?);
-    let client = &operands[bound.typed()].client;
-    let gradients = bound.operation.gpu_backward(client, &x, &buffers(&saved)?, &buffers(&cotangents)?)?;
+    let client = Client::from(operands[bound.typed()].client.clone());
+    let gradients = bound.operation.gpu_backward(&client, &x, &buffers(&saved)?, &buffers(&cotangents)?)?;
     let (_, gradients) = O::Operands::split(gradients);
     let shaped = gradients.into_iter().zip(&operands);
     Ok(shaped.map(|(gradient, operand)| Some(tensor(operand, &gradient?, operand.shape()))).collect())

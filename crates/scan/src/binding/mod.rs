@@ -36,7 +36,7 @@ pub(crate) fn available<const D: usize>(operation: &impl Operation, path: Path, 
         Some(DispatchTensorKind::Flex(_)) => true,
         #[cfg(feature = "cube")]
         Some(DispatchTensorKind::Cube(tensor)) => gpu::storage(TensorMetadata::dtype(&tensor))
-            .is_ok_and(|storage| operation.on_gpu(&tensor.device().client(), storage)),
+            .is_ok_and(|storage| operation.on_gpu(&tensor.client.clone().into(), storage)),
         _ => false,
     }
 }

@@ -5,9 +5,9 @@ use std::fmt::Debug;
 
 use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
-use thalweg_kernels::Error;
 #[cfg(feature = "cube")]
-use thalweg_kernels::gpu::{Buffer, Client, Storage};
+use thalweg_gpu::{Buffer, Client, Storage};
+use thalweg_kernels::Error;
 
 use super::cpu::Number;
 use super::structure::Structure;

@@ -6,9 +6,9 @@ use burn::Tensor;
 use burn::backend::DispatchTensor;
 use burn::tensor::Shape;
 use burn_flex::{FlexTensor, Layout};
-use thalweg_kernels::attention::{self as kernel, AttentionOutputs, AttentionProblem, StepProblem};
 #[cfg(feature = "cube")]
-use thalweg_kernels::gpu::{self, Buffer, Client, Storage};
+use thalweg_gpu::{self as gpu, Buffer, Client, Storage};
+use thalweg_kernels::attention::{self as kernel, AttentionOutputs, AttentionProblem, StepProblem};
 
 use crate::binding::cpu::{Number, slice, values};
 use crate::binding::{self, Forward, KernelResult, Operation, OutputSpec, operands};

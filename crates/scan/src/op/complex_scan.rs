@@ -3,10 +3,10 @@
 use burn::Tensor;
 use burn::tensor::FloatDType;
 use burn_flex::FlexTensor;
+#[cfg(feature = "cube")]
+use thalweg_gpu::{self as gpu, Buffer, Client, Storage};
 use thalweg_kernels::ScanProblem;
 use thalweg_kernels::complex_scan::{self as kernel, ComplexInputs};
-#[cfg(feature = "cube")]
-use thalweg_kernels::gpu::{self, Buffer, Client, Storage};
 
 use crate::binding::cpu::{Number, slice, values};
 use crate::binding::{self, Forward, KernelResult, Operation, OutputSpec, operands};

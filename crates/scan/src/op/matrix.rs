@@ -4,7 +4,7 @@ use burn::Tensor;
 use burn::backend::DispatchTensor;
 use burn_flex::FlexTensor;
 #[cfg(feature = "cube")]
-use thalweg_kernels::gpu::{self, Buffer, Client, Storage};
+use thalweg_gpu::{self as gpu, Buffer, Client, Storage};
 use thalweg_kernels::matrix::{self as kernel, DEFAULT_CHUNK, Gate, KeepStates, MatrixInputs, MatrixProblem};
 
 use crate::binding::cpu::{Number, slice, values};

@@ -4,9 +4,9 @@ use burn::Tensor;
 use burn::tensor::activation::{sigmoid, softplus};
 use burn::tensor::{Bool, FloatDType};
 use burn_flex::FlexTensor;
-use thalweg_kernels::ScanProblem;
 #[cfg(feature = "cube")]
-use thalweg_kernels::gpu::{self, Buffer, Client, Storage};
+use thalweg_gpu::{self as gpu, Buffer, Client, Storage};
+use thalweg_kernels::ScanProblem;
 use thalweg_kernels::rg_lru::{self as kernel, RgLruInputs};
 
 use super::linear_scan::{ScanOutput, problem, run, validate};

@@ -4,9 +4,9 @@ use burn::Tensor;
 use burn::tensor::activation::silu;
 
 use burn_flex::FlexTensor;
-use thalweg_kernels::ScanProblem;
 #[cfg(feature = "cube")]
-use thalweg_kernels::gpu::{self, Buffer, Client, Storage};
+use thalweg_gpu::{self as gpu, Buffer, Client, Storage};
+use thalweg_kernels::ScanProblem;
 pub use thalweg_kernels::short_conv::Activation as ConvActivation;
 use thalweg_kernels::short_conv::{self as kernel, ConvInputs, ConvProblem};
 

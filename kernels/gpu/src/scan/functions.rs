@@ -1,0 +1,138 @@
+//! Functions of f32 vectors whose accuracy must not depend on the device's own; exponential, reciprocal and square root
+//! alone are the device's. On CUDA they are the instructions, which are off by 2 units in the last place (an exponential
+//! by as many as its argument besides): rounded correctly, each takes ten instructions and a branch, and gates would cost
+//! more than their memory.
+
+use cubecl::prelude::*;
+
+use crate::tile::takes_ptx;
+
+/// What a device computes in one instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Instruction {
+    /// Two to the power of.
+    Power,
+    Reciprocal,
+    Root,
+    InverseRoot,
+}
+
+/// Number by number. Only where the device takes PTX.
+#[cube]
+fn instruction<N: Size>(x: Vector<f32, N>, #[comptime] which: Instruction) -> Vector<f32, N> {
+    let mut values = all::<N>(0.0);
+    #[unroll]
+    for i in 0..N::value().comptime() {
+        let from = x.extract(i);
+        let to: f32;
+        match which {
+            Instruction::Power => {
+                gpu_asm!("ex2.approx.ftz.f32 {}, {};", out(_) to, in(_) from, options(nomem));
+            }
+            Instruction::Reciprocal => {
+                gpu_asm!("rcp.approx.ftz.f32 {}, {};", out(_) to, in(_) from, options(nomem));
+            }
+            Instruction::Root => {
+                gpu_asm!("sqrt.approx.ftz.f32 {}, {};", out(_) to, in(_) from, options(nomem));
+            }
+            Instruction::InverseRoot => {
+                gpu_asm!("rsqrt.approx.ftz.f32 {}, {};", out(_) to, in(_) from, options(nomem));
+            }
+        }
+        values.insert(i, to);
+    }
+    values
+}
+
+/// `e^x`; on CUDA 0 below `2^-126`.
+#[cube]
+pub(crate) fn exp<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) {
+        instruction::<N>(x * all::<N>(std::f32::consts::LOG2_E), Instruction::Power)
+    } else {
+        x.exp()
+    }
+}
+
+#[cube]
+fn reciprocal<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) { instruction::<N>(x, Instruction::Reciprocal) } else { all::<N>(1.0) / x }
+}
+
+#[cube]
+pub(crate) fn root<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) { instruction::<N>(x, Instruction::Root) } else { x.sqrt() }
+}
+
+#[cube]
+pub(crate) fn inverse_root<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let device = comptime::device_properties().comptime();
+    if comptime!(takes_ptx(&device)) { instruction::<N>(x, Instruction::InverseRoot) } else { all::<N>(1.0) / x.sqrt() }
+}
+
+/// A vector of one number.
+#[cube]
+pub(crate) fn all<N: Size>(#[comptime] x: f32) -> Vector<f32, N> {
+    Vector::new(f32::new(x))
+}
+
+/// Horner's rule, highest power first.
+#[cube]
+#[allow(clippy::needless_range_loop)]
+fn polynomial<N: Size>(x: Vector<f32, N>, #[comptime] coefficients: Vec<f32>) -> Vector<f32, N> {
+    let mut p = all::<N>(comptime!(coefficients[0]));
+    #[unroll]
+    for i in 1..comptime!(coefficients.len()) {
+        p = p * x + all::<N>(comptime!(coefficients[i]));
+    }
+    p
+}
+
+/// The logistic function: 0 where the exponential overflows.
+#[cube]
+pub(crate) fn sigmoid<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    reciprocal::<N>(all::<N>(1.0) + exp::<N>(-x))
+}
+
+/// `e^x - 1` for `x <= 0` and `power = e^x`: no digit is lost near 0. Taylor's series, whose remainder at -1/2 is 2^-26 of
+/// the value; half of it for what is `short` of digits anyway, at -1/8 off by 2^-19.
+#[cube]
+pub(crate) fn expm1<N: Size>(x: Vector<f32, N>, power: Vector<f32, N>, #[comptime] short: bool) -> Vector<f32, N> {
+    let taylor = comptime!([1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0]);
+    let (skipped, least) = comptime!(if short { (4, -0.125) } else { (0, -0.5) });
+    let series = x * polynomial::<N>(x, comptime!(taylor[skipped..].to_vec()));
+    select_many(x.greater_than(&all::<N>(least)), series, power - all::<N>(1.0))
+}
+
+/// `ln(1 + e^x)`, with `ln(1 + e) = 2 artanh(e / (2 + e))` as a series.
+#[cube]
+pub(crate) fn softplus<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let e = (-x.abs()).exp();
+    let s = e / (e + all::<N>(2.0));
+    let odd = comptime!(vec![1.0 / 15.0, 1.0 / 13.0, 1.0 / 11.0, 1.0 / 9.0, 1.0 / 7.0, 0.2, 1.0 / 3.0, 1.0]);
+    let zero = all::<N>(0.0);
+    select_many(x.greater_than(&zero), x, zero) + all::<N>(2.0) * s * polynomial::<N>(s * s, odd)
+}
+
+/// Sine and cosine, error below 1.2e-7 for `|x| <= 1e4`: `x = n pi / 2 + r` with `|r| <= pi / 4`, where the first parts
+/// of `pi / 2` have so few bits that their products with `n` are exact.
+#[cube]
+pub(crate) fn sin_cos<N: Size>(x: Vector<f32, N>) -> (Vector<f32, N>, Vector<f32, N>) {
+    let n = (x * all::<N>(std::f32::consts::FRAC_2_PI) + all::<N>(0.5)).floor();
+    let r = x - n * all::<N>(1.570_312_5) - n * all::<N>(4.837_513e-4) - n * all::<N>(7.549_79e-8);
+    let r2 = r * r;
+    let odd = comptime!(vec![1.0 / 362_880.0, -1.0 / 5040.0, 1.0 / 120.0, -1.0 / 6.0]);
+    let even = comptime!(vec![1.0 / 40320.0, -1.0 / 720.0, 1.0 / 24.0, -0.5]);
+    let sin = r + r * r2 * polynomial::<N>(r2, odd);
+    let cos = all::<N>(1.0) + r2 * polynomial::<N>(r2, even);
+    // The quadrant, 0 to 3.
+    let quadrant = n - all::<N>(4.0) * (n * all::<N>(0.25)).floor();
+    let half = (quadrant * all::<N>(0.5)).floor();
+    let swap = (quadrant - all::<N>(2.0) * half).greater_than(&all::<N>(0.5));
+    let turned = half.greater_than(&all::<N>(0.5));
+    let (s, c) = (select_many(swap, cos, sin), select_many(swap, -sin, cos));
+    (select_many(turned, -s, s), select_many(turned, -c, c))
+}
