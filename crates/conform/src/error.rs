@@ -40,6 +40,12 @@ pub enum Error {
         /// Its name.
         op: String,
     },
+    /// Only the oracle computes this operation so far.
+    #[error("`{op}` is known to the oracle alone so far")]
+    NotImplemented {
+        /// Its name.
+        op: String,
+    },
     /// A tensor that the operation needs is not in the file.
     #[error("tensor `{tensor}` is missing")]
     Missing {

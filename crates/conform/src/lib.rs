@@ -5,16 +5,17 @@
 //! `window`. [`load`] finds the cases of a folder, a [`Runner`] computes what they ask for, [`check`] compares.
 
 mod case;
+mod catalogue;
 mod engine;
 mod error;
+mod graph;
 mod options;
 mod parse;
-mod parse_models;
 mod reference;
-mod reference_models;
 mod report;
 
 pub use case::{Case, Found, Tensor, load};
+pub use catalogue::{CATALOGUE, Draw, Operation};
 pub use engine::Engine;
 pub use error::Error;
 pub use reference::Reference;

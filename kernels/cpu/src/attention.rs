@@ -57,7 +57,8 @@ impl AttentionProblem {
         }
     }
 
-    pub(crate) fn check_sizes(&self) -> Result<Sequences, Error> {
+    #[doc(hidden)]
+    pub fn check_sizes(&self) -> Result<Sequences, Error> {
         for (name, size) in [("heads", self.heads), ("key_dim", self.key_dim), ("value_dim", self.value_dim)] {
             Error::check_positive(name, size)?;
         }

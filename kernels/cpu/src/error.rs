@@ -52,7 +52,8 @@ pub enum Error {
 
 impl Error {
     /// Checks the length of a buffer against the shape it must have.
-    pub(crate) fn check_len(argument: &'static str, found: usize, expected: &[usize]) -> Result<(), Error> {
+    #[doc(hidden)]
+    pub fn check_len(argument: &'static str, found: usize, expected: &[usize]) -> Result<(), Error> {
         if found == expected.iter().product::<usize>() {
             return Ok(());
         }

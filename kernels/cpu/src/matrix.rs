@@ -69,12 +69,14 @@ impl MatrixProblem {
     }
 
     /// The same with two tokens for each one, as a GPU computes low-rank writes.
-    pub(crate) fn twice(&self) -> Self {
+    #[doc(hidden)]
+    pub fn twice(&self) -> Self {
         let cu_seqlens = self.cu_seqlens.as_ref().map(|bounds| bounds.iter().map(|bound| 2 * bound).collect());
         Self { time: 2 * self.time, cu_seqlens, ..self.clone() }
     }
 
-    pub(crate) fn head_shape(&self) -> [usize; 3] {
+    #[doc(hidden)]
+    pub fn head_shape(&self) -> [usize; 3] {
         [self.batch, self.time, self.value_heads]
     }
 }
@@ -322,7 +324,8 @@ pub fn step<E: Element>(problem: &MatrixProblem, inputs: &MatrixInputs<E>, state
 }
 
 /// Checks that a problem is one token of each sequence.
-pub(crate) fn check_step(problem: &MatrixProblem, has_initial_state: bool) -> Result<(), Error> {
+#[doc(hidden)]
+pub fn check_step(problem: &MatrixProblem, has_initial_state: bool) -> Result<(), Error> {
     if problem.time != 1 {
         return Err(Error::Value { argument: "time", found: problem.time.to_string(), expected: "1 for a step" });
     }
@@ -334,7 +337,8 @@ pub(crate) fn check_step(problem: &MatrixProblem, has_initial_state: bool) -> Re
 }
 
 /// Checks everything that is not a tensor.
-pub(crate) fn validate_sizes(p: &MatrixProblem) -> Result<Sequences, Error> {
+#[doc(hidden)]
+pub fn validate_sizes(p: &MatrixProblem) -> Result<Sequences, Error> {
     let sequences = Sequences::new(p.batch, p.time, p.cu_seqlens.as_deref())?;
     for (argument, size) in
         [("heads", p.heads), ("value_heads", p.value_heads), ("key_dim", p.key_dim), ("value_dim", p.value_dim)]
@@ -353,7 +357,8 @@ pub(crate) fn validate_sizes(p: &MatrixProblem) -> Result<Sequences, Error> {
 }
 
 /// Heads that share queries and keys have no low-rank writes of their own.
-pub(crate) fn check_low_rank(p: &MatrixProblem) -> Result<(), Error> {
+#[doc(hidden)]
+pub fn check_low_rank(p: &MatrixProblem) -> Result<(), Error> {
     if p.value_heads != p.heads {
         let (argument, found) = ("value_heads", p.value_heads.to_string());
         return Err(Error::Value { argument, found, expected: "the number of heads (low-rank write)" });

@@ -65,7 +65,8 @@ pub struct ConvGradients<E> {
 }
 
 impl ConvProblem {
-    pub(crate) fn check_sizes(&self) -> Result<Sequences, Error> {
+    #[doc(hidden)]
+    pub fn check_sizes(&self) -> Result<Sequences, Error> {
         let sequences = self.shape.sequences()?;
         if !(2..=8).contains(&self.width) {
             return Err(Error::Value { argument: "width", found: self.width.to_string(), expected: "2 to 8" });

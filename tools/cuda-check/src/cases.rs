@@ -1,7 +1,6 @@
 //! Calls of the library's public functions that lead to every kind of kernel: each element type, gate and write, sizes
 //! at and off the tiles, packed sequences, and tensors that need 64-bit addresses.
 
-use cubecl::client::Client;
 use thalweg_cuda_check::Recorder;
 use thalweg_gpu::attention;
 use thalweg_gpu::complex_scan::{self, ComplexInputs};
@@ -9,7 +8,7 @@ use thalweg_gpu::elementwise_scan::{self, ScanGate, ScanInputs};
 use thalweg_gpu::matrix::{self, Gate, Inputs, Write};
 use thalweg_gpu::rg_lru::{self, RgLruInputs};
 use thalweg_gpu::short_conv;
-use thalweg_gpu::{Buffer, Storage};
+use thalweg_gpu::{Buffer, Client, Storage};
 use thalweg_kernels::ScanProblem;
 use thalweg_kernels::attention::AttentionProblem;
 use thalweg_kernels::complex_scan::Complex;

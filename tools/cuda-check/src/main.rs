@@ -1,8 +1,8 @@
 //! Compiles every kernel that the library can select; exits with 1 if one does not compile or spills registers.
 //!
-//! usage: thalweg-cuda-check [--only CASE] [--keep FOLDER]
+//! usage: thalweg-cuda-check [--representatives] [--only CASE] [--keep FOLDER]
 //!
-//! `--only` takes the cases whose name contains it; `--keep` leaves each kernel's CUDA C++ and PTX in a folder.
+//! `--representatives` compiles one kernel of each name and storage type, for an H100; `--only` takes the cases whose name contains it; `--keep` leaves each kernel's CUDA C++ and PTX in a folder.
 
 mod cases;
 
@@ -12,14 +12,18 @@ use std::sync::Arc;
 use thalweg_cuda_check::{Arch, Kernel, Recorder, Toolchain, table};
 
 fn main() -> ExitCode {
-    let (mut only, mut folder) = (String::new(), None);
+    let (mut only, mut folder, mut representatives) = (String::new(), None, false);
     let mut arguments = std::env::args().skip(1);
     while let Some(option) = arguments.next() {
+        if option == "--representatives" {
+            representatives = true;
+            continue;
+        }
         match (option.as_str(), arguments.next()) {
             ("--only", Some(case)) => only = case,
             ("--keep", Some(path)) => folder = Some(path),
             _ => {
-                eprintln!("usage: thalweg-cuda-check [--only CASE] [--keep FOLDER]");
+                eprintln!("usage: thalweg-cuda-check [--representatives] [--only CASE] [--keep FOLDER]");
                 return ExitCode::from(2);
             }
         }
@@ -31,17 +35,20 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    eprintln!("compiling for {}, which takes some minutes", Arch::ALL.map(Arch::target).join(" and "));
-    let recorders = Arch::ALL.map(|arch| {
-        let mut recorder = Recorder::new(arch, toolchain.clone());
+    let devices = if representatives { &[Arch::Sm90][..] } else { &Arch::ALL };
+    let targets: Vec<_> = devices.iter().map(|arch| arch.target()).collect();
+    eprintln!("compiling for {}, which takes some minutes", targets.join(" and "));
+    let recorder = |&arch: &Arch| {
+        let mut recorder = Recorder::new(arch, toolchain.clone(), representatives);
         recorder.only.clone_from(&only);
         recorder
-    });
+    };
+    let recorders: Vec<_> = devices.iter().map(recorder).collect();
     let compile = |recorders: &[Recorder], cases: fn(&Recorder)| {
         std::thread::scope(|scope| recorders.iter().for_each(|device| drop(scope.spawn(|| cases(device)))));
     };
     compile(&recorders, cases::all);
-    let recorders = recorders.map(|device| device.with_tf32(true));
+    let recorders: Vec<_> = recorders.into_iter().map(|device| device.with_tf32(true)).collect();
     compile(&recorders, cases::tf32);
     let kernels: Vec<Kernel> = recorders.iter().flat_map(Recorder::kernels).collect();
     if let Some(folder) = folder

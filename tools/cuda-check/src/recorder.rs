@@ -32,10 +32,13 @@ struct Shared {
 
 impl Recorder {
     /// A device of `arch`.
-    pub fn new(arch: Arch, toolchain: Arc<Toolchain>) -> Self {
+    ///
+    /// With `representatives` only the first kernel of each name and storage type is compiled.
+    pub fn new(arch: Arch, toolchain: Arc<Toolchain>, representatives: bool) -> Self {
         let shared = Arc::new(Mutex::new(Shared::default()));
         let options = arch.options(toolchain.version());
-        let work = Compile { arch, options, toolchain, seen: HashSet::new(), shared: shared.clone() };
+        let seen = Seen { kernels: HashSet::new(), representatives: representatives.then(HashSet::new) };
+        let work = Compile { arch, options, toolchain, seen, shared: shared.clone() };
         Self { client: HostServer::client(arch.properties(), work).into(), only: String::new(), shared }
     }
 
@@ -66,19 +69,40 @@ struct Compile {
     arch: Arch,
     options: CompilationOptions,
     toolchain: Arc<Toolchain>,
-    seen: HashSet<KernelId>,
+    seen: Seen,
     shared: Arc<Mutex<Shared>>,
+}
+
+/// What was compiled.
+struct Seen {
+    kernels: HashSet<KernelId>,
+    /// Names and storage types, if one of each is enough.
+    representatives: Option<HashSet<(String, Option<&'static str>)>>,
+}
+
+impl Seen {
+    /// Whether a kernel that is launched by a case is new.
+    fn insert(&mut self, id: &KernelId, name: &str, case: &str) -> bool {
+        if !self.kernels.insert(id.clone()) {
+            return false;
+        }
+        // Cases name the storage type as `Debug` prints it.
+        let storage = ["Bf16", "F16", "F32"].into_iter().find(|storage| case.split(' ').any(|word| word == *storage));
+        self.representatives.as_mut().is_none_or(|known| known.insert((name.into(), storage)))
+    }
 }
 
 impl Work for Compile {
     fn launch(&mut self, properties: &DeviceProperties, kernel: &dyn CubeKernel, _: CubeCount, _: KernelArguments) {
         let id = kernel.id();
-        if !self.seen.insert(id.clone()) {
+        let case = lock(&self.shared).case.clone();
+        let name = kernel.name().split('<').next().unwrap_or_default();
+        if !self.seen.insert(&id, name, &case) {
             return;
         }
         let mut record = Kernel {
-            case: lock(&self.shared).case.clone(),
-            name: kernel.name().split('<').next().unwrap_or_default().into(),
+            case,
+            name: name.into(),
             arch: self.arch,
             threads: id.cube_dim.num_elems(),
             dynamic_shared: 0,

@@ -1,6 +1,6 @@
 //! One kernel through the whole way: tensor cores, and more shared memory than a block has without asking.
 //!
-//! They need NVIDIA's compilers, which `.ci/cuda` fetches: `.ci/cuda cargo test --release -p thalweg-cuda-check --features check -- --ignored`.
+//! They need NVIDIA's compilers, which `.ci/cuda` fetches: `.ci/cuda cargo test --manifest-path tools/cuda-check/Cargo.toml --release -- --ignored`.
 
 use cubecl::prelude::*;
 use half::{bf16, f16};
@@ -58,7 +58,7 @@ fn launch<E: Float + CubeElement>(recorder: &Recorder, elements: usize) {
 
 fn recorded(arch: Arch, launches: impl FnOnce(&Recorder)) -> Vec<Kernel> {
     let toolchain = Toolchain::from_env().unwrap_or_else(|e| panic!("{e}"));
-    let recorder = Recorder::new(arch, Arc::new(toolchain));
+    let recorder = Recorder::new(arch, Arc::new(toolchain), false);
     launches(&recorder);
     recorder.kernels()
 }

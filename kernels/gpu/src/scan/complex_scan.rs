@@ -18,7 +18,7 @@ use cubecl::prelude::*;
 
 use super::functions::sin_cos;
 use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
-use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, total};
+use super::{Buffer, CheckBuffers, Client, Error, Scan, ScanProblem, Sequences, total};
 use thalweg_kernels::complex_scan::Complex;
 
 /// The arguments of [`forward`]. All but the state have one element type.

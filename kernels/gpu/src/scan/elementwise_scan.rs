@@ -12,16 +12,15 @@
 use cubecl::prelude::*;
 
 use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
-use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences};
+use super::{Buffer, CheckBuffers, Client, Error, Scan, ScanProblem, Sequences};
 
 pub use thalweg_kernels::elementwise_scan::ScanGate;
 
-impl<'a> ScanGate<&'a Buffer> {
-    fn parts(&self) -> (&'static str, &'a Buffer, bool) {
-        match *self {
-            ScanGate::Linear(a) => ("a", a, false),
-            ScanGate::Log(g) => ("g", g, true),
-        }
+/// The gate's name in messages, its tensor, and whether it is a logarithm.
+fn parts<'a>(gate: &ScanGate<&'a Buffer>) -> (&'static str, &'a Buffer, bool) {
+    match *gate {
+        ScanGate::Linear(a) => ("a", a, false),
+        ScanGate::Log(g) => ("g", g, true),
     }
 }
 
@@ -58,7 +57,7 @@ pub struct ScanGradients {
 
 fn check(problem: &ScanProblem, inputs: &ScanInputs) -> Result<Sequences, Error> {
     let sequences = problem.sequences()?;
-    let (name, gate, _) = inputs.gate.parts();
+    let (name, gate, _) = parts(&inputs.gate);
     problem.check_buffer("x", inputs.x, inputs.x.storage)?;
     problem.check_buffer(name, gate, inputs.x.storage)?;
     problem.check_state_buffer("initial_state", sequences.count(), inputs.initial_state)?;
@@ -90,7 +89,7 @@ fn plan(backward: bool, log: bool) -> Plan {
 /// channels than the device can launch.
 pub fn forward(client: &Client, problem: &ScanProblem, inputs: &ScanInputs) -> Result<ScanOutputs, Error> {
     let sequences = check(problem, inputs)?;
-    let (_, gate, log) = inputs.gate.parts();
+    let (_, gate, log) = parts(&inputs.gate);
     let scan = Scan {
         inputs: vec![gate, inputs.x],
         constants: Vec::new(),
@@ -122,7 +121,7 @@ pub fn backward(
     problem.check_buffer("o", o, inputs.x.storage)?;
     problem.check_buffer("do", do_, inputs.x.storage)?;
     problem.check_state_buffer("d_final_state", sequences.count(), d_final_state)?;
-    let (_, gate, log) = inputs.gate.parts();
+    let (_, gate, log) = parts(&inputs.gate);
     let scan = Scan {
         inputs: vec![o, do_, gate],
         constants: Vec::new(),

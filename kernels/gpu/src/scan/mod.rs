@@ -163,13 +163,20 @@ fn total(client: &Client, sums: &Buffer, sequences: usize, channels: usize, stor
     Ok(out)
 }
 
-impl ScanProblem {
-    /// Checks a `[batch, time, channels]` argument on a device.
-    pub(super) fn check_buffer(&self, argument: &'static str, x: &Buffer, storage: Storage) -> Result<(), Error> {
-        x.check(argument, storage, &[self.batch, self.time, self.channels])
+/// Checks of tensors on a device against the sizes of a scan.
+pub(crate) trait CheckBuffers {
+    /// Checks a `[batch, time, channels]` argument.
+    fn check_buffer(&self, argument: &'static str, x: &Buffer, storage: Storage) -> Result<(), Error>;
+
+    /// Checks an optional f32 `[sequences, channels]` state.
+    fn check_state_buffer(&self, argument: &'static str, sequences: usize, x: Option<&Buffer>) -> Result<(), Error>;
+}
+
+impl CheckBuffers for ScanProblem {
+    fn check_buffer(&self, argument: &'static str, x: &Buffer, storage: Storage) -> Result<(), Error> {
+        x.check(argument, storage, &self.token_shape())
     }
 
-    /// Checks an optional f32 `[sequences, channels]` state on a device.
     fn check_state_buffer(&self, argument: &'static str, sequences: usize, x: Option<&Buffer>) -> Result<(), Error> {
         x.map_or(Ok(()), |x| x.check(argument, Storage::F32, &[sequences, self.channels]))
     }

@@ -19,7 +19,7 @@ use cubecl::prelude::*;
 
 use super::functions::{all, exp, expm1, inverse_root, root, sigmoid, softplus};
 use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
-use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, Storage, total};
+use super::{Buffer, CheckBuffers, Client, Error, Scan, ScanProblem, Sequences, Storage, total};
 
 /// The arguments of [`forward`]. `x` and the gates have one element type.
 #[derive(Debug, Clone, Copy)]

@@ -13,6 +13,7 @@ use crate::buffer::{Buffer, Storage};
 use crate::chunks::Chunks;
 use crate::device::{address_type, grid};
 use crate::reduce::sum_all_rows;
+use crate::scan::CheckBuffers;
 use kernels::{GradientsLaunch, InputsLaunch, Plan};
 use thalweg_kernels::Error;
 use thalweg_kernels::Sequences;
