@@ -8,6 +8,7 @@ mod matrix;
 mod matrix_check;
 mod scan;
 mod short_conv;
+mod smoke;
 
 use thalweg_gpu::Client;
 

@@ -93,7 +93,7 @@ fn problems() -> Vec<ScanProblem> {
     problems
 }
 
-fn linear<E: Number>(client: &Client, p: &ScanProblem, log: bool) {
+pub(crate) fn linear<E: Number>(client: &Client, p: &ScanProblem, log: bool) {
     let sequences = p.sequences().expect("a valid problem");
     let (n, states) = (sequences.tokens() * p.channels, sequences.count() * p.channels);
     let random = &mut Random::new(n as u64);

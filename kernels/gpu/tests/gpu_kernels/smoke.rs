@@ -25,5 +25,5 @@ fn smoke_attention() {
 #[test]
 fn smoke_scans() {
     let Some(client) = client() else { return };
-    crate::scan::elementwise::<f32>(&client, &ScanProblem::new(2, 130, 7), false);
+    crate::scan::linear::<f32>(&client, &ScanProblem::new(2, 130, 7), false);
 }
