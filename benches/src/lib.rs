@@ -6,8 +6,8 @@
 //! interquartile range, the FLOP and bytes of [`thalweg_kernels::cost`], and the fraction of the ceiling that binds,
 //! which [`Ceilings`] measures on the same machine in the same run.
 //!
-//! [`Selection::cases`] lists what to run, [`Runner`] runs it, [`Report`] keeps the rows and compares them with an earlier
-//! report, [`plot`] draws them, [`serve`] answers single requests for side-by-side runs.
+//! [`Selection::cases`] lists what to run, [`Runner`] runs it, [`Report`] keeps the rows and compares them with an
+//! earlier report, [`plot`] draws them, [`serve`] answers single requests for side-by-side runs.
 //!
 //! | item | does |
 //! |---|---|

@@ -1,7 +1,8 @@
 //! Sequence-mixing layers and channel mixers for Burn.
 //!
-//! One layer per file, each with its options, its module, its state, `forward` over whole sequences and `step` over one token.
-//! Both take a state and return one; any split of a sequence into calls gives the outputs and the state of one pass.
+//! One layer per file, each with its options, its module, its state, `forward` over whole sequences and `step` over one
+//! token. Both take a state and return one; any split of a sequence into calls gives the outputs and the state of one
+//! pass.
 //!
 //! | module | holds |
 //! |---|---|

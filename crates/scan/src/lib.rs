@@ -1,9 +1,9 @@
 //! Burn operations over the linear-recurrence kernels.
 //!
-//! Tensors are laid out `[batch, time, heads, feature]`, states `[sequences, heads, key, value]`, gates are natural logs of
-//! decays (at most 0). Every recurrence takes an optional initial state and optional bounds of packed sequences, returns its
-//! outputs and the final state, and is differentiable in all of them through Burn's autodiff. Most have a `*_step` for one
-//! token.
+//! Tensors are laid out `[batch, time, heads, feature]`, states `[sequences, heads, key, value]`, gates are natural
+//! logs of decays (at most 0). Every recurrence takes an optional initial state and optional bounds of packed
+//! sequences, returns its outputs and the final state, and is differentiable in all of them through Burn's autodiff.
+//! Most have a `*_step` for one token.
 //!
 //! | family | functions | returns |
 //! |---|---|---|
@@ -13,8 +13,8 @@
 //! | between them | [`short_conv`], [`linear`], [`block_linear`], [`rms_norm`], [`l2_norm`], [`glu`], [`adamw`] | |
 //!
 //! On the Flex backend the CPU kernels of [`kernels`] run, on the CubeCL backends (features `cuda`, `rocm`, `metal`,
-//! `vulkan`, `webgpu`, `wgpu`) the GPU kernels. Where a backend has no kernel, the chunked algorithm runs in Burn tensor
-//! operations; [`Path`] can ask for that anywhere. [`device`] finds a device by its name.
+//! `vulkan`, `webgpu`, `wgpu`) the GPU kernels. Where a backend has no kernel, the chunked algorithm runs in Burn
+//! tensor operations; [`Path`] can ask for that anywhere. [`device`] finds a device by its name.
 //!
 //! ```
 //! use burn::tensor::{Device, Tensor};

@@ -1,9 +1,9 @@
 //! Linear-recurrence kernels on plain slices: no framework, no Burn.
 //!
-//! Every kernel has a `forward` over whole sequences and a `backward` for all of its inputs; the recurrences have a `step` for
-//! one token too. Elements are f32, bf16 or f16 ([`Element`]); gates, states and sums are f32. Work is spread over the threads of
-//! the current rayon pool; vector units are chosen at run time ([`vector_unit`]). Arguments are checked first: an [`Error`]
-//! names the argument, what was found and what was expected.
+//! Every kernel has a `forward` over whole sequences and a `backward` for all of its inputs; the recurrences have a
+//! `step` for one token too. Elements are f32, bf16 or f16 ([`Element`]); gates, states and sums are f32. Work is
+//! spread over the threads of the current rayon pool; vector units are chosen at run time ([`vector_unit`]). Arguments
+//! are checked first: an [`Error`] names the argument, what was found and what was expected.
 //!
 //! | module | computes |
 //! |---|---|

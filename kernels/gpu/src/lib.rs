@@ -1,9 +1,9 @@
 //! The recurrences on any GPU that CubeCL reaches: one source for CUDA, ROCm, Metal, Vulkan and WebGPU.
 //!
 //! The modules are those of [`thalweg_kernels`] with [`Buffer`]s in the place of slices; sizes and costs are shared. A
-//! [`Client`] is a CubeCL client with [`Options`]. Runtimes are features (`cuda`, `rocm`, `metal`, `vulkan`, `webgpu`, `wgpu`); without one,
-//! callers bring a client of their own. Calls are queued; [`Buffer::read`] waits. Values of gates are not read back, so a
-//! positive or NaN gate is not refused.
+//! [`Client`] is a CubeCL client with [`Options`]. Runtimes are features (`cuda`, `rocm`, `metal`, `vulkan`, `webgpu`,
+//! `wgpu`); without one, callers bring a client of their own. Calls are queued; [`Buffer::read`] waits. Values of gates
+//! are not read back, so a positive or NaN gate is not refused.
 //!
 //! | module | computes |
 //! |---|---|
