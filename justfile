@@ -17,7 +17,7 @@ test-simd unit="avx2":
 
 # Run the tests that need a GPU, or Mesa's software driver in place of one
 test-gpu:
-    THALWEG_REQUIRE_GPU=1 LP_NATIVE_VECTOR_WIDTH=128 cargo test --release --workspace --features wgpu --test gpu_kernels --test gpu --test oracle --test elementwise --test matrix
+    THALWEG_REQUIRE_GPU=1 LP_NATIVE_VECTOR_WIDTH=128 cargo test --release -p thalweg-gpu -p thalweg-scan -p thalweg-tests --features wgpu --test gpu_kernels --test gpu --test oracle --test elementwise --test matrix
 
 # Compile every GPU kernel for CUDA, on any machine
 check-cuda:
@@ -25,7 +25,7 @@ check-cuda:
 
 # Run the GPU kernels' CUDA C++ on the CPU, as an H100 and an A100 would be given it (needs g++)
 test-cuda:
-    cargo test --release -p thalweg-nvrtc --features check --test emulated --test tf32 --test wide_addresses
+    cargo test --release --manifest-path tools/cuda-check/Cargo.toml --test emulated
 
 # Format, lints, documentation, dependency arrows
 check:
@@ -33,6 +33,7 @@ check:
     cargo clippy --release --workspace --all-targets -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
     .ci/arrows
+    .ci/book
 
 # Time the kernels
 bench *args:
@@ -42,6 +43,7 @@ bench *args:
 conform dir="tests/golden/ops" *args:
     cargo run --release -- conform {{dir}} {{args}}
 
-# Build the book (needs mdbook)
+# Check the book's contents and links, and build it
 book:
+    .ci/book --build
     mdbook build docs

@@ -1,7 +1,35 @@
 //! Hybrid sequence models: configuration, data, training, generation, checkpoints.
 //!
-//! One [`Model`] serves every pattern of mixers. A [`ModelConfig`] describes it (a file, a [`preset`], or code), a
-//! [`Trainer`] trains it on any [`data::BatchSource`], [`checkpoint`] keeps it, and a [`Generator`] continues prompts.
+//! One [`Model`] serves every pattern of mixers.
+//!
+//! | item | does |
+//! |---|---|
+//! | [`ModelConfig`], [`preset`] | describe a model: a TOML or JSON file, a name, or code |
+//! | [`Model`], [`ModelState`] | whole sequences (`forward`) and single tokens (`step`) |
+//! | [`Trainer`], [`TrainOptions`] | train it on any [`data::BatchSource`]; [`checkpoint`] keeps it |
+//! | [`cross_entropy`], [`AdamW`], [`Cosine`] | parts of a training loop, for loops of one's own too |
+//! | [`Generator`], [`Sampling`] | continue a prompt |
+//! | [`Tokenizer`] | bytes, or a Hugging Face `tokenizer.json` |
+//!
+//! ```
+//! use burn::tensor::{Device, Int, Tensor};
+//! use thalweg_layers::MixerConfig;
+//! use thalweg_layers::gla::GlaConfig;
+//! use thalweg_models::{Model, ModelConfig};
+//!
+//! let device = Device::default();
+//! let gla = MixerConfig::Gla(GlaConfig { num_heads: 2, ..GlaConfig::default() });
+//! let mut config = ModelConfig::new(32, ["gla", "gla", "attention"]).with_mixer("gla", gla);
+//! config.vocab_size = Some(100);
+//! let model = Model::new(&config, 1, &device)?;
+//!
+//! let prompt = Tensor::<2, Int>::from_ints([[1, 2, 3, 4]], &device);
+//! let (hidden, state) = model.forward(prompt, None, None)?;
+//! assert_eq!(model.logits(hidden).dims(), [1, 4, 100]);
+//! let (logits, _) = model.step(Tensor::<1, Int>::from_ints([5], &device), state)?;
+//! assert_eq!(logits.dims(), [1, 100]);
+//! # Ok::<(), thalweg_models::Error>(())
+//! ```
 
 pub mod checkpoint;
 mod config;

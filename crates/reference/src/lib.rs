@@ -4,6 +4,24 @@
 //! loop reversed over stored states. Every other implementation is tested against it, so it has no dependencies.
 //! Buffers are row-major slices; shapes are those of the kernels (`[batch, time, heads, feature]`, states
 //! `[sequences, heads, key, value]`). Wrong lengths panic: this crate is for tests and conformance runs.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`matrix`], [`elementwise`], [`rg_lru`], [`selective`], [`short_conv`], [`attention`] | the recurrences and their adjoints |
+//! | [`wrappers`], [`models`] | HGRN2, normalised linear attention, SSD and RWKV, in terms of them |
+//! | [`cases`], [`random`] | the regimes of gates, keys and step sizes that tests draw from |
+//! | [`tolerance`] | the error measure and the table of tolerances |
+//! | [`device`] | tests that need a GPU, where there is none |
+//!
+//! ```
+//! use thalweg_reference::Shape;
+//! use thalweg_reference::elementwise::{Gate, scan_backward, scan_forward};
+//!
+//! let shape = Shape { batch: 1, time: 3, channels: 1, cu_seqlens: None };
+//! let (a, b, ones) = (Gate::Linear(&[0.5; 3]), [1.0; 3], [1.0; 3]);
+//! assert_eq!(scan_forward(&shape, a, &b, None).h, [1.0, 1.5, 1.75]);
+//! assert_eq!(scan_backward(&shape, a, &b, None, &ones, None).b, [1.75, 1.5, 1.0]);
+//! ```
 
 pub mod attention;
 pub mod cases;

@@ -1,4 +1,4 @@
-//! The one table of tolerances. No test has a number of its own.
+//! The table of tolerances that implementations have against the oracle.
 
 use crate::cases::Precision;
 

@@ -1,4 +1,4 @@
-//! The tables of `docs/src/gpu.md`: launches of the GPU operations and the least time they can take.
+//! The tables of `docs/src/gpu-design.md`: launches of the GPU operations and the least time they can take.
 //!
 //! `cargo run --release -p thalweg-kernels --example gpu_roofline -- TFLOP/S TB/S`
 

@@ -1,6 +1,6 @@
 //! Calling the GPU kernels directly, without Burn: a gated delta rule on plain buffers.
 //!
-//! `cargo run --release -p thalweg-kernels --features wgpu --example gpu`
+//! `cargo run --release -p thalweg-gpu --features wgpu --example gpu`
 
 use thalweg_gpu::{Buffer, Client, matrix};
 use thalweg_kernels::matrix::{self as cpu, KeepStates, MatrixProblem};
