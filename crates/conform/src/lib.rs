@@ -13,6 +13,7 @@ mod parse_models;
 mod reference;
 mod reference_models;
 mod report;
+mod scale;
 
 pub use case::{Case, Found, Tensor, load};
 pub use engine::Engine;
