@@ -136,6 +136,41 @@ fn bad_input_is_one_line_and_exit_code_2() {
         (&["train", "--resume", "--out", "none"], "checkpoint none: does not exist"),
         (&["generate", "--checkpoint", "none", "--prompt", "x"], "checkpoint none: does not exist"),
         (&["generate", "--prompt", "x"], "--checkpoint"),
+        // Numbers out of range are told as such, with or without a sign.
+        (&["train", "--text", "text.txt", "--lr", "-1"], "lr: must be above 0 and finite, got -1"),
+        (&["train", "--text", "text.txt", "--lr", "-inf"], "lr: must be above 0 and finite, got -inf"),
+        (
+            &["train", "--text", "text.txt", "--weight-decay", "-0.5"],
+            "weight-decay: must be 0 or more and finite, got -0.5",
+        ),
+        (&["train", "--text", "text.txt", "--clip", "-1e3"], "clip: must be 0 or more and finite, got -1000"),
+        (
+            &["train", "--text", "text.txt", "--steps", "-1"],
+            "'-1' for '--steps <STEPS>': expected a whole number from 0",
+        ),
+        (&["train", "--text", "text.txt", "--seed", "-3"], "'-3' for '--seed <SEED>': expected a whole number from 0"),
+        (&["train", "--task", "mqar", "--task-items", "-2"], "'-2' for '--task-items <TASK_ITEMS>': expected a whole"),
+        (
+            &["generate", "--checkpoint", "none", "--prompt", "x", "--temperature", "-1"],
+            "temperature: must be 0 or more",
+        ),
+        (
+            &["generate", "--checkpoint", "none", "--prompt", "x", "--temperature", "nan"],
+            "temperature: must be 0 or more",
+        ),
+        (&["generate", "--checkpoint", "none", "--prompt", "x", "--top-p", "-0.1"], "top-p: must be above 0"),
+        (
+            &["generate", "--checkpoint", "none", "--prompt", "x", "--top-k", "-1"],
+            "'-1' for '--top-k <TOP_K>': expected",
+        ),
+        (
+            &["generate", "--checkpoint", "none", "--prompt", "x", "--max-tokens", "-1"],
+            "--max-tokens <MAX_TOKENS>': expec",
+        ),
+        (&["generate", "--checkpoint", "none", "--prompt", "-x"], "checkpoint none: does not exist"),
+        (&["conform", ".", "--tolerance", "-1"], "'-1' for '--tolerance <TOLERANCE>': expected a number"),
+        (&["bench", "--time", "-5,3"], "'-5' for '--time <TIME>': expected a whole number from 0"),
+        (&["bench", "--threads", "-1"], "'-1' for '--threads <THREADS>': expected a whole number from 0"),
     ] {
         let output = output(folder.path(), arguments);
         refused(&output, message);
