@@ -114,6 +114,13 @@ fn usage(error: &clap::Error) -> String {
     message.join(" ").trim_start_matches("error: ").to_string()
 }
 
+/// Says on stderr what the user should know and nothing stops for.
+fn tell(notes: &[String]) {
+    for note in notes {
+        eprintln!("thalweg: {note}");
+    }
+}
+
 fn fail(message: &str) -> ExitCode {
     eprintln!("thalweg: {}", message.replace('\n', "; "));
     ExitCode::from(2)

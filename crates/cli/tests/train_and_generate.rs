@@ -191,3 +191,58 @@ fn a_task_reports_its_accuracy() {
     let generate = output(&run, &["generate", "--checkpoint", ".", "--prompt", "1"]);
     refused(&generate, "synthetic task");
 }
+
+/// Pieces that all begin with a space, as Llama's words do, and blocks that belong to another use of the file.
+const TOKENIZER: &str = r#"{
+    "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+    "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
+    "padding": {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "?"},
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": true},
+    "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": true},
+    "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": false, "vocab": [["\u2581?", 0.0], ["[end]", -9.0],
+              ["\u2581the", -1.0], ["\u2581cat", -1.0], ["\u2581sat", -1.0]]}
+}"#;
+
+#[test]
+fn a_hugging_face_tokenizer_reads_all_of_the_text_and_goes_on_after_the_prompt() {
+    let folder = folder();
+    let path = folder.path();
+    std::fs::create_dir(path.join("texts")).unwrap();
+    std::fs::write(path.join("texts/a.txt"), "the cat sat ".repeat(100).trim_end()).unwrap();
+    std::fs::write(path.join("texts/b.txt"), "cat the sat ".repeat(100).trim_end()).unwrap();
+    std::fs::write(path.join("tokenizer.json"), TOKENIZER).unwrap();
+    std::fs::write(path.join("tokenizer_config.json"), r#"{"eos_token": {"content": "[end]"}}"#).unwrap();
+    let arguments = [
+        "train",
+        "--text",
+        "texts",
+        "--tokenizer",
+        "tokenizer.json",
+        "--config",
+        "small.toml",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--context",
+        "8",
+        "--out",
+        "run",
+    ];
+    let run = output(path, &arguments);
+    let (out, error) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
+    assert!(run.status.success(), "{error}");
+    // 600 words, a separator before each of two documents and of what is held out, and a space at the cut.
+    assert!(out.contains("543 tokens to train on, 61 held out"), "{out}");
+    assert_eq!(error.matches("truncation to 8 tokens is switched off").count(), 1, "{error}");
+    assert_eq!(error.matches("padding is switched off").count(), 1, "{error}");
+
+    let generate = ["generate", "--checkpoint", "run", "--max-tokens", "40", "--temperature", "2", "--prompt"];
+    let run = output(path, &[&generate[..], &["the cat"]].concat());
+    let out = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && run.stderr.is_empty(), "{}", String::from_utf8_lossy(&run.stderr));
+    assert!(out.starts_with("the cat") && out.trim_end().len() > 7, "{out}");
+    assert!(out.trim_end().split(' ').all(|word| ["the", "cat", "sat", "?", ""].contains(&word)), "{out}");
+    refused(&output(path, &[&generate[..], &["the dog"]].concat()), "prompt: token 1 is outside the vocabulary");
+}
