@@ -203,7 +203,7 @@ fn a_stream_of_any_ids_is_their_decoding() {
             }
         }
     }
-    assert!(compared > 1500, "{compared}");
+    assert!(compared > 1400, "{compared}");
 }
 
 #[test]
@@ -235,7 +235,9 @@ fn the_end_of_a_stream_is_given_out() {
     assert_eq!(streamed(&byte_level(byte_level_decoder()), &cut("ab世", 0)), "ab\u{fffd}");
     // A byte of byte fallback is a replacement character each.
     let fallback = byte_fallback(true);
-    assert_eq!(streamed(&fallback, &cut("ab世", 3)), decoded(&fallback, &cut("ab世", 3)));
+    let whole = [vec![264, 263], cut("世", 3)].concat();
+    assert_eq!(streamed(&fallback, &whole), "ac\u{fffd}\u{fffd}");
+    assert_eq!(decoded(&fallback, &whole), "ac\u{fffd}\u{fffd}");
     // What was whole and given out stays; what follows is whole again, with its space.
     let broken = [cut("世界", 3), vec![268], cut("é", 3), vec![3 + 0x20, 268]].concat();
     assert_eq!(streamed(&fallback, &broken), "世\u{fffd}\u{fffd} the\u{fffd}  the");
