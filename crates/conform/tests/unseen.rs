@@ -120,7 +120,9 @@ fn broken_files_are_errors_and_other_files_are_none() {
 /// `file` with the oracle's results as its golden tensors, with the rounding of f64 that another package would have.
 fn golden(file: File) -> Case {
     let mut case = file.case();
-    for (name, mut values) in Reference.run(&case).unwrap() {
+    let results = Reference.run(&case).unwrap().into_iter();
+    // The oracle's gradients of what an operation has not are empty.
+    for (name, mut values) in results.filter(|(_, values)| !values.is_empty()) {
         values.iter_mut().for_each(|value| *value += 3e-17 * (*value).abs().max(1e-3));
         case.tensors.insert(name, Tensor { shape: vec![values.len()], values });
     }
