@@ -237,6 +237,8 @@ fn a_hugging_face_tokenizer_reads_all_of_the_text_and_goes_on_after_the_prompt()
     assert!(out.contains("543 tokens to train on, 61 held out"), "{out}");
     assert_eq!(error.matches("truncation to 8 tokens is switched off").count(), 1, "{error}");
     assert_eq!(error.matches("padding is switched off").count(), 1, "{error}");
+    let kept = std::fs::read_to_string(path.join("run/step-00000002/tokenizer_config.json")).unwrap();
+    assert_eq!(kept, r#"{"eos_token":"[end]"}"#);
 
     let generate = ["generate", "--checkpoint", "run", "--max-tokens", "40", "--temperature", "2", "--prompt"];
     let run = output(path, &[&generate[..], &["the cat"]].concat());

@@ -167,7 +167,7 @@ mod tests {
                 param.map(|tensor| tensor * f32::NAN)
             }
         }
-        let broken = model(&["hgrn"]).map(&mut Poison);
+        let broken = model(&["attention"]).map(&mut Poison);
         for temperature in [0.0, 0.8] {
             let sampling = Sampling { temperature, ..Sampling::default() };
             let mut generator = Generator::new(&broken, &[1, 2], sampling, 13).unwrap();
