@@ -11,9 +11,9 @@ use thalweg_conform::{CaseReport, Engine, Error, Reference, Runner, check, load}
 /// Compares forward and gradients of every reference case under a folder with those of a path.
 ///
 /// Cases are safetensors files with `op` in their metadata. Prints one line per case with the largest relative error
-/// (largest absolute difference over the tensor's largest magnitude) and the tensor where it is, then a summary. The
-/// exit code is 1 if a case fails. A case whose operation the path does not have fails too, unless
-/// `--allow-missing` counts it apart.
+/// (largest absolute difference over the tensor's largest magnitude, or over that of the terms that cancel in a
+/// gradient) and the tensor where it is, then a summary. The exit code is 1 if a case fails. A case whose operation the
+/// path does not have fails too, unless `--allow-missing` counts it apart.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder of cases, or one that has them under `ops/`.
@@ -24,7 +24,7 @@ pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     /// Largest relative error that passes.
-    #[arg(long, default_value_t = 1e-4, value_parser = tolerance, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1e-4, value_parser = tolerance)]
     tolerance: f64,
     /// Count operations that only the oracle has so far apart from failures.
     #[arg(long)]

@@ -17,7 +17,7 @@ pub struct Args {
     #[arg(long)]
     checkpoint: PathBuf,
     /// The text to continue.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     prompt: String,
     /// Tokens to add.
     #[arg(long, default_value_t = 256)]
@@ -42,15 +42,17 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Outcome {
+    let Args { temperature, top_k, top_p, seed, .. } = *args;
+    let sampling = Sampling { temperature, top_k, top_p, seed };
+    sampling.validate()?;
     let device = args.device.find()?;
     let loaded = checkpoint::load(&args.checkpoint, &device)?;
     let tokenizer = loaded.tokenizer.ok_or("checkpoint: was trained on a synthetic task and cannot read text")?;
+    crate::tell(tokenizer.notes());
     let prompt = tokenizer.encode("prompt", args.prompt.as_bytes())?;
     if prompt.is_empty() {
         return Err("prompt: is empty".into());
     }
-    let Args { temperature, top_k, top_p, seed, .. } = *args;
-    let sampling = Sampling { temperature, top_k, top_p, seed };
 
     let start = Instant::now();
     let mut generator = Generator::new(&loaded.model, &prompt, sampling, tokenizer.vocab_size())?;
@@ -60,7 +62,8 @@ pub fn run(args: &Args) -> Outcome {
     let mut out = std::io::stdout().lock();
     let mut decoder = tokenizer.decoder();
     let mut print = |text: &str| out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    print(&args.prompt)?;
+    // The prompt as the tokenizer gives it back: what follows is decoded as its continuation.
+    print(&prompt.iter().map(|&id| decoder.push(id)).collect::<String>())?;
     let start = Instant::now();
     let mut drawn = 0;
     while drawn < args.max_tokens {

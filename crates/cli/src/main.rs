@@ -19,8 +19,10 @@ mod memory;
 mod plot;
 mod train;
 
-use clap::{Parser, Subcommand};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::any::TypeId;
 use std::process::ExitCode;
+use std::str::FromStr;
 
 /// What a subcommand hands back: its exit code, or an error that becomes one line on stderr and exit code 2.
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
@@ -43,7 +45,8 @@ enum Command {
 
 fn main() -> ExitCode {
     memory::keep();
-    let cli = match Cli::try_parse() {
+    let command = Cli::command().mut_subcommands(|command| command.mut_args(numbers));
+    let cli = match command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => {
             let _ = error.print(); // --help and --version
@@ -52,6 +55,28 @@ fn main() -> ExitCode {
         Err(error) => return fail(&usage(&error)),
     };
     run(cli.command).unwrap_or_else(|error| fail(&error.to_string()))
+}
+
+/// Lets a value begin with a minus, so that a number out of range is told by its option and not taken for a flag.
+fn numbers(arg: Arg) -> Arg {
+    if !arg.get_action().takes_values() {
+        return arg;
+    }
+    let kind = arg.get_value_parser().type_id();
+    let is = |id: TypeId| kind == id;
+    if is(TypeId::of::<usize>()) {
+        arg.value_parser(whole::<usize>).allow_hyphen_values(true)
+    } else if is(TypeId::of::<u64>()) {
+        arg.value_parser(whole::<u64>).allow_hyphen_values(true)
+    } else if is(TypeId::of::<f64>()) || is(TypeId::of::<f32>()) {
+        arg.allow_hyphen_values(true) // -inf, too
+    } else {
+        arg
+    }
+}
+
+fn whole<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {}", u64::MAX))
 }
 
 fn run(command: Command) -> Outcome {
@@ -87,6 +112,13 @@ fn usage(error: &clap::Error) -> String {
     let text = error.to_string();
     let message: Vec<_> = text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
     message.join(" ").trim_start_matches("error: ").to_string()
+}
+
+/// Says on stderr what the user should know and nothing stops for.
+fn tell(notes: &[String]) {
+    for note in notes {
+        eprintln!("thalweg: {note}");
+    }
 }
 
 fn fail(message: &str) -> ExitCode {

@@ -170,6 +170,7 @@ fn resume(args: &Args, device: &burn::tensor::Device) -> Outcome {
 
 /// Runs to the end, then draws the curve and says how to go on.
 fn train(args: &Args, mut trainer: Trainer<'_>, run: &Path, data: &Data) -> Outcome {
+    crate::tell(data.tokenizer.as_ref().map_or(&[], Tokenizer::notes));
     let first = trainer.steps_done();
     let mut log = MetricsLog::open(run, first)?;
     say!("{}", describe(&trainer));

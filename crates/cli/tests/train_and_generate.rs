@@ -136,6 +136,41 @@ fn bad_input_is_one_line_and_exit_code_2() {
         (&["train", "--resume", "--out", "none"], "checkpoint none: does not exist"),
         (&["generate", "--checkpoint", "none", "--prompt", "x"], "checkpoint none: does not exist"),
         (&["generate", "--prompt", "x"], "--checkpoint"),
+        // Numbers out of range are told as such, with or without a sign.
+        (&["train", "--text", "text.txt", "--lr", "-1"], "lr: must be above 0 and finite, got -1"),
+        (&["train", "--text", "text.txt", "--lr", "-inf"], "lr: must be above 0 and finite, got -inf"),
+        (
+            &["train", "--text", "text.txt", "--weight-decay", "-0.5"],
+            "weight-decay: must be 0 or more and finite, got -0.5",
+        ),
+        (&["train", "--text", "text.txt", "--clip", "-1e3"], "clip: must be 0 or more and finite, got -1000"),
+        (
+            &["train", "--text", "text.txt", "--steps", "-1"],
+            "'-1' for '--steps <STEPS>': expected a whole number from 0",
+        ),
+        (&["train", "--text", "text.txt", "--seed", "-3"], "'-3' for '--seed <SEED>': expected a whole number from 0"),
+        (&["train", "--task", "mqar", "--task-items", "-2"], "'-2' for '--task-items <TASK_ITEMS>': expected a whole"),
+        (
+            &["generate", "--checkpoint", "none", "--prompt", "x", "--temperature", "-1"],
+            "temperature: must be 0 or more",
+        ),
+        (
+            &["generate", "--checkpoint", "none", "--prompt", "x", "--temperature", "nan"],
+            "temperature: must be 0 or more",
+        ),
+        (&["generate", "--checkpoint", "none", "--prompt", "x", "--top-p", "-0.1"], "top-p: must be above 0"),
+        (
+            &["generate", "--checkpoint", "none", "--prompt", "x", "--top-k", "-1"],
+            "'-1' for '--top-k <TOP_K>': expected",
+        ),
+        (
+            &["generate", "--checkpoint", "none", "--prompt", "x", "--max-tokens", "-1"],
+            "--max-tokens <MAX_TOKENS>': expec",
+        ),
+        (&["generate", "--checkpoint", "none", "--prompt", "-x"], "checkpoint none: does not exist"),
+        (&["conform", ".", "--tolerance", "-1"], "'-1' for '--tolerance <TOLERANCE>': expected a number"),
+        (&["bench", "--time", "-5,3"], "'-5' for '--time <TIME>': expected a whole number from 0"),
+        (&["bench", "--threads", "-1"], "'-1' for '--threads <THREADS>': expected a whole number from 0"),
     ] {
         let output = output(folder.path(), arguments);
         refused(&output, message);
@@ -155,4 +190,61 @@ fn a_task_reports_its_accuracy() {
     assert!(run.join("step-00000003/manifest.json").exists());
     let generate = output(&run, &["generate", "--checkpoint", ".", "--prompt", "1"]);
     refused(&generate, "synthetic task");
+}
+
+/// Pieces that all begin with a space, as Llama's words do, and blocks that belong to another use of the file.
+const TOKENIZER: &str = r#"{
+    "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+    "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
+    "padding": {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "?"},
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": true},
+    "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": true},
+    "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": false, "vocab": [["\u2581?", 0.0], ["[end]", -9.0],
+              ["\u2581the", -1.0], ["\u2581cat", -1.0], ["\u2581sat", -1.0]]}
+}"#;
+
+#[test]
+fn a_hugging_face_tokenizer_reads_all_of_the_text_and_goes_on_after_the_prompt() {
+    let folder = folder();
+    let path = folder.path();
+    std::fs::create_dir(path.join("texts")).unwrap();
+    std::fs::write(path.join("texts/a.txt"), "the cat sat ".repeat(100).trim_end()).unwrap();
+    std::fs::write(path.join("texts/b.txt"), "cat the sat ".repeat(100).trim_end()).unwrap();
+    std::fs::write(path.join("tokenizer.json"), TOKENIZER).unwrap();
+    std::fs::write(path.join("tokenizer_config.json"), r#"{"eos_token": {"content": "[end]"}}"#).unwrap();
+    let arguments = [
+        "train",
+        "--text",
+        "texts",
+        "--tokenizer",
+        "tokenizer.json",
+        "--config",
+        "small.toml",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--context",
+        "8",
+        "--out",
+        "run",
+    ];
+    let run = output(path, &arguments);
+    let (out, error) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
+    assert!(run.status.success(), "{error}");
+    // 600 words, a separator before each of two documents and of what is held out, and a space at the cut.
+    assert!(out.contains("543 tokens to train on, 61 held out"), "{out}");
+    assert_eq!(error.matches("truncation to 8 tokens is switched off").count(), 1, "{error}");
+    assert_eq!(error.matches("padding is switched off").count(), 1, "{error}");
+    let kept = std::fs::read_to_string(path.join("run/step-00000002/tokenizer_config.json")).unwrap();
+    assert_eq!(kept, r#"{"eos_token":"[end]"}"#);
+
+    let generate = ["generate", "--checkpoint", "run", "--max-tokens", "40", "--temperature", "2", "--prompt"];
+    let run = output(path, &[&generate[..], &["the cat"]].concat());
+    let out = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && run.stderr.is_empty(), "{}", String::from_utf8_lossy(&run.stderr));
+    assert!(out.starts_with("the cat") && out.trim_end().len() > 7, "{out}");
+    assert!(out.trim_end().split(' ').all(|word| ["the", "cat", "sat", "?", ""].contains(&word)), "{out}");
+    refused(&output(path, &[&generate[..], &["the dog"]].concat()), "prompt: token 1 is outside the vocabulary");
 }

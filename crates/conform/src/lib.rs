@@ -40,6 +40,7 @@ mod options;
 mod parse;
 mod reference;
 mod report;
+mod scale;
 
 pub use case::{Case, Found, Tensor, load};
 pub use catalogue::{CATALOGUE, Draw, Operation};

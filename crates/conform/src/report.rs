@@ -1,15 +1,17 @@
 //! A runner's results against a case's golden tensors.
 
+use crate::scale::scale;
 use crate::{Case, Error, Runner};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use thalweg_reference::tolerance::relative_error;
+use thalweg_reference::tolerance::largest_difference;
 
 /// How far one tensor is from the golden one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorError {
     /// Its name in the file.
     pub tensor: String,
-    /// Largest absolute difference over the golden tensor's largest magnitude (over 1 if that is 0); infinite for NaN.
+    /// Largest absolute difference over the golden tensor's largest magnitude, or, for a gradient whose terms cancel, over
+    /// a sixteenth of theirs if that is more (over 1 if all of that is 0); infinite for NaN.
     pub error: f64,
 }
 
@@ -46,7 +48,8 @@ pub fn check(runner: &dyn Runner, case: &Case) -> CaseReport {
         let mut errors = Vec::new();
         for (name, tensor) in golden {
             let found = results.get(name).ok_or_else(|| Error::Engine(format!("gave no `{name}`")))?;
-            errors.push(TensorError { tensor: name.clone(), error: relative_error(found, &tensor.values) });
+            let error = largest_difference(found, &tensor.values) / scale(case, name, tensor);
+            errors.push(TensorError { tensor: name.clone(), error });
         }
         errors.sort_by(|a, b| b.error.total_cmp(&a.error));
         match errors.is_empty() {

@@ -116,3 +116,85 @@ fn broken_files_are_errors_and_other_files_are_none() {
     other.metadata.remove("op");
     assert!(Case::from_bytes("other", &other.bytes()).unwrap().is_none());
 }
+
+/// `file` with the oracle's results as its golden tensors, with the rounding of f64 that another package would have.
+fn golden(file: File) -> Case {
+    let mut case = file.case();
+    let results = Reference.run(&case).unwrap().into_iter();
+    // The oracle's gradients of what an operation has not are empty.
+    for (name, mut values) in results.filter(|(_, values)| !values.is_empty()) {
+        values.iter_mut().for_each(|value| *value += 3e-17 * (*value).abs().max(1e-3));
+        case.tensors.insert(name, Tensor { shape: vec![values.len()], values });
+    }
+    // The shape of an output is that of its cotangent.
+    let cotangents: Vec<_> = case.tensors.iter().filter(|(name, _)| name.starts_with("cot.")).collect();
+    let shapes: Vec<_> =
+        cotangents.iter().map(|(name, cot)| (name.replace("cot.", "out."), cot.shape.clone())).collect();
+    for (name, shape) in shapes {
+        case.tensors.get_mut(&name).unwrap().shape = shape;
+    }
+    case
+}
+
+#[test]
+fn a_gradient_that_cancels_is_measured_against_its_terms() {
+    let mut r = Random::new(5);
+    let mut normals = |len: usize, size: f64| r.normals(len).iter().map(|x| size * x).collect::<Vec<_>>();
+    for size in [1.0, 1e-4, 1e4] {
+        // One token: whatever its score, softmax and the normaliser make it 1.
+        let one = |op: &str, normals: &mut dyn FnMut(usize, f64) -> Vec<f64>| {
+            let positive = |x: Vec<f64>| x.iter().map(|x| x.abs() + 0.1).collect::<Vec<_>>();
+            File::new(op, &[])
+                .floats("in.q", &[2, 1, 2, 4], &positive(normals(16, 1.0)))
+                .floats("in.k", &[2, 1, 2, 4], &positive(normals(16, 1.0)))
+                .floats("in.v", &[2, 1, 2, 3], &normals(12, size))
+                .floats("cot.o", &[2, 1, 2, 3], &normals(12, 1.0))
+        };
+        // Width 1: normalised q and k are signs. No state before the only token: nothing decays.
+        let signs = File::new("gated_delta_rule_l2norm", &[])
+            .floats("in.q", &[1, 3, 1, 1], &[1.5, -0.7, 2.0])
+            .floats("in.k", &[1, 3, 1, 1], &[0.9, 1.1, -3.0])
+            .floats("in.v", &[1, 3, 1, 2], &normals(6, size))
+            .floats("in.g", &[1, 3, 1], &[-0.1, -0.2, -0.3])
+            .floats("in.beta", &[1, 3, 1], &[0.5, 0.4, 0.9])
+            .floats("cot.o", &[1, 3, 1, 2], &normals(6, 1.0));
+        let gate = one("gla", &mut normals).floats("in.g", &[2, 1, 2, 4], &[-0.5; 16]);
+        for (file, zero) in [
+            (one("attention", &mut normals), &["grad.q", "grad.k"][..]),
+            (one("linear_attn_norm", &mut normals), &["grad.q", "grad.k"]),
+            (signs, &["grad.q", "grad.k"]),
+            (gate, &["grad.g"]),
+        ] {
+            let case = golden(file);
+            let whole: f64 = case.tensors["grad.v"].values.iter().fold(0.0, |m, x| m.max(x.abs()));
+            for runner in [&Engine::native() as &dyn Runner, &Engine::portable(), &Reference] {
+                let report = check(runner, &case);
+                assert!(report.passes(2e-5), "{} of size {size}: {:?}", case.op, report.tensors);
+            }
+            // A fault of a hundredth of the terms is found, in each of the gradients.
+            for name in zero {
+                let mut wrong = case.clone();
+                wrong.tensors.get_mut(*name).unwrap().values[1] += 0.01 * size * whole;
+                let report = check(&Reference, &wrong);
+                assert!(!report.passes(1e-3), "{} of size {size}: {:?}", case.op, report.tensors);
+                assert_eq!(report.worst().unwrap().tensor, *name);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_saturated_softmax_loses_digits_of_its_terms() {
+    let mut r = Random::new(6);
+    // The second token sees itself alone but for e^-14.
+    let file = File::new("attention", &[("scale", "1")])
+        .floats("in.q", &[1, 2, 1, 1], &[1.0, 1.0])
+        .floats("in.k", &[1, 2, 1, 1], &[-7.0, 7.0])
+        .floats("in.v", &[1, 2, 1, 3], &r.normals(6))
+        .floats("cot.o", &[1, 2, 1, 3], &r.normals(6));
+    let case = golden(file);
+    for runner in [Engine::native(), Engine::portable()] {
+        let report = check(&runner, &case);
+        assert!(report.passes(1e-4), "{:?}", report.tensors);
+    }
+}

@@ -38,6 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let prompt = tokenizer.encode("prompt", b"the ")?;
     let mut generator = Generator::new(trainer.model(), &prompt, Sampling::default(), tokenizer.vocab_size())?;
     let mut decoder = tokenizer.decoder();
+    print!("{}", prompt.iter().map(|&id| decoder.push(id)).collect::<String>());
     for _ in 0..80 {
         print!("{}", decoder.push(generator.draw()?));
     }

@@ -7,6 +7,7 @@
 //! | `model.safetensors` | parameters by name (see [`crate::params`]) |
 //! | `config.toml` | the model's configuration |
 //! | `tokenizer.json` | absent if the model was trained on a synthetic task |
+//! | `tokenizer_config.json` | the token between documents, if it is not one that is looked for anyway |
 //! | `optimizer.bpk` | the optimizer's state, in Burn's format |
 //! | `training.toml` | the step and the options of the run; the position in the data follows from them |
 //! | `manifest.json` | size and hash of the others |
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::{FNV_START, fnv1a};
 use crate::error::{Error, Result};
 use crate::params;
+use crate::tokenizer::TOKENIZER_CONFIG;
 use crate::{Model, ModelConfig, Tokenizer};
 
 /// The file with the parameters.
@@ -119,6 +121,7 @@ pub(crate) fn save(run: &Path, step: usize, snapshot: &Snapshot<'_>) -> Result<P
     ];
     if let Some(tokenizer) = snapshot.tokenizer {
         files.push((TOKENIZER, tokenizer.to_json()?.into_bytes()));
+        files.extend(tokenizer.config_json().map(|json| (TOKENIZER_CONFIG, json.into_bytes())));
     }
     let state = snapshot.optimizer.into_bytes().map_err(|error| Error::checkpoint(&target, error.to_string()))?;
     files.push((OPTIMIZER, state.to_vec()));
@@ -242,6 +245,9 @@ impl Reader {
             return Ok(None);
         }
         self.read(TOKENIZER)?;
+        if self.manifest.contains_key(TOKENIZER_CONFIG) {
+            self.read(TOKENIZER_CONFIG)?;
+        }
         Tokenizer::load(&self.folder.join(TOKENIZER)).map(Some)
     }
 

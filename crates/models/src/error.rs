@@ -48,6 +48,14 @@ pub enum Error {
     /// A layer refused its input.
     #[error(transparent)]
     Layer(#[from] thalweg_layers::Error),
+    /// No token can be drawn from the logits.
+    #[error("generation stopped at token {token}: {message}")]
+    Draw {
+        /// Which of the generated tokens it would have been, counted from 1.
+        token: usize,
+        /// What is wrong with the logits.
+        message: String,
+    },
     /// Training cannot go on.
     #[error("training stopped at step {step}: {message}")]
     Diverged {

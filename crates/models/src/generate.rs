@@ -48,6 +48,7 @@ impl Generator {
             return Err(Error::argument("prompt", format!("token {id} is outside the vocabulary of {vocab}")));
         }
         let device = self.model.device();
+        self.logits.clear(); // should a layer fail, none are left to draw from
         let ids: Vec<u32> = self.drawn.take().into_iter().chain(ids.iter().copied()).collect();
         for chunk in ids.chunks(PREFILL) {
             let input = ids_tensor(chunk, [1, chunk.len()], &device);
@@ -62,9 +63,10 @@ impl Generator {
     /// Draws the next token.
     ///
     /// # Errors
-    /// If a layer fails.
+    /// If a layer fails; [`Error::Draw`] if the logits are not finite or allow no token.
     pub fn draw(&mut self) -> Result<u32> {
         if let Some(id) = self.drawn.take() {
+            self.logits.clear();
             let state = match self.state.take() {
                 Some(state) => state,
                 None => self.model.initial_state(1),
@@ -73,7 +75,7 @@ impl Generator {
             self.logits = floats(logits.into_data())?;
             self.state = Some(state);
         }
-        let id = self.sampler.draw(&self.logits, self.allowed);
+        let id = self.sampler.draw(&self.logits, self.allowed)?;
         self.drawn = Some(id);
         Ok(id)
     }
@@ -153,5 +155,28 @@ mod tests {
         let whole = floats(model.logits(hidden.narrow(1, ids.len() - 1, 1)).into_data()).unwrap();
         let parts = new(&ids).unwrap();
         assert!(parts.logits().iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-3));
+    }
+
+    #[test]
+    fn a_model_that_is_not_finite_is_told_not_sampled() {
+        use burn::module::{ModuleMapper, Param};
+        use burn::tensor::Tensor;
+        struct Poison;
+        impl ModuleMapper for Poison {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                param.map(|tensor| tensor * f32::NAN)
+            }
+        }
+        let broken = model(&["attention"]).map(&mut Poison);
+        for temperature in [0.0, 0.8] {
+            let sampling = Sampling { temperature, ..Sampling::default() };
+            let mut generator = Generator::new(&broken, &[1, 2], sampling, 13).unwrap();
+            for _ in 0..2 {
+                let error = generator.draw().unwrap_err();
+                assert!(matches!(error, Error::Draw { token: 1, .. }), "{error}");
+            }
+        }
+        let mut generator = Generator::new(&model(&["hgrn"]), &[1], Sampling::default(), 0).unwrap();
+        assert!(matches!(generator.draw(), Err(Error::Draw { token: 1, .. })), "no token is allowed");
     }
 }

@@ -54,5 +54,5 @@ pub use model::{Block, Model, ModelState};
 pub use optimizer::AdamW;
 pub use sampling::{Sampler, Sampling};
 pub use schedule::Cosine;
-pub use tokenizer::{Alphabet, BYTE_SEPARATOR, Decoder, Tokenizer};
+pub use tokenizer::{Alphabet, BYTE_SEPARATOR, Decoder, HuggingFace, Tokenizer};
 pub use trainer::{DataOrigin, Evaluation, Event, Observer, RunState, StepReport, TrainOptions, Trainer, batch_loss};

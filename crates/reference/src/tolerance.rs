@@ -35,10 +35,15 @@ const UNDERFLOW: f64 = 1e-35;
 /// Largest absolute difference over the largest magnitude of `expected`; the absolute difference itself where that
 /// magnitude is 0. NaN anywhere, or lengths that differ, give infinity.
 pub fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
+    let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+    largest_difference(found, expected) / if largest > 0.0 { largest } else { 1.0 }
+}
+
+/// Largest absolute difference. NaN anywhere, or lengths that differ, give infinity.
+pub fn largest_difference(found: &[f64], expected: &[f64]) -> f64 {
     if found.len() != expected.len() {
         return f64::INFINITY;
     }
-    let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
     let mut difference = 0.0f64;
     for (x, y) in found.iter().zip(expected) {
         let d = (x - y).abs();
@@ -49,7 +54,7 @@ pub fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
             difference = difference.max(d);
         }
     }
-    if largest > 0.0 { difference / largest } else { difference }
+    difference
 }
 
 /// [`relative_error`] of f32 results.

@@ -15,6 +15,8 @@ pub struct TokenStream {
     pub ids: Vec<u32>,
     /// Where each document starts, increasing.
     pub starts: Vec<usize>,
+    /// Whether a separator leads each document.
+    separated: bool,
     /// Bytes of text.
     pub bytes: usize,
 }
@@ -122,13 +124,15 @@ impl TokenStream {
             return Ok(());
         }
         self.starts.push(self.ids.len());
+        self.separated = separator.is_some();
         self.ids.extend(separator);
         self.ids.extend(tokenizer.encode_lossy("text", text)?);
         self.bytes += text.len();
         Ok(())
     }
 
-    /// Rows of `context` tokens from each of `starts`.
+    /// Rows of `context` tokens from each of `starts`. The last token of a document that no separator ends counts nothing:
+    /// it says nothing about how the next document begins.
     fn batch(&self, starts: &[usize], context: usize) -> Batch {
         let tokens = starts.len() * context;
         let mut batch = Batch {
@@ -142,9 +146,14 @@ impl TokenStream {
         let mut bounds = Vec::new();
         for &start in starts {
             let first = self.starts.partition_point(|&at| at <= start);
-            let inside = self.starts[first..].iter().take_while(|&&at| at < start + context);
+            let met = self.starts[first..].iter().take_while(|&&at| at <= start + context);
+            let met: Vec<usize> = met.map(|at| batch.inputs.len() + at - start).collect();
+            if !self.separated && !met.is_empty() {
+                let weights = batch.weights.get_or_insert_with(|| vec![1.0; tokens]);
+                met.iter().for_each(|at| weights[at - 1] = 0.0);
+            }
             bounds.push(batch.inputs.len());
-            bounds.extend(inside.map(|at| batch.inputs.len() + at - start));
+            bounds.extend(met.into_iter().filter(|&at| at < batch.inputs.len() + context));
             batch.inputs.extend(&self.ids[start..start + context]);
             batch.targets.extend(&self.ids[start + 1..=start + context]);
         }
@@ -236,6 +245,33 @@ mod tests {
         // The first row crosses into `b` at its third token; the others start with a document.
         assert_eq!(batch.cu_seqlens, Some(vec![0, 2, 3, 6, 9]));
         assert_eq!(batch.targets[1], crate::BYTE_SEPARATOR, "the end of a document is learnt");
+    }
+
+    #[test]
+    fn without_a_separator_the_end_of_a_document_does_not_count() {
+        let json = r#"{"version":"1.0","truncation":null,"padding":null,"normalizer":null,"post_processor":null,
+            "added_tokens":[],"pre_tokenizer":{"type":"Whitespace"},"decoder":null,
+            "model":{"type":"WordLevel","vocab":{"?":0,"a":1,"b":2,"c":3},"unk_token":"?"}}"#;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        std::fs::write(&path, json).unwrap();
+        let tokenizer = Tokenizer::load(&path).unwrap();
+        assert_eq!(tokenizer.separator(), None);
+        let corpus = Corpus::new(&documents(&["a a a a", "b b b", &"c ".repeat(40)]), &tokenizer, 3, 0).unwrap();
+        assert_eq!(corpus.train.starts, [0, 4, 7]);
+        // Rows with a document's end inside, at their last token, and nowhere.
+        for (start, weights) in [(2, Some([1.0, 0.0, 1.0])), (1, Some([1.0, 1.0, 0.0])), (7, None)] {
+            let batch = corpus.train.batch(&[start], 3);
+            assert_eq!(batch.weights, weights.map(Vec::from), "row at {start}");
+        }
+        let batch = corpus.train.batch(&[7, 4, 2], 3);
+        assert_eq!(batch.weights.unwrap(), [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]);
+        assert_eq!(batch.cu_seqlens, Some(vec![0, 3, 6, 8, 9]));
+        // One document has no such end, and separators are learnt.
+        assert_eq!(Corpus::new(&documents(&[&"a ".repeat(40)]), &tokenizer, 3, 0).unwrap().train(0, 4).weights, None);
+        let separated =
+            Corpus::new(&documents(&["aaaaa", "bbbbb", &"c".repeat(40)]), &Tokenizer::bytes(), 3, 0).unwrap();
+        assert_eq!(separated.train.batch(&[4, 6, 12], 3).weights, None);
     }
 
     #[test]

@@ -77,14 +77,15 @@ impl TrainOptions {
                 return Err(Error::argument(name, "must be at least 1, got 0"));
             }
         }
-        for (name, value, allowed) in [
-            ("lr", self.lr, self.lr > 0.0 && self.lr.is_finite()),
-            ("lr-floor", self.lr_floor, (0.0..=1.0).contains(&self.lr_floor)),
-            ("weight-decay", f64::from(self.weight_decay), self.weight_decay >= 0.0 && self.weight_decay.is_finite()),
-            ("clip", self.clip, self.clip >= 0.0 && self.clip.is_finite()),
+        let decay = self.weight_decay;
+        for (name, value, allowed, expected) in [
+            ("lr", self.lr, self.lr > 0.0 && self.lr.is_finite(), "above 0 and finite"),
+            ("lr-floor", self.lr_floor, (0.0..=1.0).contains(&self.lr_floor), "from 0 to 1"),
+            ("weight-decay", decay.into(), decay >= 0.0 && decay.is_finite(), "0 or more and finite"),
+            ("clip", self.clip, self.clip >= 0.0 && self.clip.is_finite(), "0 or more and finite"),
         ] {
             if !allowed {
-                return Err(Error::argument(name, format!("cannot be {value}")));
+                return Err(Error::argument(name, format!("must be {expected}, got {value}")));
             }
         }
         Ok(())
