@@ -126,7 +126,7 @@ pub fn cross_entropy(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, Distribution, Tolerance};
+    use burn::tensor::{Device, Distribution, TensorData, Tolerance};
 
     #[test]
     fn gradients_equal_those_of_the_graph() {
@@ -179,8 +179,12 @@ mod tests {
     #[test]
     fn sums_of_16_bit_tensors_are_those_of_f32() {
         let device = Device::flex().autodiff();
-        let random = |rows: usize| Tensor::<2>::random([rows, 8], Distribution::Normal(0.0, 1.0), &device);
-        let (hidden, head) = (random(900).cast(DType::BF16), random(7).cast(DType::BF16));
+        // Logits below 2, so that their rounding is less than a percent of a gradient.
+        let spread = |rows: usize, step: usize| {
+            let values: Vec<f32> = (0..rows * 8).map(|i| (i * step % 101) as f32 / 101.0 - 0.5).collect();
+            Tensor::<2>::from_data(TensorData::new(values, [rows, 8]), &device).cast(DType::BF16)
+        };
+        let (hidden, head) = (spread(900, 37), spread(7, 29));
         let targets = Tensor::<1, Int>::zeros([900], &device);
         let weights = Tensor::<1>::full([900], 0.5, &device);
         let run = |hidden: DType, head_type: DType, values: (&Tensor<2>, &Tensor<2>)| {
@@ -196,7 +200,7 @@ mod tests {
         for (hidden_type, head_type) in [(DType::BF16, DType::BF16), (DType::BF16, DType::F32)] {
             let (found, found_gradient) = run(hidden_type, head_type, (&hidden, &head));
             assert!((found / mean - 1.0).abs() < 2e-3, "{found} {mean}");
-            found_gradient.assert_approx_eq::<f32>(&gradient, Tolerance::rel_abs(2e-2, 2e-5));
+            found_gradient.assert_approx_eq::<f32>(&gradient, Tolerance::rel_abs(2e-2, 1e-5));
         }
     }
 }
