@@ -61,7 +61,7 @@ pub struct Args {
     /// Peak of the learning rate, above 0.
     #[arg(long)]
     lr: Option<f64>,
-    /// Steps of warm-up, at most --steps; default: 100, or a fifth of a shorter run.
+    /// Steps of warm-up, at most --steps; default: 100, or a fifth of --steps if that is less.
     #[arg(long)]
     warmup: Option<usize>,
     /// AdamW's weight decay, for matrices.
