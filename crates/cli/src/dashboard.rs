@@ -9,7 +9,7 @@ use burn_train::logger::TrainingProgressLogger;
 use burn_train::metric::{MetricDefinition, MetricEntry, MetricId, NumericAttributes, NumericEntry, SerializedEntry};
 use burn_train::renderer::tui::TuiMetricsRendererWrapper;
 use burn_train::renderer::{MetricState, MetricsRenderer, MetricsRendererTraining};
-use thalweg_models::{Event, TrainOptions};
+use thalweg_models::{EvaluationProgress, Event, TrainOptions};
 
 /// Shows events; `false` when the user wants to stop.
 pub trait Display {
@@ -21,7 +21,16 @@ pub fn open(options: &TrainOptions, first: usize, is_task: bool, plain: bool) ->
     if !plain && std::io::stdout().is_terminal() {
         Box::new(Dashboard::new(options.steps, first, is_task))
     } else {
-        Box::new(Lines { steps: options.steps, first, is_task, start: Instant::now() })
+        let batch_tokens = options.batch * options.context;
+        Box::new(Lines {
+            steps: options.steps,
+            first,
+            is_task,
+            batch_tokens,
+            start: Instant::now(),
+            speed: None,
+            next: 0.0,
+        })
     }
 }
 
@@ -30,13 +39,42 @@ struct Lines {
     steps: usize,
     first: usize,
     is_task: bool,
+    /// Tokens of a batch.
+    batch_tokens: usize,
     start: Instant,
+    /// Tokens per second of the last step.
+    speed: Option<f64>,
+    /// Seconds into an evaluation after which it is time for a line about it.
+    next: f64,
+}
+
+/// Seconds of an evaluation that need no line.
+const SHORT: f64 = 5.0;
+
+impl Lines {
+    fn evaluating(&mut self, progress: &EvaluationProgress) {
+        let total = progress.total_batches.unwrap_or(0);
+        if progress.batches == 0 {
+            self.next = SHORT;
+            // Without a backward pass, a batch takes about a third of its time in training.
+            let expected = self.speed.map(|speed| (total * self.batch_tokens) as f64 / (3.0 * speed));
+            if total > 0 && expected.is_none_or(|seconds| seconds > SHORT) {
+                let expected = expected.map_or_else(String::new, |seconds| format!(", about {}", minutes(seconds)));
+                say!("evaluating {total} batches of held-out data{expected}");
+            }
+        } else if progress.seconds >= self.next && progress.batches != total {
+            self.next = progress.seconds + 2.0 * SHORT;
+            let left = progress.seconds_left().map_or_else(String::new, |left| format!("  {} left", minutes(left)));
+            say!("evaluating  batch {}/{total}  {} tokens{left}", progress.batches, progress.tokens);
+        }
+    }
 }
 
 impl Display for Lines {
     fn show(&mut self, event: &Event<'_>) -> bool {
         match event {
             Event::Step(report) => {
+                self.speed = Some(report.tokens_per_second);
                 let every = (self.steps / 100).clamp(1, 50);
                 if report.step != self.first + 1 && report.step != self.steps && !report.step.is_multiple_of(every) {
                     return true;
@@ -56,6 +94,7 @@ impl Display for Lines {
                     minutes(left)
                 );
             }
+            Event::Evaluating(progress) => self.evaluating(progress),
             Event::Evaluation(evaluation) => {
                 let part = if evaluation.complete { "held out" } else { "held out (part)" };
                 let score = match evaluation.bits_per_byte {
@@ -82,6 +121,9 @@ struct Dashboard {
     is_task: bool,
 }
 
+/// What the status shows outside of evaluations.
+const TRAINING: &str = "training";
+
 const LOSS: &str = "Loss";
 const SCORE_BITS: &str = "Bits per byte";
 const SCORE_RIGHT: &str = "Right answers";
@@ -105,7 +147,7 @@ impl Dashboard {
                 attributes: attributes.into(),
             });
         }
-        renderer.start(1, 1, Some(steps), Some("training"));
+        renderer.start(1, 1, Some(steps), Some(TRAINING));
         renderer.start_split("train", steps);
         renderer.update_split(first);
         Self { renderer, interrupter, is_task }
@@ -125,7 +167,13 @@ impl Display for Dashboard {
                 self.renderer.update_train(number(SPEED, report.tokens_per_second));
                 self.renderer.update_split(report.step);
             }
+            Event::Evaluating(progress) => {
+                let total = progress.total_batches.map_or_else(String::new, |total| format!("/{total}"));
+                let left = progress.seconds_left().map_or_else(String::new, |left| format!(", {} left", minutes(left)));
+                self.renderer.start(1, 1, None, Some(&format!("evaluating {}{total}{left}", progress.batches)));
+            }
             Event::Evaluation(evaluation) => {
+                self.renderer.start(1, 1, None, Some(TRAINING));
                 self.renderer.update_valid(number(LOSS, evaluation.held_out_loss));
                 let score = match evaluation.bits_per_byte {
                     Some(bits) => number(SCORE_BITS, bits),

@@ -1,5 +1,6 @@
 //! `thalweg train`: the main job, and the synthetic tasks.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -44,7 +45,8 @@ pub struct Args {
     /// A ready configuration, like gated_delta_net-3:1-tiny.
     #[arg(long)]
     preset: Option<String>,
-    /// Optimizer steps.
+    /// Optimizer steps of the whole run. With --resume: default as before; with another number the learning rate falls
+    /// from where it is to its floor at the new end (a run that has ended stays at the floor).
     #[arg(long)]
     steps: Option<usize>,
     /// Rows per batch.
@@ -53,13 +55,13 @@ pub struct Args {
     /// Tokens per row.
     #[arg(long)]
     context: Option<usize>,
-    /// Batches per optimizer step.
+    /// Batches per optimizer step; only how much memory a step takes depends on how its rows are spread over them.
     #[arg(long)]
     accumulate: Option<usize>,
-    /// Peak of the learning rate.
+    /// Peak of the learning rate, above 0.
     #[arg(long)]
     lr: Option<f64>,
-    /// Steps of warm-up.
+    /// Steps of warm-up, at most --steps; default: 100, or a fifth of --steps if that is less.
     #[arg(long)]
     warmup: Option<usize>,
     /// AdamW's weight decay, for matrices.
@@ -74,6 +76,10 @@ pub struct Args {
     /// Steps between evaluations; 0 is only at the end.
     #[arg(long)]
     eval_every: Option<usize>,
+    /// Most tokens of an evaluation (one row at least), spread over the held-out text; 0, the default, is no limit but
+    /// that of 8 batches before the end. May change with --resume.
+    #[arg(long)]
+    eval_tokens: Option<usize>,
     /// Steps between checkpoints; 0 is only at the end.
     #[arg(long)]
     save_every: Option<usize>,
@@ -137,18 +143,21 @@ pub fn run(args: &Args) -> Outcome {
     }
     let mut options = TrainOptions::default();
     args.apply(&mut options);
+    if let Some(warmup) = args.warmup.filter(|&warmup| warmup > options.steps) {
+        return Err(format!("warmup: is {warmup}, the run has {} steps", options.steps).into());
+    }
     options.validate()?;
     let (name, config) = args.model()?;
     let origin = DataOrigin { text: args.text.clone(), task: args.task(&options) };
     let data = load_data(&origin, args.tokenizer()?, &options)?;
+    let trainer = Trainer::new(&config, &*data.source, data.tokenizer.as_ref(), options, &device)?;
     let run = match &args.out {
         Some(out) => out.clone(),
         None => match &origin.task {
-            Some(task) => free_folder(&format!("{:?}-{name}", task.task).to_lowercase()),
-            None => free_folder(&name),
+            Some(task) => new_folder(&format!("{:?}-{name}", task.task).to_lowercase())?,
+            None => new_folder(&name)?,
         },
     };
-    let trainer = Trainer::new(&config, &*data.source, data.tokenizer.as_ref(), options, &device)?;
     let trainer = trainer.with_output(&run, origin)?;
     train(args, trainer, &run, &data)
 }
@@ -164,7 +173,10 @@ fn resume(args: &Args, device: &burn::tensor::Device) -> Outcome {
     let state = RunState::load(&run)?;
     let tokenizer = checkpoint::tokenizer(&run)?;
     let data = load_data(&state.data, tokenizer, &state.options)?;
-    let trainer = Trainer::resume(&run, &*data.source, data.tokenizer.as_ref(), args.steps, device)?;
+    let mut trainer = Trainer::resume(&run, &*data.source, data.tokenizer.as_ref(), args.steps, device)?;
+    if let Some(tokens) = args.eval_tokens {
+        trainer = trainer.with_eval_tokens(tokens)?;
+    }
     train(args, trainer, &run, &data)
 }
 
@@ -175,7 +187,12 @@ fn train(args: &Args, mut trainer: Trainer<'_>, run: &Path, data: &Data) -> Outc
     let mut log = MetricsLog::open(run, first)?;
     say!("{}", describe(&trainer));
     say!("{}", data.summary);
-    say!("run folder {}{}", run.display(), if first > 0 { format!(", from step {first}") } else { String::new() });
+    say!("run folder {}", run.display());
+    if first > 0 {
+        let (steps, schedule) = (trainer.options().steps, trainer.schedule());
+        let (now, end) = (schedule.at(first), schedule.at(steps.saturating_sub(1)));
+        say!("from step {first} on; learning rate {now:.2e}, {end:.2e} at step {steps}");
+    }
     let mut display = dashboard::open(trainer.options(), first, data.tokenizer.is_none(), args.plain);
     let evaluation = trainer.run(&mut Both(&mut log, &mut *display));
     drop(display); // gives the terminal back before anything else is printed
@@ -184,9 +201,10 @@ fn train(args: &Args, mut trainer: Trainer<'_>, run: &Path, data: &Data) -> Outc
         Ok(picture) => say!("loss curve: {}", picture.display()),
         Err(error) => eprintln!("thalweg: loss curve: {error}"),
     }
+    let part = if evaluation.complete { "" } else { " (part)" };
     match evaluation.bits_per_byte {
-        Some(bits) => say!("held-out text: {bits:.4} bits per byte after step {}", evaluation.step),
-        None => say!("held-out examples: {:.2} % right", 100.0 * evaluation.held_out_accuracy),
+        Some(bits) => say!("held-out text{part}: {bits:.4} bits per byte after step {}", evaluation.step),
+        None => say!("held-out examples{part}: {:.2} % right", 100.0 * evaluation.held_out_accuracy),
     }
     if trainer.steps_done() < trainer.options().steps {
         say!("go on with: thalweg train --resume --out {}", run.display());
@@ -249,18 +267,20 @@ fn alphabet(documents: &[Document]) -> Alphabet {
     Alphabet::of(documents.iter().map(|document| document.bytes.as_slice()))
 }
 
-/// The first folder in runs/ called `name`, `name-2`, ... that has no checkpoints.
-fn free_folder(name: &str) -> PathBuf {
+/// Makes the first folder in runs/ called `name`, `name-2`, ... that is not there, even if another run starts meanwhile.
+fn new_folder(name: &str) -> Result<PathBuf, Error> {
     let name = name.replace(':', "to");
-    let folder = |number: usize| match number {
-        1 => Path::new(RUNS).join(&name),
-        _ => Path::new(RUNS).join(format!("{name}-{number}")),
-    };
-    let mut number = 1;
-    while folder(number).exists() {
-        number += 1;
+    let runs = Path::new(RUNS);
+    std::fs::create_dir_all(runs).map_err(|source| Error::Io { path: runs.to_owned(), source })?;
+    let mut folder = runs.join(&name);
+    for number in 2.. {
+        match std::fs::create_dir(&folder) {
+            Ok(()) => break,
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => folder = runs.join(format!("{name}-{number}")),
+            Err(source) => return Err(Error::Io { path: folder, source }),
+        }
     }
-    folder(number)
+    Ok(folder)
 }
 
 /// The folder in runs/ with the newest checkpoint.
@@ -316,11 +336,12 @@ impl Args {
         set(&mut options.context, self.context);
         set(&mut options.accumulate, self.accumulate);
         set(&mut options.lr, self.lr);
-        set(&mut options.warmup, self.warmup);
+        options.warmup = self.warmup.unwrap_or(options.warmup.min(options.steps / 5));
         set(&mut options.weight_decay, self.weight_decay);
         set(&mut options.clip, self.clip);
         set(&mut options.seed, self.seed);
         set(&mut options.eval_every, self.eval_every);
+        set(&mut options.eval_tokens, self.eval_tokens);
         set(&mut options.save_every, self.save_every);
     }
 

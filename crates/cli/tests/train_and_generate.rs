@@ -60,6 +60,11 @@ fn train(folder: &Path, more: &[&str]) -> Output {
     output(folder, &[&TRAIN[..], more].concat())
 }
 
+/// [`TRAIN`] with another number of steps.
+fn steps(steps: &str) -> [&str; 17] {
+    TRAIN.map(|argument| if argument == "40" { steps } else { argument })
+}
+
 /// Step and loss of every line, as they are written.
 fn losses(run: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
@@ -110,6 +115,60 @@ fn a_killed_run_goes_on_with_the_same_losses_and_generates() {
     assert!(!path.join("whole/step-00000050").exists());
 }
 
+/// A limit on the size of files stands for a disk that is full: weights do not fit, all else does.
+#[cfg(unix)]
+#[test]
+fn a_save_that_fails_leaves_nothing_and_loses_nothing() {
+    let folder = folder();
+    let path = folder.path();
+    let first = output(path, &[&steps("4")[..], &["--out", "run"]].concat());
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+
+    let script = "trap '' XFSZ; ulimit -f 40; exec \"$0\" \"$@\"";
+    let program = env!("CARGO_BIN_EXE_thalweg");
+    let resume = ["train", "--resume", "--out", "run", "--steps", "8"];
+    let arguments = [&["-c", script, program][..], &resume].concat();
+    let mut full = Command::new("sh");
+    // Software drivers of GPUs keep their memory in files, to which the limit applies too.
+    full.env("VK_DRIVER_FILES", "/nonexistent").env("VK_ICD_FILENAMES", "/nonexistent");
+    let full = full.current_dir(path).args(arguments).output().unwrap();
+    refused(&full, "model.safetensors: ");
+    let mut left: Vec<_> = std::fs::read_dir(path.join("run"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, [".lock", "loss.svg", "metrics.jsonl", "step-00000004"]);
+
+    let resumed = output(path, &resume);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert_eq!(losses(&path.join("run")).len(), 8);
+    let text = String::from_utf8_lossy(&resumed.stdout);
+    assert!(text.contains("from step 4 on; learning rate 1.00e-3, 1.00e-3 at step 8"), "{text}");
+}
+
+#[test]
+fn two_runs_in_one_folder_are_refused_until_the_first_is_gone() {
+    let folder = folder();
+    let path = folder.path();
+    let mut child =
+        thalweg(path, &[&steps("1000000")[..], &["--out", "run"]].concat()).stdout(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    while !path.join("run/step-00000004").exists() && start.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (second, resumed) = (train(path, &["--out", "run"]), output(path, &["train", "--resume", "--out", "run"]));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    refused(&second, "run is in use by another run");
+    refused(&resumed, "run is in use by another run");
+    let done = losses(&path.join("run")).len().to_string();
+    let resumed = output(path, &["train", "--resume", "--out", "run", "--steps", &done, "--eval-tokens", "40"]);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    let text = String::from_utf8_lossy(&resumed.stdout);
+    assert!(text.contains("held-out text (part): "), "{text}");
+}
+
 fn refused(output: &Output, message: &str) {
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{error}");
@@ -132,6 +191,21 @@ fn bad_input_is_one_line_and_exit_code_2() {
         (&["train", "--text", "text.txt", "--steps", "few"], "--steps"),
         (&["train", "--task", "mqar", "--context", "16", "--task-items", "9"], "task-items: "),
         (&["train", "--task", "chess"], "--task"),
+        (&["train", "--task", "mqar", "--task-items", "18446744073709551615"], "task-items: "),
+        (&["train", "--lr", "0"], "lr: must be above 0"),
+        (&["train", "--lr", "nan"], "lr: "),
+        (&["train", "--lr=-1"], "lr: must be above 0"),
+        (&["train", "--lr", "1e-60"], "lr: "),
+        (&["train", "--weight-decay=-0.1"], "weight-decay: "),
+        (&["train", "--weight-decay", "nan"], "weight-decay: "),
+        (&["train", "--clip=-1"], "clip: "),
+        (&["train", "--batch", "0"], "batch: "),
+        (&["train", "--batch", "18446744073709551615"], "batch: "),
+        (&["train", "--accumulate", "0"], "accumulate: "),
+        (&["train", "--steps", "0"], "steps: "),
+        (&["train", "--steps", "10", "--warmup", "11"], "warmup: is 11, the run has 10 steps"),
+        (&["train", "--steps", "10", "--warmup", "100"], "warmup: is 100, the run has 10 steps"),
+        (&["train", "--seed", "18446744073709551615"], "seed: "),
         (&["train", "--resume"], "resume: "),
         (&["train", "--resume", "--out", "none"], "checkpoint none: does not exist"),
         (&["generate", "--checkpoint", "none", "--prompt", "x"], "checkpoint none: does not exist"),

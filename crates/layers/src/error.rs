@@ -79,10 +79,13 @@ pub(crate) fn divide(field: &str, value: usize, parts_name: &str, parts: usize) 
     Ok(value / parts)
 }
 
-/// `Ok` if `value` is finite and greater than 0.
-pub(crate) fn positive_number(field: &str, value: f64) -> Result<(), ConfigError> {
-    if !(value.is_finite() && value > 0.0) {
-        return Err(ConfigError::new(field, format!("must be a finite number above 0, got {value}")));
+/// `Ok` if `value` is finite and greater than 0 in f32, in which layers compute: 1e-50 is not.
+///
+/// # Errors
+/// Names `field` and its value.
+pub fn positive_number(field: &str, value: f64) -> Result<(), ConfigError> {
+    if !(f32::MIN_POSITIVE..=f32::MAX).contains(&(value as f32)) {
+        return Err(ConfigError::new(field, format!("must be a finite number above 0 in f32, got {value}")));
     }
     Ok(())
 }

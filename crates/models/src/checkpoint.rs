@@ -12,11 +12,12 @@
 //! | `training.toml` | the step and the options of the run; the position in the data follows from them |
 //! | `manifest.json` | size and hash of the others |
 //!
-//! Numbers that a run goes on with are in TOML, whose floats are read exactly as they were written. A checkpoint is written to a folder with another name and renamed when all of it is on disk.
+//! Numbers that a run goes on with are in TOML, whose floats are read exactly as they were written. A checkpoint is written
+//! to a folder with another name and renamed when all of it is on disk; if that fails, the folder is removed and the
+//! checkpoints before it stay.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::optim::ModuleOptimizer;
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::{FNV_START, fnv1a};
 use crate::error::{Error, Result};
 use crate::params;
+use crate::storage::{self, write_folder, write_synced};
 use crate::tokenizer::TOKENIZER_CONFIG;
 use crate::{Model, ModelConfig, Tokenizer};
 
@@ -38,7 +40,6 @@ const TOKENIZER: &str = "tokenizer.json";
 const OPTIMIZER: &str = "optimizer.bpk";
 const TRAINING: &str = "training.toml";
 const MANIFEST: &str = "manifest.json";
-const TEMPORARY: &str = ".writing-";
 
 /// Checkpoints of a run that are kept.
 const KEPT: usize = 2;
@@ -56,12 +57,22 @@ pub fn folder_name(step: usize) -> String {
     format!("step-{step:08}")
 }
 
+/// The step of the folder that is called `name`.
+fn step_of(name: &str) -> Option<usize> {
+    name.strip_prefix("step-")?.parse().ok()
+}
+
+/// Removes what a run that was killed has left half written in its folder. The caller has the folder to itself.
+pub(crate) fn clean(run: &Path) -> Result<()> {
+    storage::clean(run, |name| step_of(name).is_some() || name == crate::metrics::METRICS)
+}
+
 /// The checkpoints in a run's folder, oldest first.
 pub fn list(run: &Path) -> Vec<(usize, PathBuf)> {
     let entries = fs::read_dir(run).into_iter().flatten().flatten();
     let mut found: Vec<_> = entries
         .filter_map(|entry| {
-            let step = entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?;
+            let step = step_of(entry.file_name().to_str()?)?;
             entry.path().is_dir().then(|| (step, entry.path()))
         })
         .collect();
@@ -104,16 +115,9 @@ pub(crate) struct Snapshot<'a> {
 /// Writes the checkpoint of `step` into the run's folder and removes all but the newest [`KEPT`].
 pub(crate) fn save(run: &Path, step: usize, snapshot: &Snapshot<'_>) -> Result<PathBuf> {
     let target = run.join(folder_name(step));
-    let temporary = run.join(format!("{TEMPORARY}{}", folder_name(step)));
     if target.exists() {
         return Ok(target); // whole, as every folder of that name is
     }
-    fs::create_dir_all(run).map_err(Error::io(run))?;
-    if temporary.exists() {
-        fs::remove_dir_all(&temporary).map_err(Error::io(&temporary))?; // left by a process that was killed
-    }
-    fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
-
     let mut files = vec![
         (WEIGHTS, weights(snapshot.model).map_err(|message| Error::checkpoint(&target, message))?),
         (CONFIG, snapshot.model.config().to_toml()?.into_bytes()),
@@ -132,38 +136,14 @@ pub(crate) fn save(run: &Path, step: usize, snapshot: &Snapshot<'_>) -> Result<P
     let manifest =
         serde_json::to_vec_pretty(&manifest).map_err(|error| Error::checkpoint(&target, error.to_string()))?;
     files.push((MANIFEST, manifest));
-    for (name, bytes) in &files {
-        write_synced(&temporary.join(name), bytes)?;
-    }
-    fs::rename(&temporary, &target).map_err(Error::io(&target))?;
-    // The rename itself must be on disk before older checkpoints go.
-    if let Ok(folder) = File::open(run) {
-        let _ = folder.sync_all();
-    }
+    fs::create_dir_all(run).map_err(Error::io(run))?;
+    write_folder(&target, &files, write_synced)?;
     let mut all = list(run);
     all.retain(|(other, _)| *other != step);
     for (_, old) in all.iter().rev().skip(KEPT - 1) {
-        fs::remove_dir_all(old).map_err(Error::io(old))?;
+        storage::remove_folder(old)?;
     }
     Ok(target)
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(Error::io(path))
-}
-
-/// Replaces a file as a whole.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = std::ffi::OsString::from(TEMPORARY);
-    name.push(path.file_name().unwrap_or_default());
-    let temporary = path.with_file_name(name);
-    write_synced(&temporary, bytes)?;
-    fs::rename(&temporary, path).map_err(Error::io(path))
 }
 
 fn hash(bytes: &[u8]) -> String {
@@ -389,18 +369,36 @@ mod tests {
     }
 
     #[test]
-    fn a_half_written_checkpoint_is_not_one() {
+    fn what_a_killed_run_left_half_written_is_removed() {
         let (folder, _) = run();
-        let half = folder.path().join(format!("{TEMPORARY}{}", folder_name(2)));
+        let half = folder.path().join(".writing-step-00000002");
         fs::create_dir(&half).unwrap();
         fs::write(half.join(WEIGHTS), b"half").unwrap();
+        fs::write(folder.path().join(".writing-metrics.jsonl"), b"half").unwrap();
+        assert_eq!(find(folder.path()).unwrap(), folder.path().join("step-00000001"), "it is not a checkpoint");
         assert_eq!(resume(folder.path()).unwrap(), 1);
+        let left = fs::read_dir(folder.path()).unwrap().flatten();
+        let mut left: Vec<_> = left.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        left.sort();
+        assert_eq!(left, [".lock", "step-00000001"]);
+    }
+
+    #[test]
+    fn two_runs_in_one_folder_are_refused() {
+        let (folder, _) = run();
         let (corpus, tokenizer) = (corpus(), Tokenizer::bytes());
-        let mut trainer = Trainer::resume(folder.path(), &corpus, Some(&tokenizer), Some(2), &Device::flex()).unwrap();
-        trainer.step().unwrap();
-        trainer.save().unwrap();
-        assert!(!half.exists());
-        assert_eq!(resume(folder.path()).unwrap(), 2);
+        let resumed = Trainer::resume(folder.path(), &corpus, Some(&tokenizer), None, &Device::flex()).unwrap();
+        let error = resume(folder.path()).unwrap_err();
+        assert!(matches!(&error, Error::Locked { path } if path == folder.path()), "{error}");
+        drop(resumed);
+        resume(folder.path()).unwrap();
+
+        let fresh = tempfile::tempdir().unwrap();
+        let new = || trainer(&corpus, &tokenizer, 1).with_output(fresh.path(), DataOrigin::default());
+        let first = new().unwrap();
+        assert!(matches!(new().unwrap_err(), Error::Locked { .. }));
+        drop(first);
+        new().unwrap();
     }
 
     #[test]

@@ -45,6 +45,12 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// Another run writes into the folder.
+    #[error("{} is in use by another run; wait until it ends or name another folder", path.display())]
+    Locked {
+        /// The run's folder.
+        path: PathBuf,
+    },
     /// A layer refused its input.
     #[error(transparent)]
     Layer(#[from] thalweg_layers::Error),

@@ -43,6 +43,7 @@ mod optimizer;
 pub mod params;
 mod sampling;
 mod schedule;
+mod storage;
 mod tokenizer;
 mod trainer;
 
@@ -55,4 +56,7 @@ pub use optimizer::AdamW;
 pub use sampling::{Sampler, Sampling};
 pub use schedule::Cosine;
 pub use tokenizer::{Alphabet, BYTE_SEPARATOR, Decoder, HuggingFace, Tokenizer};
-pub use trainer::{DataOrigin, Evaluation, Event, Observer, RunState, StepReport, TrainOptions, Trainer, batch_loss};
+pub use trainer::{
+    DataOrigin, Evaluation, EvaluationProgress, Event, Observer, RunState, StepReport, TrainOptions, Trainer,
+    batch_loss,
+};

@@ -1,15 +1,16 @@
 //! Cross entropy of a head over many tokens, in memory for a few.
 
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, FloatDType, Int, Tensor};
 
 /// Tokens whose logits are in memory at a time.
 const CHUNK: usize = 1024;
 
 /// What [`cross_entropy`] gives.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Loss {
-    /// A scalar whose *gradient* is that of the mean loss; its value means nothing. Absent without autodiff.
+    /// A scalar whose *gradient* is that of the mean loss, 0 if no target counts; its value means nothing. Absent without
+    /// autodiff.
     pub surrogate: Option<Tensor<1>>,
     /// Sum of the weighted losses, in nats.
     pub nats: f64,
@@ -20,15 +21,28 @@ pub struct Loss {
 }
 
 impl Loss {
-    /// Nats per token.
+    /// Nats per target that counts; 0 if none does.
     pub fn mean(&self) -> f64 {
-        self.nats / self.weight.max(f64::MIN_POSITIVE)
+        share(self.nats, self.weight)
     }
 
-    /// The part of the targets that have the largest logit.
+    /// The part of the targets that have the largest logit; 0 if none counts.
     pub fn accuracy(&self) -> f64 {
-        self.correct / self.weight.max(f64::MIN_POSITIVE)
+        share(self.correct, self.weight)
     }
+
+    /// Adds the sums of another part of the targets.
+    pub(crate) fn add(&mut self, part: &Self) {
+        self.nats += part.nats;
+        self.weight += part.weight;
+        self.correct += part.correct;
+    }
+}
+
+/// `part / whole`, and 0 of a whole that is empty. A small number under the division is no guard: the smallest of f64 is 0
+/// in f32.
+pub(crate) fn share(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 { part / whole } else { 0.0 }
 }
 
 /// Weighted mean cross entropy of `softmax(cap(hidden @ head^T))` with the targets.
@@ -38,11 +52,12 @@ impl Loss {
 /// | `hidden` | `[N, D]` |
 /// | `head` | `[V, D]` |
 /// | `targets` | `[N]`, in `0..V` |
-/// | `weights` | `[N]`, `None` is all ones |
+/// | `weights` | `[N]`, f32, 0 or more; `None` is all ones |
 /// | `soft_cap` | logits become `cap * tanh(logits / cap)` |
 ///
 /// The gradients with respect to `hidden` and `head` are computed here, chunk by chunk, outside of the graph, and handed
 /// to it as `sum(hidden * d_hidden) + sum(head * d_head)`. So the graph keeps `[N, D]` and `[V, D]`, never `[N, V]`.
+/// Logits and sums are f32 whatever the types of `hidden` and `head`.
 pub fn cross_entropy(
     hidden: Tensor<2>,
     head: Tensor<2>,
@@ -63,17 +78,17 @@ pub fn cross_entropy(
     let mut d_head: Option<Tensor<2>> = None;
     for start in (0..tokens).step_by(CHUNK) {
         let length = CHUNK.min(tokens - start);
-        let h = inner_hidden.clone().narrow(0, start, length);
+        let h = inner_hidden.clone().narrow(0, start, length).cast(inner_head.dtype());
         let target = targets.clone().narrow(0, start, length).unsqueeze_dim::<2>(1);
         let weight = match &weights {
             Some(weights) => weights.clone().narrow(0, start, length).unsqueeze_dim::<2>(1),
-            None => Tensor::ones([length, 1], &h.device()),
+            None => Tensor::ones([length, 1], (&h.device(), DType::F32)),
         };
-        let mut logits = h.clone().matmul(inner_head.clone().transpose());
+        let mut logits = h.clone().matmul(inner_head.clone().transpose()).cast(FloatDType::F32);
         if let Some(cap) = soft_cap {
             logits = (logits / cap).tanh() * cap;
         }
-        let right = logits.clone().argmax(1).equal(target.clone()).float() * weight.clone();
+        let right = logits.clone().argmax(1).equal(target.clone()).float().cast(FloatDType::F32) * weight.clone();
         let log_probs = log_softmax(logits.clone(), 1);
         let picked = log_probs.clone().gather(1, target.clone()) * weight.clone();
         sums.extend([right.sum(), picked.sum()]);
@@ -81,13 +96,14 @@ pub fn cross_entropy(
             continue;
         }
         // d logits = weight * (softmax - one hot) / total.
-        let scale = weight / total.max(f64::MIN_POSITIVE);
+        let scale = weight * share(1.0, total);
         let mut d_logits =
             (log_probs.exp() * scale.clone()).scatter(1, target, -scale, burn::tensor::IndexingUpdateOp::Add);
         if let Some(cap) = soft_cap {
             d_logits = d_logits * (1.0 - (logits / cap).square());
         }
-        d_hidden.push(d_logits.clone().matmul(inner_head.clone()));
+        let d_logits = d_logits.cast(inner_head.dtype());
+        d_hidden.push(d_logits.clone().matmul(inner_head.clone()).cast(inner_hidden.dtype()));
         let part = d_logits.transpose().matmul(h);
         d_head = Some(match d_head {
             Some(sum) => sum + part,
@@ -101,7 +117,8 @@ pub fn cross_entropy(
         loss.nats = -sums.iter().skip(1).step_by(2).sum::<f64>();
     }
     if let Some(d_head) = d_head {
-        loss.surrogate = Some((hidden * Tensor::cat(d_hidden, 0)).sum() + (head * d_head).sum());
+        let value = (hidden * Tensor::cat(d_hidden, 0)).sum().cast(FloatDType::F32);
+        loss.surrogate = Some(value + (head * d_head).sum().cast(FloatDType::F32));
     }
     loss
 }
@@ -109,7 +126,7 @@ pub fn cross_entropy(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, Distribution, Tolerance};
+    use burn::tensor::{Device, Distribution, TensorData, Tolerance};
 
     #[test]
     fn gradients_equal_those_of_the_graph() {
@@ -139,6 +156,51 @@ mod tests {
                 let tolerance = Tolerance::<f32>::rel_abs(1e-4, 1e-7);
                 actual.assert_approx_eq::<f32>(&leaf.grad(&expected).unwrap().into_data(), tolerance);
             }
+        }
+    }
+    #[test]
+    fn nothing_that_counts_is_a_gradient_of_zero() {
+        let device = Device::flex().autodiff();
+        let [hidden, head] = [5, 3].map(|rows| Tensor::<2>::ones([rows, 4], &device).require_grad());
+        let loss = cross_entropy(
+            hidden.clone(),
+            head.clone(),
+            Tensor::zeros([5], &device),
+            Some(Tensor::zeros([5], &device)),
+            Some(2.0),
+        );
+        assert_eq!((loss.mean(), loss.accuracy()), (0.0, 0.0));
+        let grads = loss.surrogate.unwrap().backward();
+        for leaf in [hidden, head] {
+            assert!(leaf.grad(&grads).unwrap().into_data().iter::<f32>().all(|x| x == 0.0));
+        }
+    }
+
+    #[test]
+    fn sums_of_16_bit_tensors_are_those_of_f32() {
+        let device = Device::flex().autodiff();
+        // Logits below 2, so that their rounding is less than a percent of a gradient.
+        let spread = |rows: usize, step: usize| {
+            let values: Vec<f32> = (0..rows * 8).map(|i| (i * step % 101) as f32 / 101.0 - 0.5).collect();
+            Tensor::<2>::from_data(TensorData::new(values, [rows, 8]), &device).cast(DType::BF16)
+        };
+        let (hidden, head) = (spread(900, 37), spread(7, 29));
+        let targets = Tensor::<1, Int>::zeros([900], &device);
+        let weights = Tensor::<1>::full([900], 0.5, &device);
+        let run = |hidden: DType, head_type: DType, values: (&Tensor<2>, &Tensor<2>)| {
+            let leaves = (values.0.clone().cast(hidden), values.1.clone().cast(head_type));
+            let (hidden, head) = (leaves.0.detach().require_grad(), leaves.1.detach().require_grad());
+            let loss = cross_entropy(hidden.clone(), head.clone(), targets.clone(), Some(weights.clone()), None);
+            let grads = loss.surrogate.as_ref().unwrap().backward();
+            let gradient = hidden.grad(&grads).unwrap();
+            assert_eq!((gradient.dtype(), head.grad(&grads).unwrap().dtype()), (hidden.dtype(), head.dtype()));
+            (loss.mean(), gradient.cast(DType::F32).into_data())
+        };
+        let (mean, gradient) = run(DType::F32, DType::F32, (&hidden, &head));
+        for (hidden_type, head_type) in [(DType::BF16, DType::BF16), (DType::BF16, DType::F32)] {
+            let (found, found_gradient) = run(hidden_type, head_type, (&hidden, &head));
+            assert!((found / mean - 1.0).abs() < 2e-3, "{found} {mean}");
+            found_gradient.assert_approx_eq::<f32>(&gradient, Tolerance::rel_abs(2e-2, 1e-5));
         }
     }
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::checkpoint::write_atomically;
 use crate::error::{Error, Result};
+use crate::storage::write_atomically;
 use crate::trainer::{Event, Observer};
 
 /// The file in a run's folder.
@@ -33,7 +33,10 @@ impl MetricsLog {
             let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
             let is_kept = |line: &&str| serde_json::from_str(line).is_ok_and(|line| step_of(&line) <= step);
             let kept: String = text.lines().filter(is_kept).flat_map(|line| [line, "\n"]).collect();
-            write_atomically(&path, kept.as_bytes())?;
+            // A disk that is full has no room for a copy.
+            if kept != text {
+                write_atomically(&path, kept.as_bytes())?;
+            }
         }
         let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
         Ok(Self { path, file })
@@ -45,7 +48,7 @@ impl Observer for MetricsLog {
         let line = match event {
             Event::Step(report) => serde_json::to_string(report),
             Event::Evaluation(evaluation) => serde_json::to_string(evaluation),
-            Event::Saved(_) => return Ok(true),
+            Event::Evaluating(_) | Event::Saved(_) => return Ok(true),
         };
         let write = || writeln!(&self.file, "{}", line?);
         write().map_err(Error::io(&self.path))?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{FloatDType, Tensor, TensorData};
 
 use crate::data::{FNV_START, fnv1a};
 
@@ -132,7 +132,8 @@ fn global_norm<M: Module>(module: &M, grads: &GradientsParams) -> f64 {
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(grad) = self.0.get::<D>(param.id) {
-                self.1.push(grad.square().sum());
+                // The square of what f16 holds does not fit into f16.
+                self.1.push(grad.cast(FloatDType::F32).square().sum());
             }
         }
     }
@@ -145,14 +146,8 @@ fn global_norm<M: Module>(module: &M, grads: &GradientsParams) -> f64 {
     Tensor::cat(squares.1, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
 }
 
-/// Scales the gradients by `factor`, and further down so that their norm is at most `limit` (0 is no limit). Returns the
-/// scaled gradients and their norm before the limit.
-pub(crate) fn scale_and_clip<M: Module>(
-    module: &M,
-    mut grads: GradientsParams,
-    factor: f64,
-    limit: f64,
-) -> (GradientsParams, f64) {
+/// Scales the gradients down so that their norm is at most `limit` (0 is no limit). Returns them and their norm before.
+pub(crate) fn clip<M: Module>(module: &M, mut grads: GradientsParams, limit: f64) -> (GradientsParams, f64) {
     struct Scale<'a>(&'a mut GradientsParams, f64);
     impl ModuleVisitor for Scale<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -161,10 +156,9 @@ pub(crate) fn scale_and_clip<M: Module>(
             }
         }
     }
-    let norm = global_norm(module, &grads) * factor;
-    let clip = if limit > 0.0 && norm > limit { limit / norm } else { 1.0 };
-    if factor * clip != 1.0 {
-        module.visit(&mut Scale(&mut grads, factor * clip));
+    let norm = global_norm(module, &grads);
+    if limit > 0.0 && norm > limit {
+        module.visit(&mut Scale(&mut grads, limit / norm));
     }
     (grads, norm)
 }
@@ -193,9 +187,10 @@ mod tests {
         let loss = module.forward(Tensor::<2>::ones([1, 3], &Device::flex().autodiff())).sum();
         let grads = GradientsParams::from_grads(loss.backward(), &module);
         // Gradient 1 for six weights and two biases.
-        let (grads, norm) = scale_and_clip(&module, grads, 0.5, 0.25);
-        assert!((norm - 0.5 * 8f64.sqrt()).abs() < 1e-6);
+        let (grads, norm) = clip(&module, grads, 0.25);
+        assert!((norm - 8f64.sqrt()).abs() < 1e-6);
         assert!((global_norm(&module, &grads) - 0.25).abs() < 1e-6);
+        assert_eq!(clip(&module, GradientsParams::new(), 0.25).1, 0.0, "no gradient is no NaN");
     }
 
     #[test]

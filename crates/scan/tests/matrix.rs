@@ -13,6 +13,7 @@ on_each_device!(
     packed_grouped_and_normalised,
     native_steps_equal_portable_steps,
     half_size_paths_agree,
+    normalised_linear_attention_of_nothing_is_nothing,
     either_output_alone_has_gradients,
     bad_arguments_are_named,
     gradient_checkpointing_changes_nothing,
@@ -383,6 +384,31 @@ fn normalised_linear_attention() {
     }
     let last = last.expect("a step").unsqueeze_dim::<4>(1);
     assert_close("last step", &values(&last), &values(&out.o.narrow(1, 18, 1)), 1e-12);
+}
+
+/// Features of 0 leave nothing to divide by but the epsilon, which f16 cannot hold.
+fn normalised_linear_attention_of_nothing_is_nothing() {
+    for dtype in [DType::F32, DType::BF16, DType::F16].into_iter().filter(|dtype| computes(*dtype)) {
+        let [q, k, v] = [[0.0, 2.0], [0.0, 1.0], [3.0, 5.0]].map(|x| leaf(x.to_vec(), [1, 2, 1, 1], dtype));
+        let out = scan::normalized_linear_attention(q.clone(), k.clone(), v.clone(), None, MatrixOptions::new())
+            .expect("valid arguments");
+        assert_eq!((values(&out.o), out.o.dtype()), (vec![0.0, 5.0], dtype));
+        let gradients = out.o.sum().backward();
+        assert_eq!(gradient(&v, &gradients), [0.0, 1.0], "{dtype:?}");
+        assert!([q, k].iter().all(|x| gradient(x, &gradients).iter().all(|x| x.is_finite())), "{dtype:?}");
+        let zero = |last| Tensor::<3>::full([1, 1, 1], last, (&device(), dtype));
+        let [state, normalizer] = [0; 2].map(|_| Tensor::<4>::zeros([1, 1, 1, 1], (&device(), DType::F32)));
+        let (o, ..) = scan::normalized_linear_attention_step(
+            zero(0.0),
+            zero(0.0),
+            zero(3.0),
+            state,
+            normalizer,
+            StepOptions::new(),
+        )
+        .expect("valid arguments");
+        assert_eq!(values(&o), [0.0], "{dtype:?}");
+    }
 }
 
 /// With gradient checkpointing the operands of the backward pass are recomputed.

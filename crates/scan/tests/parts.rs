@@ -88,6 +88,15 @@ fn norms() {
     let y = scan::l2_norm(zeros.clone(), 1e-6, Path::Auto).unwrap();
     assert_eq!(values(&y), [0.0; 4]);
     assert_close("slope", &gradient(&zeros, &y.sum().backward()), &[1000.0; 4], 1e-5);
+    // 1e-50 is 0 in f32; the row stays one of zeros.
+    for path in [Path::Auto, Path::Portable] {
+        let y = scan::rms_norm(zeros.clone(), None, 0.0, None, 1e-50, path).unwrap();
+        assert_eq!(values(&y), [0.0; 4], "{path:?}");
+    }
+    for eps in [-1.0, f64::NAN, 1e50] {
+        let error = scan::l2_norm(zeros.clone(), eps, Path::Auto).unwrap_err();
+        assert!(matches!(error, scan::Error::Value { argument: "eps", .. }), "{error}");
+    }
 }
 
 fn gated_units() {
@@ -118,5 +127,23 @@ fn adamw() {
     assert_eq!(values(&p), before);
     let error = scan::adamw(&step(1), p, g.reshape([41, 37]), None, Path::Auto).unwrap_err();
     assert_eq!(error.to_string(), "`g` has shape [41, 37], expected that of p, [37, 41]");
-    assert!(scan::adamw(&step(0), other.clone(), other, None, Path::Auto).is_err());
+    assert!(scan::adamw(&step(0), other.clone(), other.clone(), None, Path::Auto).is_err());
+    for betas in [(1.0, 0.95), (0.9, f32::NAN), (-0.1, 0.95)] {
+        let error = scan::adamw(&AdamWStep { betas, ..step(1) }, other.clone(), other.clone(), None, Path::Portable);
+        assert!(error.unwrap_err().to_string().starts_with("`betas` is "), "{betas:?}");
+    }
+    // In 16 bits: a gradient of 0 (its root is divided by epsilon, which is 0 in f16) and one whose square is 0.
+    for dtype in [DType::BF16, DType::F16].into_iter().filter(|dtype| computes(*dtype)) {
+        let [p, g] = [[1.0, 2.0, 3.0], [0.0, 1e-6, -4.0]].map(|x| {
+            let x: Tensor<1> = leaf(x.to_vec(), [3], dtype);
+            x.detach()
+        });
+        let plain = AdamWStep { weight_decay: 0.0, ..step(1) };
+        let first = scan::adamw(&plain, p, g.clone(), None, Path::Auto).expect("valid");
+        let second = scan::adamw(&step(2), first.p.clone(), g, Some([first.m, first.v]), Path::Auto).expect("valid");
+        assert_eq!((first.p.dtype(), second.m.dtype()), (dtype, DType::F32));
+        // The first step is as long as the learning rate, but for epsilon beside the root of the smallest.
+        assert_close("16 bits", &values(&first.p), &[1.0, 1.95 + 0.05 / 101.0, 3.05], 3e-3);
+        assert!(values(&second.p).iter().all(|x| x.is_finite()));
+    }
 }

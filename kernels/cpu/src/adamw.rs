@@ -31,12 +31,13 @@ pub struct AdamWStep {
 /// Advances parameters `p` and their moments `m` and `v`, both 0 before the first step, by the gradients `g`.
 ///
 /// # Errors
-/// If the slices differ in length or `time` is 0.
+/// If the slices differ in length, `time` is 0, or a decay rate is not in `[0, 1)`.
 pub fn step(step: &AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> Result<(), Error> {
     for (argument, found) in [("g", g.len()), ("m", m.len()), ("v", v.len())] {
         Error::check_len(argument, found, &[p.len()])?;
     }
     Error::check_positive("time", step.time)?;
+    check_betas(step.betas)?;
     let time = i32::try_from(step.time).unwrap_or(i32::MAX);
     let (beta_1, beta_2) = step.betas;
     let (rest_1, rest_2) = (1.0 - beta_1, 1.0 - beta_2);
@@ -56,6 +57,19 @@ pub fn step(step: &AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [
             },
         );
     });
+    Ok(())
+}
+
+/// Checks the decay rates: a moment is divided by `1 - beta^t`.
+///
+/// # Errors
+/// If one is not in `[0, 1)`.
+pub fn check_betas(betas: (f32, f32)) -> Result<(), Error> {
+    for beta in [betas.0, betas.1] {
+        if !(0.0..1.0).contains(&beta) {
+            return Err(Error::Value { argument: "betas", found: beta.to_string(), expected: "0 or more and below 1" });
+        }
+    }
     Ok(())
 }
 

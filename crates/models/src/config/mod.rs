@@ -10,6 +10,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thalweg_layers::channel_mixer::ChannelMixerConfig;
+use thalweg_layers::error::positive_number;
 use thalweg_layers::{MixerConfig, Site};
 
 use crate::error::{Error, Result};
@@ -212,10 +213,8 @@ impl ModelConfig {
             ("norm_eps", Some(self.norm_eps)),
             ("initializer_range", Some(self.initializer_range)),
         ] {
-            if let Some(value) = value
-                && !(value.is_finite() && value > 0.0)
-            {
-                return Err(Error::config(field, format!("must be a finite number above 0, got {value}")));
+            if let Some(value) = value {
+                positive_number(field, value)?;
             }
         }
         if self.pattern.is_empty() {
@@ -346,6 +345,8 @@ mod tests {
             ("\"gated_delta_net\", \"local\"", "\"local\"", "mixers.gated_delta_net"),
             ("type = \"geglu\"", "type = \"gelu\"", "channel_mixers.local"),
             ("logits_soft_cap = 30.0", "logits_soft_cap = -1.0", "logits_soft_cap"),
+            ("logits_soft_cap = 30.0", "logits_soft_cap = 1e-50", "logits_soft_cap"),
+            ("logits_soft_cap = 30.0", "norm_eps = 1e-50", "norm_eps"),
         ] {
             assert!(TEXT.contains(from), "{from}");
             let error = ModelConfig::from_toml(&TEXT.replace(from, to)).unwrap_err().to_string();

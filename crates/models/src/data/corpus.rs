@@ -174,7 +174,7 @@ impl BatchSource for Corpus {
 
     fn held_out(&self, rows: usize, limit: Option<usize>) -> Box<dyn Iterator<Item = Batch> + '_> {
         let available = (self.held_out.ids.len() - 1) / self.context;
-        let taken = limit.map_or(available, |limit| available.min(limit.max(1) * rows));
+        let taken = limit.map_or(available, |limit| available.min(limit.max(1).saturating_mul(rows)));
         let starts: Vec<usize> = (0..taken).map(|row| row * available / taken * self.context).collect();
         let batches: Vec<_> = starts.chunks(rows).map(<[usize]>::to_vec).collect();
         Box::new(batches.into_iter().map(|starts| self.held_out.batch(&starts, self.context)))

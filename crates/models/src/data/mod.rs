@@ -17,7 +17,7 @@ pub struct Batch {
     pub inputs: Vec<u32>,
     /// `[rows * context]`: the token that should follow each input.
     pub targets: Vec<u32>,
-    /// `[rows * context]`: how much each target counts; `None` is all the same.
+    /// `[rows * context]`: how much each target counts, 0 or more; `None` is 1 for all.
     pub weights: Option<Vec<f32>>,
     /// Number of rows.
     pub rows: usize,
@@ -34,6 +34,14 @@ impl Batch {
         let shape = if self.cu_seqlens.is_some() { [1, self.inputs.len()] } else { [self.rows, self.context] };
         ids_tensor(&self.inputs, shape, device)
     }
+
+    /// Sum of the weights of the targets.
+    pub fn weight(&self) -> f64 {
+        match &self.weights {
+            Some(weights) => weights.iter().map(|&weight| f64::from(weight)).sum(),
+            None => self.targets.len() as f64,
+        }
+    }
 }
 
 /// Ids as an integer tensor.
@@ -47,7 +55,8 @@ pub trait BatchSource: Send + Sync {
     /// Training batch number `index` of `rows` rows.
     fn train(&self, index: u64, rows: usize) -> Batch;
 
-    /// The held-out batches of `rows` rows, at most `limit` of them, spread evenly.
+    /// The held-out batches of `rows` rows, at most `limit` of them, spread evenly. Where the iterator knows its length,
+    /// evaluations tell how long they will take.
     fn held_out(&self, rows: usize, limit: Option<usize>) -> Box<dyn Iterator<Item = Batch> + '_>;
 
     /// One more than the largest id.

@@ -89,8 +89,8 @@ impl TaskOptions {
             return bad("task-items", "must be at least 1, got 0".to_owned());
         }
         let needed = match self.task {
-            Task::Mqar => 3 * items,
-            Task::Copy | Task::SelectiveCopy => 2 * items + 1,
+            Task::Mqar => items.saturating_mul(3),
+            Task::Copy | Task::SelectiveCopy => items.saturating_mul(2).saturating_add(1),
             _ => 1,
         };
         if needed > length {
@@ -98,7 +98,7 @@ impl TaskOptions {
         }
         let least = if self.task == Task::Mqar { 2 * items.max(2) } else { 2 };
         if !(least..=1 << 20).contains(&symbols) {
-            return bad("task-symbols", format!("must be at least {least}, got {symbols}"));
+            return bad("task-symbols", format!("must be between {least} and 1048576, got {symbols}"));
         }
         Ok(())
     }
@@ -334,6 +334,8 @@ mod tests {
         let mut options = TaskOptions::new(Task::Mqar, 32, 0);
         options.items = 11;
         assert!(options.validate().unwrap_err().to_string().starts_with("task-items: 11 need 33 tokens"));
+        options.items = usize::MAX;
+        assert!(options.validate().unwrap_err().to_string().starts_with("task-items"));
         options.items = 4;
         options.symbols = 7;
         assert!(options.validate().unwrap_err().to_string().starts_with("task-symbols"));

@@ -5,6 +5,7 @@ use burn::tensor::{DType, TensorData};
 use thalweg_kernels::adamw::{self, AdamWStep};
 
 use crate::binding;
+use crate::check::state_type;
 use crate::{Error, Path, check};
 
 /// Parameters and their moments after a step.
@@ -12,19 +13,20 @@ use crate::{Error, Path, check};
 pub struct AdamWOutput<const D: usize> {
     /// The parameters.
     pub p: Tensor<D>,
-    /// First moment of the gradients.
+    /// First moment of the gradients, f32 for parameters of 16 bits.
     pub m: Tensor<D>,
-    /// Second moment of the gradients.
+    /// Second moment of the gradients, of the type of `m`.
     pub v: Tensor<D>,
 }
 
 /// One step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), on tensors outside of any graph; `moments` are `m`
 /// and `v` of the step before, `None` before the first.
 ///
-/// On a CPU it is one pass over memory on all threads, in place for whatever nobody else holds.
+/// On a CPU it is one pass over memory on all threads, in place for whatever nobody else holds. Parameters of 16 bits are
+/// advanced in f32, with moments in f32: in f16 the square of a small gradient is 0, and so is `epsilon`.
 ///
 /// # Errors
-/// If shapes or element types differ or `step.time` is 0.
+/// If shapes differ, `g` is not of the type of `p`, `step.time` is 0, or a decay rate is not in `[0, 1)`.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -45,10 +47,25 @@ pub fn adamw<const D: usize>(
     path: Path,
 ) -> Result<AdamWOutput<D>, Error> {
     check::positive("time", Some(step.time))?;
-    let [m, v] = moments.unwrap_or_else(|| [p.zeros_like(), p.zeros_like()]);
-    for (argument, x) in [("g", &g), ("m", &m), ("v", &v)] {
+    adamw::check_betas(step.betas)?;
+    check::like("g", &g, "p", &p)?;
+    let (dtype, wide) = (p.dtype(), state_type(p.dtype()));
+    let [m, v] = moments.unwrap_or_else(|| [p.zeros_like(), p.zeros_like()]).map(|x| x.cast(wide));
+    let [p, g] = [p, g].map(|x| x.cast(wide));
+    for (argument, x) in [("m", &m), ("v", &v)] {
         check::like(argument, x, "p", &p)?;
     }
+    let AdamWOutput { p, m, v } = advance(step, p, g, [m, v], path)?;
+    Ok(AdamWOutput { p: p.cast(dtype), m, v })
+}
+
+fn advance<const D: usize>(
+    step: &AdamWStep,
+    p: Tensor<D>,
+    g: Tensor<D>,
+    [m, v]: [Tensor<D>; 2],
+    path: Path,
+) -> Result<AdamWOutput<D>, Error> {
     if p.dtype() == DType::F32 && binding::on_cpu(path, &p) {
         let device = p.device();
         let [mut p, g, mut m, mut v] = [p, g, m, v].map(Tensor::into_data);

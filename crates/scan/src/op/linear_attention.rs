@@ -1,6 +1,7 @@
 //! Linear attention: no gate, with or without its normaliser.
 
 use burn::Tensor;
+use burn::tensor::{DType, FloatDType};
 
 use crate::op::matrix::{self, Decay, Write};
 use crate::{Error, MatrixOptions, Output, StepOptions, check};
@@ -50,7 +51,8 @@ const EPSILON: f64 = 1e-10;
 ///
 /// `z_t = z_{t-1} + k_t`, `o_t = scale S_t^T q_t / (scale z_t . q_t + 1e-10)`
 ///
-/// for feature maps that keep `q` and `k` positive. `initial_normalizer` is `z_0`, `[N, 1, H, K]`, zero
+/// for feature maps that keep `q` and `k` positive, or 0. f16 inputs are computed in f32: in f16 the 1e-10 is 0 and its
+/// inverse, a factor of gradients, infinite. `initial_normalizer` is `z_0`, `[N, 1, H, K]`, zero
 /// if absent.
 ///
 /// # Errors
@@ -64,6 +66,10 @@ pub fn normalized_linear_attention(
 ) -> Result<NormalizedOutput, Error> {
     check::not_empty("q", &q)?;
     check::not_empty("v", &v)?;
+    if let Some([q, k, v]) = widened([&q, &k, &v]) {
+        let out = normalized_linear_attention(q, k, v, initial_normalizer, options)?;
+        return Ok(NormalizedOutput { o: out.o.cast(DType::F16), ..out });
+    }
     let [batch, time, heads, key_dim] = q.dims();
     let value_heads = v.dims()[2];
     let count = check::sequences(options.cu_seqlens.as_deref(), batch, time)?;
@@ -99,6 +105,10 @@ pub fn normalized_linear_attention_step(
     options: StepOptions,
 ) -> Result<(Tensor<3>, Tensor<4>, Tensor<4>), Error> {
     check::not_empty("q", &q)?;
+    if let Some([q, k, v]) = widened([&q, &k, &v]) {
+        let (o, state, normalizer) = normalized_linear_attention_step(q, k, v, state, normalizer, options)?;
+        return Ok((o.cast(DType::F16), state, normalizer));
+    }
     let [batch, heads, key_dim] = q.dims();
     let [_, value_heads, value_dim] = v.dims();
     let axes = [("batch", batch), ("one", 1), ("heads", heads), ("key_dim", key_dim)];
@@ -111,6 +121,12 @@ pub fn normalized_linear_attention_step(
     let weight = repeat_heads(weight.add_scalar(EPSILON).unsqueeze_dim(1), group);
     let weight = weight.reshape([batch, value_heads, 1]).expand([batch, value_heads, value_dim]);
     Ok((o / weight, state, z.reshape([batch, 1, heads, key_dim])))
+}
+
+/// f16 tensors in f32.
+fn widened<const D: usize>(inputs: [&Tensor<D>; 3]) -> Option<[Tensor<D>; 3]> {
+    let narrow = inputs.iter().all(|x| x.dtype() == DType::F16);
+    narrow.then(|| inputs.map(|x| x.clone().cast(FloatDType::F32)))
 }
 
 /// `[B, T, H, 1] -> [B, T, H * group, 1]`, each head `group` times in a row.

@@ -19,7 +19,7 @@ use crate::{Error, Path, check};
 /// for weights that start at 0. The statistic is f32 whatever the type of `x`. One pass over memory on a CPU.
 ///
 /// # Errors
-/// If the shapes or the element types do not fit.
+/// If the shapes or the element types do not fit, or `eps` is negative or not finite.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -46,6 +46,7 @@ pub fn rms_norm<const D: usize>(
     if let Some((_, z)) = &gate {
         check::like("z", z, "x", &x)?;
     }
+    let eps = epsilon(eps)?;
     let norm = Norm {
         problem: NormProblem::rms(features, eps as f32).with_offset(offset as f32),
         gate: gate.as_ref().map_or(Activation::Sigmoid, |(f, _)| *f),
@@ -69,15 +70,24 @@ pub fn rms_norm<const D: usize>(
 /// `x / sqrt(sum(x^2) + eps)` over the last axis. The delta rules' q and k use `eps` 1e-6.
 ///
 /// # Errors
-/// If the kernel fails; no shape makes it.
+/// If `eps` is negative or not finite.
 pub fn l2_norm<const D: usize>(x: Tensor<D>, eps: f64, path: Path) -> Result<Tensor<D>, Error> {
     let features = x.dims().last().copied().unwrap_or(0);
+    let eps = epsilon(eps)?;
     let problem = NormProblem::l2(features, eps as f32);
     let norm = Norm { problem, gate: Activation::Sigmoid, shape: x.shape() };
     if x.shape().num_elements() > 0 && binding::available(&norm, path, &x) {
         return norm.run(x, None, None);
     }
     Ok(scaled(x, 1.0, eps))
+}
+
+/// `eps`, and one above 0 large enough not to be 0 in f32: rows of zeros are normalised to zeros.
+fn epsilon(eps: f64) -> Result<f64, Error> {
+    if !(eps >= 0.0 && (eps as f32).is_finite()) {
+        return Err(Error::Value { argument: "eps", found: eps.to_string(), expected: "0 or more and finite in f32" });
+    }
+    Ok(if eps > 0.0 { eps.max(f32::MIN_POSITIVE.into()) } else { 0.0 })
 }
 
 /// `x / sqrt(sum(x^2) / divisor + eps)`
