@@ -142,13 +142,20 @@ fn summarise<E: Element, const LOG: bool>(
             for t in tokens {
                 for (j, at, len) in task.blocks(t, channels) {
                     let (g, x) = (block(gate, at, len, &mut gb), block(x, at, len, &mut xb));
-                    let (p, s, most) = (&mut product[j], &mut sum[j], &mut growth[j]);
+                    let (mut p, mut s, mut most) = (product[j], sum[j], growth[j]);
+                    let mut factors = [0.0; BLOCK];
                     for i in 0..BLOCK {
-                        let a = factor::<LOG>(g[i]);
-                        p[i] = times(a, p[i]);
-                        most[i] = a.abs() * if most[i] < 1.0 { 1.0 } else { most[i] };
+                        factors[i] = factor::<LOG>(g[i]);
+                    }
+                    for i in 0..BLOCK {
+                        let a = factors[i];
+                        p[i] *= a;
+                        if !LOG {
+                            most[i] = a.abs() * if most[i] < 1.0 { 1.0 } else { most[i] };
+                        }
                         s[i] = if backward { times(a, x[i] + s[i]) } else { times(a, s[i]) + x[i] };
                     }
+                    (product[j], sum[j], growth[j]) = (p, s, most);
                 }
             }
         },
