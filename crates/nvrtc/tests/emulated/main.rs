@@ -12,6 +12,8 @@ mod matrix;
 mod matrix_check;
 #[path = "../../../../kernels/tests/gpu_kernels/scan.rs"]
 mod scan;
+#[path = "../../../../kernels/tests/gpu_kernels/scan_extremes.rs"]
+mod scan_extremes;
 #[path = "../../../../kernels/tests/gpu_kernels/short_conv.rs"]
 mod short_conv;
 

@@ -106,6 +106,7 @@ fn scan<'a>(inputs: &ComplexInputs<'a>, tokens: Vec<&'a Buffer>, channels: usize
         constants: 2,
         sums: if backward { pick(true).count() } else { 0 },
         forgets: false,
+        grows: false,
         flags: constant,
         packed: false,
         units: 0,

@@ -17,7 +17,7 @@ use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences};
 /// The decay of the state, `[batch, time, channels]`.
 #[derive(Debug, Clone, Copy)]
 pub enum ScanGate<'a> {
-    /// The factor `a` itself; products of eight of them must not overflow.
+    /// The factor `a` itself, of any size.
     Linear(&'a Buffer),
     /// Its natural logarithm: `a = exp(g)`, `g <= 0`, `-inf` allowed.
     Log(&'a Buffer),
@@ -84,6 +84,7 @@ fn plan(backward: bool, log: bool) -> Plan {
         constants: 0,
         sums: 0,
         forgets: true,
+        grows: !log,
         flags,
         packed: false,
         units: 0,

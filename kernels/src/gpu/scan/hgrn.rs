@@ -79,6 +79,7 @@ fn scan<'a>(inputs: &HgrnInputs<'a>, mut tokens: Vec<&'a Buffer>, backward: bool
         constants: 1,
         sums: (backward && bounded) as usize,
         forgets: true,
+        grows: false,
         flags: [bounded, false],
         packed: false,
         units: 0,
