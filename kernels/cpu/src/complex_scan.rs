@@ -28,7 +28,7 @@ impl<T> Complex<Vec<T>> {
 pub struct ComplexInputs<'a, E> {
     /// Log of the modulus of `lambda`, at most 0: `[channels]`, or `[batch, time, channels]`.
     pub log_a: &'a [E],
-    /// Angle of `lambda` in radians, accurate up to 1e4: `[channels]`, or `[batch, time, channels]`.
+    /// Angle of `lambda` in radians, of any size: `[channels]`, or `[batch, time, channels]`.
     pub theta: &'a [E],
     /// What is added, `[batch, time, channels]`.
     pub b: Complex<&'a [E]>,
@@ -221,9 +221,29 @@ mod tests {
                 check::<f32>(&problem, [true, true], &extreme, 3.0, 1e-5);
             }
         }
-        check::<f32>(&ScanProblem::new(1, 65, 20), [true, true], &[-0.1], 1e4, 1e-5);
+        for angle in [1e4, 1e7, 3e8, 3e38] {
+            check::<f32>(&ScanProblem::new(1, 65, 20), [true, true], &[-0.1], angle, 1e-5);
+            check::<f32>(&ScanProblem::new(1, 65, 20), [false, false], &[-0.1], angle, 1e-5);
+        }
         check::<bf16>(&ScanProblem::new(1, 65, 20), [true, true], &[-0.5], 3.0, 1e-2);
         check::<f32>(&ScanProblem::packed(20, vec![0, 1, 7, 70, 200]), [false, false], &[-0.1], 3.0, 1e-5);
+    }
+
+    #[test]
+    fn no_angle_makes_a_state_grow() {
+        let theta = [1.0, 1e4, 10001.0, 1e7, 3e8, -3e8, 1e20, f32::MAX];
+        let (n, time) = (theta.len(), 2000);
+        let (zeros, ones) = (vec![0.0; time * n], vec![1.0f32; n]);
+        let inputs = ComplexInputs {
+            log_a: &zeros[..n],
+            theta: &theta,
+            b: Complex { re: &zeros, im: &zeros },
+            initial_state: Some(Complex { re: &ones, im: &zeros[..n] }),
+        };
+        let out = forward(&ScanProblem::new(1, time, n), &inputs).unwrap();
+        for (re, im) in out.o.re.iter().zip(&out.o.im) {
+            assert!((re.hypot(*im) - 1.0).abs() < 2e-4, "{re} {im}");
+        }
     }
 
     #[test]

@@ -228,6 +228,84 @@ mod tests {
         check::<f32>(&ScanProblem::packed(700, vec![0, 600, 1600]), true, &[1.0], 1e-5);
     }
 
+    /// Runs on each of some numbers of threads, which cut the time into as many segments.
+    fn on_threads(run: impl Fn(usize) + Sync) {
+        for threads in [1, 2, 4] {
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| run(threads));
+        }
+    }
+
+    /// One channel whose state, forwards, and whose gradient, with time reversed, is `want`.
+    fn check_cuts(name: &str, a: &[f32], x: &[f32], h0: f32, want: impl Fn(usize) -> f64 + Sync) {
+        let problem = ScanProblem::new(1, a.len(), 1);
+        // The gradient passes through the gate after its token.
+        let mut reversed: Vec<f32> = a.iter().rev().copied().collect();
+        reversed.rotate_right(1);
+        let cotangent: Vec<f32> = x.iter().rev().copied().collect();
+        on_threads(|threads| {
+            let inputs = ScanInputs { gate: ScanGate::Linear(a), x, initial_state: Some(&[h0]) };
+            let out = forward(&problem, &inputs).unwrap();
+            let inputs = ScanInputs { gate: ScanGate::Linear(&reversed), ..inputs };
+            // The first gate of all takes the initial state to the first output.
+            let last = [a[0] * h0];
+            let grads = backward(&problem, &inputs, &vec![0.0; a.len()], &cotangent, Some(&last)).unwrap();
+            for (t, (h, u)) in out.o.iter().zip(grads.dx.iter().rev()).enumerate() {
+                for x in [*h, *u].map(f64::from) {
+                    let close = (x - want(t)).abs() <= 1e-5 * want(t).abs();
+                    assert!(close, "{name}, {threads} threads: {h} and {u} at {t}, want {}", want(t));
+                }
+            }
+            assert_eq!(out.final_state, out.o[a.len() - 1..]);
+        });
+    }
+
+    #[test]
+    fn a_cut_in_time_does_not_show_where_factors_grow() {
+        let step = |t: usize, at: usize| if t < at { 0.0 } else { 1.0 };
+        let two = |n: usize, at: usize, first: f32, then: f32| -> Vec<f32> {
+            (0..n).map(|t| if t < at { first } else { then }).collect()
+        };
+        let x: Vec<f32> = (0..1024).map(|t| step(t, 600)).collect();
+        let sum = |a: f64, n: usize| (1.0 - a.powi(n as i32)) / (1.0 - a);
+        let settles = |a: f64, at: usize| move |t: usize| if t < at { 0.0 } else { sum(a, t + 1 - at) };
+        check_cuts("from 0", &two(1024, 600, 1.2, 0.9), &x, 0.0, settles(f64::from(0.9f32), 600));
+        let x: Vec<f32> = (0..4000).map(|t| step(t, 600)).collect();
+        check_cuts("beyond f32", &two(4000, 600, 2.0, 0.5), &x, 0.0, settles(0.5, 600));
+        // What comes in cancels what the tokens add, where both are beyond f32 and where they are not.
+        check_cuts("cancels", &[2.0; 2100], &[-1.0; 2100], 1.0, |_| 1.0);
+        check_cuts("cancels in digits", &two(2100, 40, 2.0, 1.0), &two(2100, 40, -1.0, 0.0), 1.0, |_| 1.0);
+        // The other way around: the product of a state that is large underflows, and grows from there.
+        let part = |t: usize| [0.5, 2.0, 1.0][(t % 512 / 200).min(2)];
+        let want = |t: usize| match t % 512 {
+            t if t < 200 => 2f64.powi(99 - t as i32),
+            t if t < 400 => 2f64.powi(t as i32 - 299),
+            _ => 2f64.powi(100),
+        };
+        let a: Vec<f32> = (0..2048).map(part).collect();
+        check_cuts("underflows", &a, &[0.0; 2048], 2f32.powi(100), want);
+    }
+
+    #[test]
+    fn factors_up_to_2_equal_the_recurrence_on_any_threads() {
+        let near = [1.0, 0.0, 2.0, -2.0, 0.5, 1.3, -0.7, 0.1];
+        on_threads(|_| {
+            check::<f32>(&ScanProblem::new(1, 2100, 3), false, &near, 1e-5);
+            check::<f32>(&ScanProblem::packed(2, vec![0, 5, 1500]), false, &near, 1e-5);
+        });
+    }
+
+    #[test]
+    fn a_factor_of_0_forgets_what_is_not_finite() {
+        let a: Vec<f32> = (0..400).map(|t| if t == 200 { 0.0 } else { 2.0 }).collect();
+        let x: Vec<f32> = (0..400).map(|t| if t > 250 { 0.0 } else { 1.0 }).collect();
+        let problem = ScanProblem::new(1, 400, 1);
+        let inputs = ScanInputs { gate: ScanGate::Linear(&a), x: &x, initial_state: None };
+        let out = forward(&problem, &inputs).unwrap();
+        assert_eq!((out.o[199], out.o[200], out.o[201]), (f32::INFINITY, 1.0, 3.0));
+        let grads = backward(&problem, &inputs, &out.o, &x, None).unwrap();
+        assert_eq!((grads.dx[200], grads.dx[199], grads.dx[198]), (2f32.powi(51) - 1.0, 1.0, 3.0));
+    }
+
     #[test]
     fn steps_equal_the_scan() {
         let (batch, time, d) = (2, 9, 5);

@@ -3,7 +3,7 @@
 use super::{
     plan::{Task, each, plan},
     rows::{Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
-    simd::{exp, sin_cos, vectorize},
+    simd::{MAX_ANGLE, exp, sin_cos, vectorize},
     tile::Shared,
 };
 use crate::{
@@ -66,11 +66,26 @@ fn lambda(log_a: &Block, theta: &Block) -> Complex<Block> {
         modulus[i] = exp(log_a[i]);
     }
     let mut l = Complex { re: [0.0; BLOCK], im: [0.0; BLOCK] };
+    let mut far = 0u32;
     for i in 0..BLOCK {
         let (sin, cos) = sin_cos(theta[i]);
+        far |= (theta[i].abs() > MAX_ANGLE) as u32;
         (l.re[i], l.im[i]) = (modulus[i] * cos, modulus[i] * sin);
     }
+    if far != 0 {
+        turn_far(&modulus, theta, &mut l);
+    }
     l
+}
+
+/// The `lambda` of angles beyond [`MAX_ANGLE`], by the library's functions, which reduce any angle exactly.
+#[cold]
+#[inline(never)]
+fn turn_far(modulus: &Block, theta: &Block, l: &mut Complex<Block>) {
+    for i in (0..BLOCK).filter(|&i| theta[i].abs() > MAX_ANGLE) {
+        let (sin, cos) = f64::from(theta[i]).sin_cos();
+        (l.re[i], l.im[i]) = (modulus[i] * cos as f32, modulus[i] * sin as f32);
+    }
 }
 
 /// Whether `lambda` is in range; false for NaN as well.

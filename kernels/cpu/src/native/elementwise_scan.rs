@@ -57,7 +57,7 @@ fn run_forward<E: Element, const LOG: bool>(
     let tasks = with_states(
         plan(sequences, channels, rayon::current_num_threads(), true),
         |task| task.load_state(inputs.initial_state, channels),
-        |task| summarise::<E, LOG>(task, task.tokens.clone(), channels, gate, x, false),
+        |task, state| summarise::<E, LOG>(task, task.tokens.clone(), channels, gate, x, state, false),
     );
     let valid = each(tasks, x.len(), |(task, mut h)| {
         let valid = forward_task::<E, LOG>(&task, channels, gate, x, &rows, &mut h);
@@ -71,6 +71,18 @@ fn run_forward<E: Element, const LOG: bool>(
     // Safety: the tasks cover all rows.
     let o = unsafe { o.finish() };
     valid.iter().all(|&v| v).then_some(ScanOutputs { o, final_state })
+}
+
+/// The factor that a gate stands for.
+#[inline(always)]
+fn factor<const LOG: bool>(gate: f32) -> f32 {
+    if LOG { exp(gate) } else { gate }
+}
+
+/// `a x`, where a factor of exactly 0 forgets also what is not finite, as on a device.
+#[inline(always)]
+fn times(a: f32, x: f32) -> f32 {
+    if a == 0.0 { 0.0 } else { a * x }
 }
 
 /// Whether all gates are in range.
@@ -97,7 +109,7 @@ fn forward_task<E: Element, const LOG: bool>(
                         // False for NaN as well.
                         let valid = if LOG { g[i] <= 0.0 } else { !g[i].is_nan() };
                         bad |= !valid as u32;
-                        h[i] = if LOG { exp(g[i]) } else { g[i] } * h[i] + x[i];
+                        h[i] = times(factor::<LOG>(g[i]), h[i]) + x[i];
                     }
                     state[j] = h;
                     // Safety: tasks own disjoint rows of disjoint slices.
@@ -111,35 +123,44 @@ fn forward_task<E: Element, const LOG: bool>(
     bad == 0
 }
 
-/// The affine map of a segment, forwards (`h -> a h + x`) or backwards (`u -> a (x + u)`, the carry of gradients).
+/// A segment walked from a state, forwards (`h -> a h + x`) or backwards (`u -> a (x + u)`, the carry of gradients).
 fn summarise<E: Element, const LOG: bool>(
     task: &Task,
     tokens: impl Iterator<Item = usize>,
     channels: usize,
     gate: &[E],
     x: &[E],
+    mut sum: Vec<Block>,
     backward: bool,
 ) -> Summary {
     let (mut gb, mut xb) = (Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
     let blocks = task.channels.len().div_ceil(BLOCK);
-    let (mut product, mut sum) = (vec![[1.0f32; BLOCK]; blocks], vec![[0.0f32; BLOCK]; blocks]);
+    let (mut product, mut growth) = (vec![[1.0f32; BLOCK]; blocks], vec![[1.0f32; BLOCK]; blocks]);
     vectorize(
         #[inline(always)]
         || {
             for t in tokens {
                 for (j, at, len) in task.blocks(t, channels) {
                     let (g, x) = (block(gate, at, len, &mut gb), block(x, at, len, &mut xb));
-                    let (p, s) = (&mut product[j], &mut sum[j]);
+                    let (mut p, mut s, mut most) = (product[j], sum[j], growth[j]);
+                    let mut factors = [0.0; BLOCK];
                     for i in 0..BLOCK {
-                        let a = if LOG { exp(g[i]) } else { g[i] };
-                        p[i] *= a;
-                        s[i] = if backward { a * (x[i] + s[i]) } else { a * s[i] + x[i] };
+                        factors[i] = factor::<LOG>(g[i]);
                     }
+                    for i in 0..BLOCK {
+                        let a = factors[i];
+                        p[i] *= a;
+                        if !LOG {
+                            most[i] = a.abs() * if most[i] < 1.0 { 1.0 } else { most[i] };
+                        }
+                        s[i] = if backward { times(a, x[i] + s[i]) } else { times(a, s[i]) + x[i] };
+                    }
+                    (product[j], sum[j], growth[j]) = (p, s, most);
                 }
             }
         },
     );
-    Summary { product, sum }
+    Summary { product, sum, growth }
 }
 
 fn run_backward<E: Element, const LOG: bool>(
@@ -162,7 +183,7 @@ fn run_backward<E: Element, const LOG: bool>(
     let tasks = with_states(
         groups,
         |task| task.load_state(d_final_state, channels),
-        |task| summarise::<E, LOG>(task, task.tokens.clone().rev(), channels, gate, do_, true),
+        |task, state| summarise::<E, LOG>(task, task.tokens.clone().rev(), channels, gate, do_, state, true),
     );
     each(tasks, gate.len(), |(task, mut carry)| {
         let first = task.tokens.start == sequences.range(task.sequence).start;
@@ -207,9 +228,9 @@ fn backward_task<E: Element, const LOG: bool>(
                     };
                     let (mut c, mut u, mut dg) = (carry[j], Aligned([0.0; BLOCK]), Aligned([0.0; BLOCK]));
                     for i in 0..BLOCK {
-                        let a = if LOG { exp(g[i]) } else { g[i] };
+                        let a = factor::<LOG>(g[i]);
                         u[i] = d[i] + c[i];
-                        c[i] = a * u[i];
+                        c[i] = times(a, u[i]);
                         dg[i] = if LOG { c[i] } else { u[i] } * h[i];
                     }
                     carry[j] = c;

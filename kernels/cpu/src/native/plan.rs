@@ -2,7 +2,7 @@
 //! threads, by time in two passes (summarise the segments, then run each from its true initial state).
 
 use super::rows::{AHEAD, BLOCK, Block, to_blocks};
-use crate::sequences::Sequences;
+use crate::{channels::MAX_GROWTH, sequences::Sequences};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -88,28 +88,48 @@ pub(crate) fn plan(sequences: &Sequences, channels: usize, threads: usize, cut_t
 /// A segment as the affine map that it applies to a state, per channel: `state -> product * state + sum`.
 pub(crate) struct Summary {
     pub product: Vec<Block>,
+    /// What the tokens make of the state that they were walked from.
     pub sum: Vec<Block>,
+    /// The most by which a run of tokens that ends with the segment multiplies.
+    pub growth: Vec<Block>,
+}
+
+impl Summary {
+    /// Takes a state over the segment; `false` where it must be [walked](MAX_GROWTH), which leaves the state as it is.
+    /// What is not finite is walked too: `0 * inf` is not what the tokens make of it.
+    fn apply(&self, channel: usize, state: &mut f32) -> bool {
+        let [product, sum, growth] = [&self.product, &self.sum, &self.growth].map(|x| x.as_flattened()[channel]);
+        let next = product * *state + sum;
+        let safe = growth <= MAX_GROWTH && state.is_finite() && next.is_finite();
+        *state = if safe { next } else { *state };
+        safe
+    }
 }
 
 /// Gives each task the state it starts from. A recurrence that runs backwards in time has its `groups` reversed.
+/// `summary` walks over a segment from a state: from zeros for its map, from the true one where the map will not do.
 pub(crate) fn with_states(
     groups: Vec<Group>,
     initial: impl Fn(&Task) -> Vec<Block> + Sync,
-    summary: impl Fn(&Task) -> Summary + Sync,
+    summary: impl Fn(&Task, Vec<Block>) -> Summary + Sync,
 ) -> Vec<(Task, Vec<Block>)> {
     let mut tasks = Vec::new();
     for group in groups {
-        let summaries: Vec<_> = group[..group.len() - 1].par_iter().with_max_len(1).map(&summary).collect();
+        let map = |task: &Task| summary(task, task.load_state(None, 0));
+        let summaries: Vec<_> = group[..group.len() - 1].par_iter().with_max_len(1).map(map).collect();
         let mut state = initial(&group[0]);
         let mut summaries = summaries.into_iter();
         for task in group {
-            tasks.push((task, state.clone()));
-            if let Some(s) = summaries.next() {
-                let maps = s.product.as_flattened().iter().zip(s.sum.as_flattened());
-                for (h, (p, b)) in state.as_flattened_mut().iter_mut().zip(maps) {
-                    *h = p * *h + b;
+            let start = state.clone();
+            if let Some(map) = summaries.next() {
+                let states = state.as_flattened_mut().iter_mut().enumerate();
+                let walk: Vec<usize> = states.filter_map(|(c, h)| (!map.apply(c, h)).then_some(c)).collect();
+                if !walk.is_empty() {
+                    let walked = summary(&task, start.clone()).sum;
+                    walk.into_iter().for_each(|c| state.as_flattened_mut()[c] = walked.as_flattened()[c]);
                 }
             }
+            tasks.push((task, start));
         }
     }
     tasks

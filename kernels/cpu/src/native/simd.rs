@@ -120,7 +120,10 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
 }
 
-/// Sine and cosine, error below 1.2e-7 for `|x| <= 1e4`.
+/// Up to here [`sin_cos`] is accurate; far beyond, what it returns is not even bounded.
+pub(crate) const MAX_ANGLE: f32 = 1e4;
+
+/// Sine and cosine, error below 1.2e-7 for `|x| <= MAX_ANGLE`.
 ///
 /// `x = n pi / 2 + r` with `|r| <= pi / 4`. The first two parts of `pi / 2` have 8 and 11 bits, so that their products
 /// with `n < 2^13` and the differences are exact.

@@ -16,7 +16,7 @@
 
 use cubecl::prelude::*;
 
-use super::functions::sin_cos;
+use super::functions::{all, sin_cos};
 use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 use super::{Buffer, CheckBuffers, Client, Error, Scan, ScanProblem, Sequences, total};
 use thalweg_kernels::complex_scan::Complex;
@@ -26,7 +26,7 @@ use thalweg_kernels::complex_scan::Complex;
 pub struct ComplexInputs<'a> {
     /// Log of the modulus of `lambda`, at most 0: `[channels]`, or `[batch, time, channels]`.
     pub log_a: &'a Buffer,
-    /// Angle of `lambda` in radians, accurate up to 1e4: `[channels]`, or `[batch, time, channels]`.
+    /// Angle of `lambda` in radians, of any size: `[channels]`, or `[batch, time, channels]`.
     pub theta: &'a Buffer,
     /// What is added, `[batch, time, channels]`.
     pub b: Complex<&'a Buffer>,
@@ -106,6 +106,7 @@ fn scan<'a>(inputs: &ComplexInputs<'a>, tokens: Vec<&'a Buffer>, channels: usize
         constants: 2,
         sums: if backward { pick(true).count() } else { 0 },
         forgets: false,
+        grows: false,
         flags: constant,
         packed: false,
         units: 0,
@@ -201,7 +202,8 @@ pub fn step(
 }
 
 /// Reads the planes of `b` (forwards), then of `log_a` and `theta` those that have a row for each token.
-/// `flags`: which of the two are constants.
+/// `flags`: which of the two are constants. Constants: the parts of `lambda` as far as it is constant, and the modulus alone
+/// where the angle is not.
 struct Rotation;
 
 #[cube]
@@ -212,11 +214,16 @@ impl ElementMap for Rotation {
         constants: &mut Array<Vector<f32, N>>,
         #[comptime] plan: Plan,
     ) {
+        let mut modulus = all::<N>(1.0);
         if comptime!(plan.flags[0]) {
-            constants[0] = Vector::cast_from(inputs.constants[0][channel]);
+            modulus = Vector::<f32, N>::cast_from(inputs.constants[0][channel]).exp();
+            constants[0] = modulus;
         }
         if comptime!(plan.flags[1]) {
-            constants[1] = Vector::cast_from(inputs.constants[comptime!(plan.flags[0] as usize)][channel]);
+            let theta = Vector::cast_from(inputs.constants[comptime!(plan.flags[0] as usize)][channel]);
+            let (sin, cos) = sin_cos::<N>(theta);
+            constants[0] = modulus * cos;
+            constants[1] = modulus * sin;
         }
     }
 
@@ -232,15 +239,19 @@ impl ElementMap for Rotation {
         // Backwards the two planes of the cotangent end where forwards those of `b` do, two rows later.
         let log_row = comptime!(from + if plan.backward { 4 } else { 2 });
         let angle_row = comptime!(log_row + !plan.flags[0] as usize);
-        let log_a = if comptime!(plan.flags[0]) { constants[0] } else { numbers::<W, I, N>(raw[log_row]) };
-        let theta = if comptime!(plan.flags[1]) { constants[1] } else { numbers::<W, I, N>(raw[angle_row]) };
-        let modulus = log_a.exp();
-        let (sin, cos) = sin_cos::<N>(theta);
-        kept[to] = modulus * cos;
-        if comptime!(plan.backward) {
-            kept[to + 1] = -(modulus * sin);
+        let (im, re) = if comptime!(plan.flags[1]) {
+            (constants[1], constants[0])
         } else {
-            kept[to + 1] = modulus * sin;
+            sin_cos::<N>(numbers::<W, I, N>(raw[angle_row]))
+        };
+        let constant = comptime!(plan.flags[0] && plan.flags[1]);
+        let modulus = if comptime!(plan.flags[0]) { constants[0] } else { numbers::<W, I, N>(raw[log_row]).exp() };
+        let im = if comptime!(constant) { im } else { modulus * im };
+        kept[to] = if comptime!(constant) { re } else { modulus * re };
+        if comptime!(plan.backward) {
+            kept[to + 1] = -im;
+        } else {
+            kept[to + 1] = im;
             kept[to + 2] = numbers::<W, I, N>(raw[from]);
             kept[to + 3] = numbers::<W, I, N>(raw[from + 1]);
         }

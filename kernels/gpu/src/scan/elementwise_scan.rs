@@ -76,6 +76,7 @@ fn plan(backward: bool, log: bool) -> Plan {
         constants: 0,
         sums: 0,
         forgets: true,
+        grows: !log,
         flags,
         packed: false,
         units: 0,

@@ -29,20 +29,18 @@
 //! not cut over cubes: that reads everything twice, while cubes of 16 channels keep most of the 132 multiprocessors of an
 //! H100 busy from `batch * channels = 1600` on.
 //!
+//! A map cannot stand for its segment where the factors multiply a state by much (see [`MAX_GROWTH`]): lanes that have such
+//! a one say so, and the cube hands the carry on once more, lane by lane, over the tokens of those segments and the maps of
+//! the others. So the result depends on a segment's own numbers alone, in this too.
+//!
 //! A factor of exactly 0 forgets also what is not finite, where a map asks for it ([`Plan::forgets`]): a reset document is not
 //! poisoned by its neighbour.
 
 use cubecl::prelude::*;
 
+use super::carry::{advance, compose, hand_on, take_turns};
 use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
-
-/// Lanes divide by it: at most so many maps are fetched from shared memory before the carry needs the first.
-pub(crate) const GROUP: usize = 8;
-
-/// Maps that are fetched together, half of those that are in registers. Vectors of complex numbers take more of them.
-fn group(planes: usize, n: usize) -> usize {
-    if planes * n > 2 { GROUP / 4 } else { GROUP / 2 }
-}
+use thalweg_kernels::MAX_GROWTH;
 
 /// What a unit owns: a vector of channels of one sequence.
 #[derive(CubeType, Clone, Copy)]
@@ -166,56 +164,6 @@ impl<W: Numeric> Ahead<W> {
     }
 }
 
-/// `x <- a x + b`, or `a x` alone, for numbers of one or two planes.
-#[cube]
-fn affine<N: Size>(
-    x: &mut Array<Vector<f32, N>>,
-    a_re: Vector<f32, N>,
-    a_im: Vector<f32, N>,
-    b_re: Vector<f32, N>,
-    b_im: Vector<f32, N>,
-    #[comptime] plan: Plan,
-) {
-    if comptime!(plan.planes == 1) {
-        let zero = Vector::new(f32::new(0.0));
-        let y = a_re * x[0] + b_re;
-        x[0] = if comptime!(plan.forgets) { select_many(a_re.equal(&zero), b_re, y) } else { y };
-    } else {
-        let (re, im) = (x[0], x[1]);
-        x[0] = a_re * re - a_im * im + b_re;
-        x[1] = a_re * im + a_im * re + b_im;
-    }
-}
-
-/// Takes the carry over token `j`, and leaves in `value` its state or, backwards, its `u`.
-#[cube]
-fn advance<N: Size>(
-    kept: &Array<Vector<f32, N>>,
-    carry: &mut Array<Vector<f32, N>>,
-    value: &mut Array<Vector<f32, N>>,
-    #[comptime] j: usize,
-    #[comptime] plan: Plan,
-) {
-    let planes = comptime!(plan.planes);
-    let (a, b) = comptime!((j * plan.kept, j * plan.kept + planes));
-    let (a_im, b_im) = comptime!((a + planes - 1, b + planes - 1));
-    if comptime!(plan.backward) {
-        let zero = Vector::new(f32::new(0.0));
-        #[unroll]
-        for k in 0..planes {
-            carry[k] += kept[b + k];
-            value[k] = carry[k];
-        }
-        affine::<N>(carry, kept[a], kept[a_im], zero, zero, plan);
-    } else {
-        affine::<N>(carry, kept[a], kept[a_im], kept[b], kept[b_im], plan);
-        #[unroll]
-        for k in 0..planes {
-            value[k] = carry[k];
-        }
-    }
-}
-
 /// Walks over a segment from its carry and writes; without asking what exists if it is `whole`.
 #[cube]
 fn finish<M: ElementMap, I: Float, N: Size>(
@@ -236,68 +184,6 @@ fn finish<M: ElementMap, I: Float, N: Size>(
         if comptime!(whole) || place.has(first + j) {
             let at = place.at(first + j, plan.backward);
             M::emit::<I, N>(outputs, at, &value, constants, kept, sums, j, plan);
-        }
-    }
-}
-
-/// Reads the maps of some lanes.
-#[cube]
-fn fetch<N: Size>(
-    factor: &Shared<[Vector<f32, N>]>,
-    shift: &mut Shared<[Vector<f32, N>]>,
-    at: usize,
-    width: usize,
-    a: &mut Array<Vector<f32, N>>,
-    b: &mut Array<Vector<f32, N>>,
-    #[comptime] half: usize,
-    #[comptime] plan: Plan,
-) {
-    let planes = comptime!(plan.planes);
-    let n = N::value().comptime();
-    let group = comptime!(group(planes, n));
-    #[unroll]
-    for i in 0..group {
-        #[unroll]
-        for k in 0..planes {
-            a[(half * group + i) * planes + k] = factor[k * plan.units + at + i * width];
-            b[(half * group + i) * planes + k] = shift[k * plan.units + at + i * width];
-        }
-    }
-}
-
-/// Takes the carry over the maps of all lanes, and leaves in `shift` what each starts with. All others wait for it: the
-/// maps of the next lanes are fetched before those of these are needed.
-#[cube]
-fn hand_on<N: Size>(
-    carry: &mut Array<Vector<f32, N>>,
-    factor: &Shared<[Vector<f32, N>]>,
-    shift: &mut Shared<[Vector<f32, N>]>,
-    channel: usize,
-    lanes: usize,
-    width: usize,
-    #[comptime] plan: Plan,
-) {
-    let planes = comptime!(plan.planes);
-    let n = N::value().comptime();
-    let group = comptime!(group(planes, n));
-    let mut a = Array::<Vector<f32, N>>::new(comptime!(2 * group * planes));
-    let mut b = Array::<Vector<f32, N>>::new(comptime!(2 * group * planes));
-    fetch::<N>(factor, shift, channel, width, &mut a, &mut b, 0usize, plan);
-    for first in range_stepped(0, lanes, comptime!(2 * group)) {
-        #[unroll]
-        for half in 0..2usize {
-            let lane = first + comptime!(half * group);
-            let next = (lane + group).min(lanes - group);
-            fetch::<N>(factor, shift, next * width + channel, width, &mut a, &mut b, comptime!(1 - half), plan);
-            #[unroll]
-            for i in 0..group {
-                let (re, im) = comptime!(((half * group + i) * planes, (half * group + i + 1) * planes - 1));
-                #[unroll]
-                for k in 0..planes {
-                    shift[k * plan.units + (lane + i) * width + channel] = carry[k];
-                }
-                affine::<N>(carry, a[re], a[im], b[re], b[im], plan);
-            }
         }
     }
 }
@@ -337,7 +223,6 @@ pub(crate) fn scan<M: ElementMap, W: Numeric, I: Float, N: Size>(
         let mut sums = Array::<Vector<f32, N>>::new(comptime!(plan.sums.max(1)));
         let mut before = Array::<Vector<f32, N>>::new(planes);
         let mut carry = Array::<Vector<f32, N>>::new(planes);
-        let mut value = Array::<Vector<f32, N>>::new(planes);
         #[unroll]
         for k in 0..planes {
             carry[k] = Vector::new(f32::new(0.0));
@@ -364,6 +249,16 @@ pub(crate) fn scan<M: ElementMap, W: Numeric, I: Float, N: Size>(
         let mut kept = Array::<Vector<f32, N>>::new(comptime!(plan.kept * plan.tokens));
         let mut local = Array::<Vector<f32, N>>::new(planes);
         let mut product = Array::<Vector<f32, N>>::new(planes);
+        // The number of the last block, from 1 on, in which a map did not stand for its segment, for even and odd ones: while
+        // some units still read the one, others may write the other.
+        let mut trouble = Shared::<[u32]>::new_slice(2usize);
+        if comptime!(plan.grows) {
+            if unit == 0 {
+                trouble[0] = 0;
+                trouble[1] = 0;
+            }
+            sync_cube();
+        }
 
         let block = lanes * plan.tokens;
         if length > 0 {
@@ -373,18 +268,14 @@ pub(crate) fn scan<M: ElementMap, W: Numeric, I: Float, N: Size>(
             let first = number * block + lane * plan.tokens;
             ahead.prepare::<M, I, N>(&place, first, &constants, &before, &mut kept, plan);
             ahead.ask::<I, N>(inputs, &place, first + block, plan);
-            let zero = Vector::new(f32::new(0.0));
-            #[unroll]
-            for k in 0..planes {
-                local[k] = zero;
-                product[k] = zero;
-            }
-            product[0] = Vector::new(f32::new(1.0));
-            #[unroll]
-            for j in 0..comptime!(plan.tokens) {
-                let at = comptime!(j * plan.kept);
-                advance::<N>(&kept, &mut local, &mut value, j, plan);
-                affine::<N>(&mut product, kept[at], kept[at + planes - 1], zero, zero, plan);
+            let growth = compose::<N>(&kept, &mut product, &mut local, plan);
+            if comptime!(plan.grows) {
+                #[unroll]
+                for i in 0..N::value().comptime() {
+                    if !(growth.extract(i) <= f32::new(MAX_GROWTH)) {
+                        trouble[number % 2] = number as u32 + 1;
+                    }
+                }
             }
             #[unroll]
             for k in 0..planes {
@@ -395,7 +286,18 @@ pub(crate) fn scan<M: ElementMap, W: Numeric, I: Float, N: Size>(
             if lane == 0 {
                 hand_on::<N>(&mut carry, &factor, &mut shift, unit, lanes, width, plan);
             }
-            sync_cube();
+            if comptime!(plan.grows) {
+                // A barrier, and whether all units take the branch, for those who check that.
+                let last = workgroup_uniform_load::<u32>(&trouble[number % 2]);
+                if last == number as u32 + 1 {
+                    take_turns::<N>(&kept, &product, &local, growth, &mut factor, &mut shift, unit, lanes, width, plan);
+                    if lane == 0 {
+                        carry[0] = factor[unit];
+                    }
+                }
+            } else {
+                sync_cube();
+            }
             #[unroll]
             for k in 0..planes {
                 local[k] = shift[k * units + unit];

@@ -117,12 +117,72 @@ pub(crate) fn softplus<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
     select_many(x.greater_than(&zero), x, zero) + all::<N>(2.0) * s * polynomial::<N>(s * s, odd)
 }
 
-/// Sine and cosine, error below 1.2e-7 for `|x| <= 1e4`: `x = n pi / 2 + r` with `|r| <= pi / 4`, where the first parts
-/// of `pi / 2` have so few bits that their products with `n` are exact.
+/// Up to here three parts of `pi / 2` reduce an angle.
+const MAX_ANGLE: f32 = 1e4;
+
+/// `2 / pi` in words of 32 bits, the first of weight 2^-34: as many as the largest f32 needs.
+const TWO_OVER_PI: [u32; 7] = [0, 0x28be_60db, 0x9391_054a, 0x7f09_d5f4, 0x7d4d_3770, 0x36d8_a566, 0x4f10_e410];
+
+/// Word `at` of `2 / pi`. A table in memory would be one more buffer for each kernel.
+#[cube]
+fn two_over_pi(at: u32) -> u32 {
+    let mut word = 0u32;
+    #[unroll]
+    for i in 1..7usize {
+        if at == comptime!(i as u32) {
+            word = comptime!(TWO_OVER_PI[i]).runtime();
+        }
+    }
+    word
+}
+
+/// `(n mod 4, r)` with `x = n pi / 2 + r` and `|r| <= pi / 4`, for any finite `|x| >= 2`: Payne and Hanek's reduction. The product of the 24 bits of `x` with those bits of `2 / pi` that make less than four
+/// quarter turns, and 38 below them.
+#[cube]
+fn reduce_far(x: f32) -> (f32, f32) {
+    let bits = u32::reinterpret(x);
+    let exponent = (bits >> 23) & 0xff;
+    let mantissa = (bits << 8) | 0x8000_0000;
+    let (word, shift) = ((exponent - 126) >> 5, (exponent - 126) & 31);
+    let (w0, w1) = (two_over_pi(word), two_over_pi(word + 1));
+    let (w2, w3) = (two_over_pi(word + 2), two_over_pi(word + 3));
+    let mut window = (w0, w1, w2);
+    if shift > 0 {
+        let rest = 32 - shift;
+        window = ((w0 << shift) | (w1 >> rest), (w1 << shift) | (w2 >> rest), (w2 << shift) | (w3 >> rest));
+    }
+    // 64 bits, in units of 2^-62 quarter turns.
+    let (middle, below) = (mantissa * window.1, mantissa.mul_hi(window.2));
+    let low = middle + below;
+    let mut high = mantissa * window.0 + mantissa.mul_hi(window.1);
+    if low < below {
+        high += 1;
+    }
+    let n = (high + 0x2000_0000) >> 30;
+    let fraction = i32::reinterpret(high - (n << 30));
+    let r = f32::cast_from(fraction) * f32::new(comptime!(std::f32::consts::FRAC_PI_2 / 1_073_741_824.0))
+        + f32::cast_from(low) * f32::new(comptime!(std::f32::consts::FRAC_PI_2 / 4_611_686_018_427_387_904.0));
+    let sign = if bits >> 31 == 1 { f32::new(-1.0) } else { f32::new(1.0) };
+    // What is not finite makes a NaN.
+    let r = if exponent == 255 { x - x } else { sign * r };
+    (sign * f32::cast_from(n), r)
+}
+
+/// Sine and cosine, error below 1.2e-7 for any `x`: `x = n pi / 2 + r` with `|r| <= pi / 4`, where for `|x| <= 1e4` the
+/// first parts of `pi / 2` have so few bits that their products with `n` are exact.
 #[cube]
 pub(crate) fn sin_cos<N: Size>(x: Vector<f32, N>) -> (Vector<f32, N>, Vector<f32, N>) {
-    let n = (x * all::<N>(std::f32::consts::FRAC_2_PI) + all::<N>(0.5)).floor();
-    let r = x - n * all::<N>(1.570_312_5) - n * all::<N>(4.837_513e-4) - n * all::<N>(7.549_79e-8);
+    let mut n = (x * all::<N>(std::f32::consts::FRAC_2_PI) + all::<N>(0.5)).floor();
+    let mut r = x - n * all::<N>(1.570_312_5) - n * all::<N>(4.837_513e-4) - n * all::<N>(7.549_79e-8);
+    #[unroll]
+    for i in 0..N::value().comptime() {
+        let angle = x.extract(i);
+        if angle.abs() > f32::new(MAX_ANGLE) {
+            let (quarters, rest) = reduce_far(angle);
+            n.insert(i, quarters);
+            r.insert(i, rest);
+        }
+    }
     let r2 = r * r;
     let odd = comptime!(vec![1.0 / 362_880.0, -1.0 / 5040.0, 1.0 / 120.0, -1.0 / 6.0]);
     let even = comptime!(vec![1.0 / 40320.0, -1.0 / 720.0, 1.0 / 24.0, -0.5]);

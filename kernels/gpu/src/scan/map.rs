@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::engine::GROUP;
+use super::carry::GROUP;
 
 /// What a launch reads, in vectors of `N` channels. Optional tensors are sequences of none.
 #[derive(CubeType, CubeLaunch)]
@@ -54,6 +54,8 @@ pub(crate) struct Plan {
     pub sums: usize,
     /// Whether a real factor of exactly 0 forgets what is not finite too.
     pub forgets: bool,
+    /// Whether real factors may be above 1 in magnitude.
+    pub grows: bool,
     /// The map's own variants.
     pub flags: [bool; 2],
     /// Whether there are [`Inputs::bounds`]; set at the launch.

@@ -1,5 +1,6 @@
 //! The element-wise scans: one engine, and for each recurrence what it makes of its inputs.
 
+mod carry;
 pub mod complex_scan;
 pub mod elementwise_scan;
 mod engine;
@@ -128,7 +129,7 @@ impl Shape {
         let width = [32, 16, 8].into_iter().filter(enough).min_by_key(most).unwrap_or(8);
         let shared = few || cubes(width) > processors;
         let units = if shared { UNITS / 2 } else { UNITS }.min(1 << hardware.max_units_per_cube.ilog2());
-        let lanes = (units / width).min(segments.next_power_of_two()).max(engine::GROUP);
+        let lanes = (units / width).min(segments.next_power_of_two()).max(carry::GROUP);
         Self { units, lanes, width: units / lanes }
     }
 }

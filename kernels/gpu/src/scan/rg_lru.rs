@@ -88,6 +88,7 @@ fn scan<'a>(inputs: &RgLruInputs<'a>, mut tokens: Vec<&'a Buffer>, backward: boo
         constants: 2,
         sums: backward as usize,
         forgets: inputs.reset.is_some(),
+        grows: false,
         flags: [inputs.reset.is_some(), false],
         packed: false,
         units: 0,

@@ -7,6 +7,7 @@ mod attention_check;
 mod matrix;
 mod matrix_check;
 mod scan;
+mod scan_extremes;
 mod short_conv;
 mod smoke;
 

@@ -94,14 +94,21 @@ fn problems() -> Vec<ScanProblem> {
 }
 
 pub(crate) fn linear<E: Number>(client: &Client, p: &ScanProblem, log: bool) {
-    let sequences = p.sequences().expect("a valid problem");
-    let (n, states) = (sequences.tokens() * p.channels, sequences.count() * p.channels);
+    let n = p.sequences().expect("a valid problem").tokens() * p.channels;
     let random = &mut Random::new(n as u64);
     let gates = match log {
         true => log_gates(random, n),
         // Of both signs, some 0.
         false => symmetric(random, n, 1.2).iter().map(|x| x.clamp(-1.0, 1.0) * f64::from(x.abs() > 0.1)).collect(),
     };
+    linear_of::<E>(client, p, log, gates);
+}
+
+/// The scan of these gates.
+pub(crate) fn linear_of<E: Number>(client: &Client, p: &ScanProblem, log: bool, gates: Vec<f64>) {
+    let sequences = p.sequences().expect("a valid problem");
+    let (n, states) = (sequences.tokens() * p.channels, sequences.count() * p.channels);
+    let random = &mut Random::new(n as u64 + 1);
     let (gate, gates) = tensor::<E>(client, gates);
     let (x, xs) = tensor::<E>(client, symmetric(random, n, 1.0));
     let (d, ds) = tensor::<E>(client, symmetric(random, n, 1.0));
@@ -176,7 +183,7 @@ fn close_planes<E: Number>(client: &Client, name: &str, found: &Complex<Buffer>,
 }
 
 /// `gated`: which of `log_a` and `theta` have a value for each token.
-fn complex<E: Number>(client: &Client, p: &ScanProblem, gated: [bool; 2], angle: f64) {
+pub(crate) fn complex<E: Number>(client: &Client, p: &ScanProblem, gated: [bool; 2], angle: f64) {
     let sequences = p.sequences().expect("a valid problem");
     let (n, states) = (sequences.tokens() * p.channels, sequences.count() * p.channels);
     let random = &mut Random::new(n as u64);
@@ -287,7 +294,7 @@ fn rg_lru_equals_the_oracle() {
 }
 
 /// Bits of f32 elements.
-fn bits(client: &Client, x: &Buffer) -> Vec<u32> {
+pub(crate) fn bits(client: &Client, x: &Buffer) -> Vec<u32> {
     x.read::<f32>(client).expect("the device works").iter().map(|x| x.to_bits()).collect()
 }
 

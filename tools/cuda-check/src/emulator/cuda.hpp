@@ -232,6 +232,7 @@ constexpr unsigned warpSize = 32;
 
 template <typename T> static T min(T a, T b) { return a < b ? a : b; }
 template <typename T> static T max(T a, T b) { return a > b ? a : b; }
+static unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 
 static unsigned __activemask() { return ~0u; }
 

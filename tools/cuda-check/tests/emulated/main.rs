@@ -12,6 +12,8 @@ mod matrix;
 mod matrix_check;
 #[path = "../../../../kernels/gpu/tests/gpu_kernels/scan.rs"]
 mod scan;
+#[path = "../../../../kernels/gpu/tests/gpu_kernels/scan_extremes.rs"]
+mod scan_extremes;
 #[path = "../../../../kernels/gpu/tests/gpu_kernels/short_conv.rs"]
 mod short_conv;
 mod tf32;
