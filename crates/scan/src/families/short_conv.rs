@@ -1,12 +1,12 @@
 //! Depth-wise causal convolution over a few tokens, with state.
 
 use burn::Tensor;
-use burn::tensor::activation::silu;
 
 use thalweg_kernels::ScanProblem;
 pub use thalweg_kernels::short_conv::Activation as ConvActivation;
 use thalweg_kernels::short_conv::ConvProblem;
 
+use super::glu::silu;
 use crate::matrix::state_type;
 use crate::native::{self, Operation, Written};
 use crate::{Error, ShortConvOptions, check, portable};
