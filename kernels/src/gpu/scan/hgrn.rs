@@ -16,7 +16,7 @@
 
 use cubecl::prelude::*;
 
-use super::functions::{all, sigmoid};
+use super::functions::{all, bounded, sigmoid};
 use super::map::{ElementMap, Inputs, Outputs, Plan, numbers};
 use super::{Buffer, Client, Error, Scan, ScanProblem, Sequences, Storage, total};
 
@@ -187,7 +187,7 @@ impl ElementMap for Forget {
             kept[to + 3] = x;
             kept[to + 4] = logits;
         } else {
-            kept[to + 1] = rest * x * sigmoid::<N>(x);
+            kept[to + 1] = rest * bounded::<N>(x, true, false) * sigmoid::<N>(x);
         }
     }
 
@@ -208,8 +208,9 @@ impl ElementMap for Forget {
             let one = all::<N>(1.0);
             let (gate, left, right) = (sigmoid::<N>(logits), sigmoid::<N>(-logits), sigmoid::<N>(x));
             let rest = constants[0] * left;
-            let d_rest = u * (x * right - before);
-            outputs.tokens.index_mut(0usize)[at] = Vector::cast_from(u * rest * right * (one + x * (one - right)));
+            let d_rest = u * (bounded::<N>(x, true, false) * right - before);
+            outputs.tokens.index_mut(0usize)[at] =
+                Vector::cast_from(u * rest * (right + bounded::<N>(x, true, true) * right * (one - right)));
             outputs.tokens.index_mut(1usize)[at] = Vector::cast_from(-d_rest * rest * gate);
             if comptime!(plan.flags[0]) {
                 sums[0] -= d_rest * left;

@@ -3,7 +3,7 @@
 pub mod complex_scan;
 pub mod elementwise_scan;
 mod engine;
-mod functions;
+pub(super) mod functions;
 pub mod hgrn;
 mod map;
 pub mod rg_lru;
