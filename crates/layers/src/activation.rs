@@ -20,12 +20,12 @@ use std::fmt;
 
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
-use burn::tensor::activation::{gelu, relu};
+use burn::tensor::activation::relu;
 use burn::tensor::{Device, Tensor};
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
 use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use thalweg_scan::GluActivation;
+use thalweg_scan::{GluActivation, self_gated};
 
 use crate::ConfigError;
 use crate::error::positive_number;
@@ -188,41 +188,78 @@ impl Activation {
                 let alpha = alpha(slope);
                 relu(x.clone()) - relu(-x) * alpha
             }
-            ActivationConfig::Gelu => gelu(x),
+            ActivationConfig::Gelu => self_gated(x, NORMAL, normal_gate),
             ActivationConfig::GeluTanh => gelu_tanh(x),
             ActivationConfig::Silu => silu(x),
             ActivationConfig::Swish { beta, trainable } => {
-                let scaled = if trainable { x.clone() * alpha(beta) } else { x.clone() * beta };
-                x * sigmoid(scaled)
+                // Of either sign, as a trained one may be, and 0: an infinite `x` enters the gate as the largest number.
+                let largest = largest(&x);
+                let scaled = x.clone().clamp(-largest, largest);
+                let scaled = if trainable { scaled * alpha(beta) } else { scaled * beta };
+                let off = scaled.clone().lower_elem(LOGISTIC[0]);
+                x.mask_fill(off, 0.0) * sigmoid(scaled.clamp(LOGISTIC[0], LOGISTIC[1]))
             }
             ActivationConfig::Smelu { beta } => {
                 let blend = x.clone().clamp(-beta, beta) + beta;
                 blend.square() / (4.0 * beta) + relu(x - beta)
             }
             ActivationConfig::Golu => {
-                // Below -10 the gate is 0 in f32 and f64 alike; the bound keeps exp(-x), a factor of the gradient, finite.
-                let inner = x.clone().clamp_min(-10.0).neg().exp();
-                x * inner.neg().exp()
+                // At -10 the gate is 0 in f32 and f64 alike, and exp(-x), a factor of its slope, still finite in f16.
+                self_gated(x, [-10.0, LOGISTIC[1]], |x| x.neg().exp().neg().exp())
             }
             ActivationConfig::Helu { alpha } => {
-                let passes = x.clone().greater_elem(-alpha);
-                let through = x.clone().mask_fill(passes.bool_not(), 0.0);
-                relu(x).detach() + through.clone() - through.detach()
+                // Of the values between, only the gradient: the difference is 0.
+                let between = x.clone().greater_elem(-alpha).bool_and(x.clone().lower_equal_elem(0.0));
+                let through = x.clone().mask_fill(between.bool_not(), 0.0);
+                relu(x) + (through.clone() - through.detach())
             }
             ActivationConfig::Xatlu => {
-                let gate = x.clone().atan() * FRAC_1_PI + 0.5;
-                expanded(x.clone(), gate, alpha(0.0))
+                let bound = far_out(&x);
+                expanded(x.clone(), arctangent_gate(x.clone().clamp(-bound, bound)), alpha(0.0))
             }
             ActivationConfig::Xgelu => {
-                let gate = ((x.clone() * FRAC_1_SQRT_2).erf() + 1.0) * 0.5;
-                expanded(x.clone(), gate, alpha(0.0))
+                expanded(x.clone(), normal_gate(x.clone().clamp(NORMAL[0], NORMAL[1])), alpha(0.0))
             }
-            ActivationConfig::Xsilu => expanded(x.clone(), sigmoid(x.clone()), alpha(0.0)),
+            ActivationConfig::Xsilu => {
+                expanded(x.clone(), sigmoid(x.clone().clamp(LOGISTIC[0], LOGISTIC[1])), alpha(0.0))
+            }
         }
     }
 }
 
-/// `x (g (1 + 2a) - a)`: the gate's range `(0, 1)` stretched to `(-a, 1 + a)`.
+/// Where the logistic function, and the normal distribution function, have reached 0 and 1 in f64.
+const LOGISTIC: [f64; 2] = [-800.0, 800.0];
+const NORMAL: [f64; 2] = [-40.0, 40.0];
+
+/// The largest finite number of the type of `x`.
+fn largest<const D: usize>(x: &Tensor<D>) -> f64 {
+    x.dtype().finfo().map_or(f64::MAX, |info| info.max)
+}
+
+/// The same, or a number whose reciprocal is not too small for the type.
+fn far_out<const D: usize>(x: &Tensor<D>) -> f64 {
+    largest(x).min(1e30)
+}
+
+/// `(1 + erf(x / sqrt 2)) / 2`
+fn normal_gate<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    ((x * FRAC_1_SQRT_2).erf() + 1.0) * 0.5
+}
+
+/// `atan(x) / pi + 1/2`, for `abs(x) > 1` by `1 / x`: for very negative `x`, where the sum would leave nothing but rounding,
+/// it is `1 / (pi abs(x))`.
+fn arctangent_gate<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let far = x.clone().abs().greater_elem(1.0);
+    // Of the reciprocal that is not taken neither value nor slope may be infinite.
+    let reciprocal = x.clone().mask_fill(far.clone().bool_not(), 1.0).recip().neg();
+    let above = x.clone().greater_elem(1.0);
+    let base = Tensor::full(x.shape(), 0.5, (&x.device(), x.dtype())).mask_fill(far.clone(), 0.0).mask_fill(above, 1.0);
+    x.mask_where(far, reciprocal).atan() * FRAC_1_PI + base
+}
+
+/// `x (g (1 + 2a) - a)`: the gate's range `(0, 1)` stretched to `(-a, 1 + a)`. At minus infinity its value is that at the most
+/// negative number (or -1e30), as `a` is 0 when training begins, and its slope 0.
 fn expanded<const D: usize>(x: Tensor<D>, gate: Tensor<D>, alpha: Tensor<D>) -> Tensor<D> {
-    x * (gate * (alpha.clone() * 2.0 + 1.0) - alpha)
+    let bound = far_out(&x);
+    x.clamp_min(-bound) * (gate * (alpha.clone() * 2.0 + 1.0) - alpha)
 }

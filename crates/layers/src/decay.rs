@@ -1,9 +1,9 @@
 //! The decay gate that Mamba-2, Gated DeltaNet and KDA share: `g = -exp(A_log) softplus(a + dt_bias)`.
 
 use burn::module::{Module, Param};
-use burn::tensor::activation::log_sigmoid;
 use burn::tensor::{Device, Distribution, Tensor};
 
+use crate::gated::log_sigmoid;
 use crate::heads::full_precision;
 use crate::init::param;
 

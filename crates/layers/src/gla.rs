@@ -2,12 +2,12 @@
 
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::tensor::activation::log_sigmoid;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use thalweg_scan::{gla, gla_step};
 
 use crate::error::{divide, positive, positive_number, scaled};
+use crate::gated::log_sigmoid;
 use crate::heads::{full_precision, merge, repeat, split, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};

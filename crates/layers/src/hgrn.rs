@@ -2,13 +2,13 @@
 
 use burn::module::{Module, Param};
 use burn::nn::{Initializer, Linear};
-use burn::tensor::activation::{log_sigmoid, softmax};
+use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use thalweg_scan::{GluActivation, hgrn, hgrn_step};
 
 use crate::error::{positive, shape_error};
-use crate::gated::{gated, sigmoid};
+use crate::gated::{gated, log_sigmoid, sigmoid};
 use crate::heads::{full_precision, token};
 use crate::init::linear;
 use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};

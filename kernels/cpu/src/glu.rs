@@ -6,7 +6,7 @@
 
 use crate::native::plan::each;
 use crate::native::rows::{Aligned, BLOCK, Output, Rows, block, fence};
-use crate::native::simd::{sigmoid, vectorize};
+use crate::native::simd::{sigmoid, silu, silu_with_slope, vectorize};
 use crate::{Element, Error};
 use std::ops::Range;
 
@@ -59,12 +59,11 @@ impl Function for Sigmoid {
 impl Function for Silu {
     #[inline(always)]
     fn value(x: f32) -> f32 {
-        x * sigmoid(x)
+        silu(x).0
     }
     #[inline(always)]
     fn slope(x: f32) -> (f32, f32) {
-        let s = sigmoid(x);
-        (x * s, s + x * s * (1.0 - s))
+        silu_with_slope(x)
     }
 }
 
@@ -72,20 +71,28 @@ impl GeluTanh {
     /// `2 sqrt(2 / pi)`: `(1 + tanh u) / 2 = s(2 u)`.
     const RATE: f32 = 1.595_769;
     const CUBIC: f32 = 0.044715 * Self::RATE;
+
+    /// `f(x)` and the gate `(1 + tanh u) / 2`.
+    #[inline(always)]
+    fn gated(x: f32) -> (f32, f32) {
+        let s = sigmoid(x * (Self::RATE + Self::CUBIC * x * x));
+        // Of minus infinity times 0 nothing would be left.
+        ((if x < f32::MIN { f32::MIN } else { x }) * s, s)
+    }
 }
 
 impl Function for GeluTanh {
     #[inline(always)]
     fn value(x: f32) -> f32 {
-        x * sigmoid(x * (Self::RATE + Self::CUBIC * x * x))
+        Self::gated(x).0
     }
     #[inline(always)]
     fn slope(x: f32) -> (f32, f32) {
-        let s = sigmoid(x * (Self::RATE + Self::CUBIC * x * x));
+        let (value, s) = Self::gated(x);
         // The factor s (1 - s) is 0 long before the cube overflows.
         let bounded = x.clamp(-1e6, 1e6);
         let inner = Self::RATE + 3.0 * Self::CUBIC * bounded * bounded;
-        (x * s, s + x * s * (1.0 - s) * inner)
+        (value, s + bounded * s * (1.0 - s) * inner)
     }
 }
 
@@ -253,13 +260,31 @@ mod tests {
         }
     }
 
+    /// At both ends every unit is the product of its argument (or 1) and a gate of 0 or 1, and its slope is 0 or 1.
     #[test]
-    fn stays_finite_and_refuses_lengths() {
-        let x = [-1e30f32, -1e4, 0.0, 1e4, 1e30];
+    fn has_its_limits_at_both_ends_and_refuses_lengths() {
+        fn check<E: Element + PartialEq + std::fmt::Debug>(largest: f32) {
+            let ends: Vec<f32> = [1e3, 1e20f32.min(largest), largest, f32::INFINITY].into();
+            let x: Vec<E> = ends.iter().flat_map(|&x| [-x, x]).map(E::from_f32).collect();
+            let ones = vec![E::from_f32(1.0); x.len()];
+            for activation in [Activation::Sigmoid, Activation::Silu, Activation::GeluTanh] {
+                let y = forward(activation, &x, None).unwrap();
+                let dx = backward(activation, &x, None, &ones).unwrap().dx;
+                for ((x, y), dx) in x.iter().map(|x| x.to_f32()).zip(&y).zip(&dx) {
+                    let unit = if activation == Activation::Sigmoid { 1.0 } else { x };
+                    let value = if x > 0.0 { unit } else { 0.0 };
+                    let slope = if x > 0.0 && activation != Activation::Sigmoid { 1.0 } else { 0.0 };
+                    assert_eq!((y.to_f32(), dx.to_f32()), (value, slope), "{activation:?} {x}");
+                }
+            }
+        }
+        check::<f32>(f32::MAX);
+        check::<half::bf16>(half::bf16::MAX.to_f32());
+        check::<half::f16>(half::f16::MAX.to_f32());
+        let x = [0.0f32; 5];
         for activation in [Activation::Sigmoid, Activation::Silu, Activation::GeluTanh] {
-            let y = forward(activation, &x, None).unwrap();
-            let grads = backward(activation, &x, None, &[1.0; 5]).unwrap();
-            assert!(y.iter().chain(&grads.dx).all(|v| v.is_finite()), "{y:?} {grads:?}");
+            let nan = forward(activation, &[f32::NAN], None).unwrap();
+            assert!(nan[0].is_nan(), "{activation:?}");
             assert!(forward(activation, &x, Some(&x[1..])).is_err());
             assert!(backward(activation, &x, None, &x[1..]).is_err());
         }

@@ -44,17 +44,34 @@ pub fn glu<const D: usize>(
     }
     let y = match activation {
         Activation::Sigmoid => sigmoid(x),
-        Activation::Silu => x.clone() * sigmoid(x),
+        Activation::Silu => silu(x),
         // (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
         Activation::GeluTanh => {
             let rate = 2.0 * std::f64::consts::FRAC_2_PI.sqrt();
-            x.clone() * sigmoid(x.clone() * (x.square() * (0.044715 * rate) + rate))
+            self_gated(x, [-12.0, 12.0], |x| sigmoid(x.clone() * (x.square() * (0.044715 * rate) + rate)))
         }
     };
     Ok(match z {
         Some(z) => y * z,
         None => y,
     })
+}
+
+/// `x gate(x)` in tensor operations, for a gate that is 0 up to `low` and 1 from `high` on, to rounding: with the limits `0`
+/// and `x` and the slopes 0 and 1 there, for infinite `x` too. Neither an infinite factor nor a power of `x` that overflows
+/// meets a gate of 0 or its slope.
+pub fn self_gated<const D: usize>(
+    x: Tensor<D>,
+    [low, high]: [f64; 2],
+    gate: impl FnOnce(Tensor<D>) -> Tensor<D>,
+) -> Tensor<D> {
+    let off = x.clone().lower_elem(low);
+    x.clone().mask_fill(off, 0.0) * gate(x.clamp(low, high))
+}
+
+/// `x sigmoid(x)` in tensor operations.
+pub(crate) fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    self_gated(x, [-800.0, 800.0], sigmoid)
 }
 
 operands! {

@@ -26,7 +26,7 @@ pub use delta_rule::{delta_rule, delta_rule_step};
 pub use dplr::{dplr, dplr_step};
 pub use gated_delta_rule::{gated_delta_rule, gated_delta_rule_step};
 pub use gla::{gla, gla_step};
-pub use glu::glu;
+pub use glu::{glu, self_gated};
 pub use hgrn2::{hgrn2, hgrn2_step};
 pub use kda::{kda, kda_step};
 pub use linear::{block_linear, linear};

@@ -1,7 +1,6 @@
 //! Depth-wise causal convolution over a few tokens, with state.
 
 use burn::Tensor;
-use burn::tensor::activation::silu;
 
 use burn_flex::FlexTensor;
 #[cfg(feature = "cube")]
@@ -10,6 +9,7 @@ use thalweg_kernels::ScanProblem;
 pub use thalweg_kernels::short_conv::Activation as ConvActivation;
 use thalweg_kernels::short_conv::{self as kernel, ConvInputs, ConvProblem};
 
+use super::glu::silu;
 use crate::binding::cpu::{Number, optional, slice, values};
 use crate::binding::{self, Forward, KernelResult, Operation, OutputSpec, operands};
 use crate::check::state_type;

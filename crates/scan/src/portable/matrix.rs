@@ -11,10 +11,9 @@
 
 use burn::Tensor;
 
-use super::SUB_BLOCK;
-use super::decay::{prefix, prefix_exclusive, shift_down, shift_up, suffix_exclusive};
-use super::scores::scores;
-use super::{split, unbind, wy};
+use super::decay::{prefix, prefix_exclusive, suffix_exclusive};
+use super::lower::{Lower, Reads};
+use super::{split, unbind};
 use crate::check::state_type;
 use crate::op::matrix::{Decay, Output, Problem, Write};
 
@@ -77,7 +76,7 @@ fn packed(problem: Problem, bounds: &[usize]) -> Output {
 fn equal_lengths(problem: Problem) -> Output {
     let [batch, time, _, key_dim] = problem.q.dims();
     let [_, _, heads, value_dim] = problem.v.dims();
-    let c = problem.chunk.min(time).next_multiple_of(SUB_BLOCK);
+    let c = problem.chunk.min(time).next_power_of_two();
     let chunks = Chunking { batch, time, heads, n: time.div_ceil(c), c };
     let q = chunks.split(problem.q).mul_scalar(problem.scale);
     let k = chunks.split(problem.k);
@@ -114,10 +113,10 @@ fn equal_lengths(problem: Problem) -> Output {
     // Stage 5: o = (q exp(c)) S + A v + A' u, all chunks at once.
     let mut o = scaled(q.clone(), g.clone().map(prefix)).matmul(states.entering);
     if let Some((k, v)) = additive {
-        o = o + scores(q.clone(), k, g.as_ref()).matmul(v);
+        o = o + Lower::scores(&q, &k, g.as_ref(), Reads::Decayed).apply(&v);
     }
     if let (Some(corrected), Some(u)) = (corrected, states.u) {
-        o = o + scores(q, corrected.keys, g.as_ref()).matmul(u);
+        o = o + Lower::scores(&q, &corrected.keys, g.as_ref(), Reads::Decayed).apply(&u);
     }
     Output { o: chunks.join(o), final_state: states.last.reshape([batch, heads, key_dim, value_dim]) }
 }
@@ -134,9 +133,9 @@ fn delta(k: Tensor<4>, v: Tensor<4>, beta: Tensor<4>, g: Option<&Tensor<4>>) -> 
     let value_dim = v.dims()[3];
     let key_dim = k.dims()[3];
     let beta_k = k.clone() * beta.clone();
-    let lower = scores(beta_k.clone(), k.clone(), g);
+    let lower = Lower::scores(&beta_k, &k, g, Reads::Below);
     let right = Tensor::cat(vec![v * beta, scaled(beta_k, g.cloned().map(prefix)).neg()], 3);
-    let solved = wy::solve(lower, right);
+    let solved = lower.solve(right);
     Corrected {
         keys: k,
         constant: solved.clone().narrow(3, 0, value_dim),
@@ -144,16 +143,14 @@ fn delta(k: Tensor<4>, v: Tensor<4>, beta: Tensor<4>, g: Option<&Tensor<4>>) -> 
     }
 }
 
-/// Low rank: `u_i = S_{i-1}^T a_i`, so row `i` reads with the gates up to token `i - 1`: the scores of
-/// the row above.
+/// Low rank: `u_i = S_{i-1}^T a_i`, so row `i` reads with the gates up to token `i - 1`.
 fn low_rank(a: Tensor<4>, b: Tensor<4>, k: Tensor<4>, v: Tensor<4>, g: Option<&Tensor<4>>) -> Corrected {
     let value_dim = v.dims()[3];
     let key_dim = k.dims()[3];
-    let above = shift_up(a.clone());
-    let lower = shift_down(scores(above.clone(), b.clone(), g)).neg();
-    let values = shift_down(scores(above, k, g)).matmul(v);
+    let lower = Lower::scores(&a.clone().neg(), &b, g, Reads::Before);
+    let values = Lower::scores(&a, &k, g, Reads::Before).apply(&v);
     let right = Tensor::cat(vec![values, scaled(a, g.cloned().map(prefix_exclusive))], 3);
-    let solved = wy::solve(lower, right);
+    let solved = lower.solve(right);
     Corrected {
         keys: b,
         constant: solved.clone().narrow(3, 0, value_dim),

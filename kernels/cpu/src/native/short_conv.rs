@@ -4,7 +4,7 @@
 use super::{
     plan::{Task, each},
     rows::{Aligned, BLOCK, Block, Output, Rows, block, fence, prefetch},
-    simd::{sigmoid, vectorize, widen},
+    simd::{self, silu_with_slope, vectorize, widen},
     tile::Shared,
 };
 use crate::{
@@ -102,7 +102,7 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
                         let mut z = convolve(&taps.weight[j], &taps.bias[j], ring, t);
                         if silu {
                             for z in &mut z {
-                                *z *= sigmoid(*z);
+                                *z = simd::silu(*z).0;
                             }
                         }
                         // Safety: tasks own disjoint rows of disjoint slices.
@@ -142,7 +142,7 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
                 || {
                     if self.problem.activation == Activation::Silu {
                         for z in &mut z {
-                            *z *= sigmoid(*z);
+                            *z = simd::silu(*z).0;
                         }
                     }
                     E::from_f32_slice(&z, y);
@@ -186,8 +186,7 @@ impl<E: Element, const W: usize> Conv<'_, E, W> {
                             if silu {
                                 let z = convolve(&taps.weight[j], &taps.bias[j], ring, t);
                                 for (dz, z) in dz.iter_mut().zip(z) {
-                                    let s = sigmoid(z);
-                                    *dz *= s * (1.0 + z * (1.0 - s));
+                                    *dz *= silu_with_slope(z).1;
                                 }
                             }
                         }

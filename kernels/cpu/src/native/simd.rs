@@ -120,6 +120,21 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
 }
 
+/// `x s(x)` and `s(x)` of the logistic function: 0 and 0 at minus infinity, its limits.
+#[inline(always)]
+pub(crate) fn silu(x: f32) -> (f32, f32) {
+    let s = sigmoid(x);
+    // Of minus infinity times 0 nothing would be left.
+    ((if x < f32::MIN { f32::MIN } else { x }) * s, s)
+}
+
+/// `x s(x)` and its slope, which is 0 at minus infinity and 1 at infinity.
+#[inline(always)]
+pub(crate) fn silu_with_slope(x: f32) -> (f32, f32) {
+    let (value, s) = silu(x);
+    (value, s + x.clamp(f32::MIN, f32::MAX) * s * (1.0 - s))
+}
+
 /// Up to here [`sin_cos`] is accurate; far beyond, what it returns is not even bounded.
 pub(crate) const MAX_ANGLE: f32 = 1e4;
 

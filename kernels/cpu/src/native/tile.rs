@@ -93,6 +93,25 @@ impl Tile {
         self.data_mut().split_at_mut(at)
     }
 
+    /// Whether nothing in rows `0..rows` is infinite or NaN.
+    pub fn is_finite(&self, rows: usize) -> bool {
+        let magnitude = |x: f32| x.abs().to_bits();
+        let mut most = [0; LINE];
+        vectorize(
+            #[inline(always)]
+            || {
+                for i in 0..rows {
+                    let (lines, rest) = self.row(i).as_chunks::<LINE>();
+                    for line in lines {
+                        most.iter_mut().zip(line).for_each(|(m, x)| *m = magnitude(*x).max(*m));
+                    }
+                    most.iter_mut().zip(rest).for_each(|(m, x)| *m = magnitude(*x).max(*m));
+                }
+            },
+        );
+        most.iter().all(|&most| most < f32::INFINITY.to_bits())
+    }
+
     pub fn fill(&mut self, value: f32) {
         self.data_mut().fill(value);
     }

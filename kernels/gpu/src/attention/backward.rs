@@ -10,6 +10,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
 use super::place::{Block, Rows, Sizes, all_see, number_of, sees};
+use super::repair::{repair_keys, repair_queries};
 use crate::tile::{Form, Mode, Sums, Tile, exponential, unit, units};
 use crate::transfer::store;
 
@@ -93,7 +94,7 @@ impl<E: Float> Tiles<E> {
         let out_flight = rows.ask(&x.do_, sizes.value_dim, b.value_cols, b);
         for row in range_stepped(unit(), b.chunk, units()) {
             // Beyond the last query: no weight at all.
-            let (mut lse, mut product) = (f32::new(1e30), f32::new(0.0));
+            let (mut lse, mut product) = (f32::new(f32::MAX), f32::new(0.0));
             if row < rows.count {
                 let at = number_of(rows.first + row, rows.head, sizes);
                 lse = x.lse[at] * comptime!(b.engine.log_scale());
@@ -156,10 +157,12 @@ impl<E: Float> Tiles<E> {
                 let place = self.weights.place(unit, j);
                 let score = self.weights.get(place, j) * factor - self.lse[place.0];
                 let mut weight = exponential(score, b.engine);
+                let mut d_score = weight * (self.d_scores.get(place, j) - self.products[place.0]) * sizes.scale;
                 if comptime!(hide) {
-                    weight = select(sees(queries + place.0, keys + place.1, sizes), weight, f32::new(0.0));
+                    let seen = sees(queries + place.0, keys + place.1, sizes);
+                    weight = select(seen, weight, f32::new(0.0));
+                    d_score = select(seen, d_score, f32::new(0.0));
                 }
-                let d_score = weight * (self.d_scores.get(place, j) - self.products[place.0]) * sizes.scale;
                 self.weights.set(place, j, weight);
                 self.d_scores.set(place, j, d_score);
             }
@@ -207,6 +210,9 @@ pub(crate) fn queries_kernel<I: Float, E: Float, N: Size>(
         sync_cube();
     }
     leave::<I, E, N>(&sum, &mut tiles.queries, dq, &rows, sizes.key_dim, b);
+    sync_cube();
+    let all = Rows { first: block.other, count: block.other_rows, head: kv_head, heads: sizes.kv_heads };
+    repair_queries::<I, N>(q, k, v, x, dq, &rows, &all, block.position, sizes);
 }
 
 /// `dk` and `dv`
@@ -261,6 +267,9 @@ pub(crate) fn keys_kernel<I: Float, E: Float, N: Size>(
     }
     leave::<I, E, N>(&key_sum, &mut tiles.keys, dk, &rows, sizes.key_dim, b);
     leave::<I, E, N>(&value_sum, &mut tiles.values, dv, &rows, sizes.value_dim, b);
+    sync_cube();
+    repair_keys::<I, N>(q, k, v, x, dk, &rows, &block, sizes, false);
+    repair_keys::<I, N>(q, k, v, x, dv, &rows, &block, sizes, true);
 }
 
 /// Writes sums to a tensor, through a tile that nothing reads any more. Synchronises.

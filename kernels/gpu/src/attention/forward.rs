@@ -11,6 +11,7 @@ use cubecl::prelude::*;
 use super::backward::leave;
 use super::blueprint::Blueprint;
 use super::place::{Block, Rows, Sizes, number_of};
+use super::repair::repair_outputs;
 use super::softmax::{Softmax, scale_scores};
 use crate::tile::{Form, Mode, Sums, Tile};
 
@@ -66,4 +67,7 @@ pub(crate) fn forward_kernel<I: Float, E: Float, N: Size>(
     softmax.divide(&mut out, b);
     softmax.leave(&scores, lse, &block, number_of(block.first, head, sizes), b);
     leave::<I, E, N>(&out, &mut values, o, &own, sizes.value_dim, b);
+    sync_cube();
+    let all = Rows { first: block.other, count: block.other_rows, head: kv_head, heads: sizes.kv_heads };
+    repair_outputs::<I, N>(q, k, v, o, &*lse, &own, &all, block.position, sizes);
 }

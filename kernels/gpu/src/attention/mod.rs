@@ -11,6 +11,7 @@ mod backward;
 mod blueprint;
 mod forward;
 mod place;
+mod repair;
 mod softmax;
 
 use crate::Client;
@@ -202,6 +203,7 @@ impl<'a> Launch<'a> {
         let p = self.p;
         let window = p.window.unwrap_or(usize::MAX).min(p.kv_time);
         let (cut, ahead) = (blocks.cut(), p.kv_time - p.time);
-        SizesLaunch::new(cut, ahead, p.time, p.heads, p.kv_heads, p.key_dim, p.value_dim, window, p.scale)
+        let hidden = f32::NEG_INFINITY;
+        SizesLaunch::new(cut, ahead, p.time, p.heads, p.kv_heads, p.key_dim, p.value_dim, window, p.scale, hidden)
     }
 }

@@ -22,6 +22,8 @@ pub(crate) struct Sizes {
     /// Tokens that a query sees, itself among them.
     pub window: usize,
     pub scale: f32,
+    /// Minus infinity, the score of a pair that does not meet. WGSL has no constant for it.
+    pub hidden: f32,
 }
 
 /// A block of queries or of keys of one sequence.
@@ -85,6 +87,17 @@ impl Block {
         let left = self.other_position + self.other_rows - last;
         let end = last + min(sizes.window, left);
         (from / chunk * chunk, max(end, self.other_position) - self.other_position)
+    }
+}
+
+#[cube]
+impl Block {
+    /// Of a block of keys: the rows of the queries that see its key `row`, and the row after the last.
+    pub fn queries_of(&self, row: usize, sizes: &Sizes) -> (usize, usize) {
+        let key = self.position + row;
+        let from = max(key, self.other_position) - self.other_position;
+        let left = self.other_position + self.other_rows - key;
+        (from, max(key + min(sizes.window, left), self.other_position) - self.other_position)
     }
 }
 

@@ -7,9 +7,8 @@ use super::blueprint::Blueprint;
 use super::place::{Block, Sizes, all_see, sees};
 use crate::tile::{Sums, Tile, exp2, exponential, unit};
 
-/// Score of a pair that does not meet: its exponential is 0, but where a row has seen nothing else; then it is taken back by
-/// the first score that is one.
-pub(crate) const HIDDEN: f32 = -1e30;
+/// The largest score of a row that has seen none: no score but minus infinity is below it, and differences from it are numbers.
+pub(crate) const LOWEST: f32 = f32::MIN;
 
 /// Scales products of queries and keys, and hides pairs that do not meet: those of few blocks.
 #[cube]
@@ -38,7 +37,7 @@ fn scale_pairs(
             let place = scores.place(unit, j);
             let mut score = scores.get(place, j) * factor;
             if comptime!(hide) {
-                score = select(sees(queries + place.0, keys + place.1, sizes), score, f32::new(HIDDEN));
+                score = select(sees(queries + place.0, keys + place.1, sizes), score, sizes.hidden);
             }
             scores.set(place, j, score);
         }
@@ -99,11 +98,11 @@ impl Softmax {
         };
         #[unroll]
         for n in 0..own {
-            softmax.own.most[n] = f32::new(HIDDEN);
+            softmax.own.most[n] = f32::new(LOWEST);
             softmax.own.sum[n] = f32::new(0.0);
         }
         if unit() < rows {
-            softmax.most[unit()] = f32::new(HIDDEN);
+            softmax.most[unit()] = f32::new(LOWEST);
             softmax.sum[unit()] = f32::new(0.0);
         }
         softmax
@@ -171,7 +170,7 @@ impl Softmax {
     /// Units take a row and a share of its columns each.
     fn take_shares<E: Float>(&mut self, scores: &Tile<f32>, weights: &mut Tile<E>, #[comptime] b: Blueprint) {
         let (row, share, shares) = (unit() % b.chunk, unit() / b.chunk, comptime!(b.shares()));
-        let mut most = f32::new(HIDDEN);
+        let mut most = f32::new(LOWEST);
         for col in range_stepped(share, b.chunk, shares) {
             most = most.max(scores.get(row, col));
         }

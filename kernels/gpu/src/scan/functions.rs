@@ -97,6 +97,20 @@ pub(crate) fn sigmoid<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
     reciprocal::<N>(all::<N>(1.0) + exp::<N>(-x))
 }
 
+/// `x` as a factor of `sigmoid(x)`, of `1 - sigmoid(x)` or of both: where those are 0, it is not infinite.
+#[cube]
+pub(crate) fn bounded<N: Size>(x: Vector<f32, N>, #[comptime] below: bool, #[comptime] above: bool) -> Vector<f32, N> {
+    let (least, most) = (all::<N>(-1e4), all::<N>(1e4));
+    let mut y = x;
+    if comptime!(below) {
+        y = select_many(y.less_than(&least), least, y);
+    }
+    if comptime!(above) {
+        y = select_many(y.greater_than(&most), most, y);
+    }
+    y
+}
+
 /// `e^x - 1` for `x <= 0` and `power = e^x`: no digit is lost near 0. Taylor's series, whose remainder at -1/2 is 2^-26 of
 /// the value; half of it for what is `short` of digits anyway, at -1/8 off by 2^-19.
 #[cube]

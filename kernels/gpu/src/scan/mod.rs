@@ -4,7 +4,7 @@ mod carry;
 pub mod complex_scan;
 pub mod elementwise_scan;
 mod engine;
-mod functions;
+pub(super) mod functions;
 mod map;
 pub mod rg_lru;
 

@@ -10,6 +10,7 @@
 
 use cubecl::prelude::*;
 
+use crate::scan::functions::bounded;
 use super::SEGMENT;
 use crate::chunks::{Cut, Span};
 use thalweg_kernels::short_conv::Activation;
@@ -229,7 +230,7 @@ pub(super) fn forward_kernel<I: Float, N: Size>(
                 let z = taps.meet(&window, plan);
                 let mut value = z;
                 if comptime!(plan.silu) {
-                    value = z * sigmoid::<N>(z);
+                    value = bounded::<N>(z, true, false) * sigmoid::<N>(z);
                 }
                 let t = segment.first + at - comptime!(width - 1);
                 y[(t * inputs.channels + d) / n] = Vector::cast_from(value);
@@ -303,7 +304,7 @@ pub(super) fn backward_kernel<I: Float, N: Size>(
                 if comptime!(plan.silu) {
                     let z = taps.meet(&window, plan);
                     let (s, one) = (sigmoid::<N>(z), Vector::<f32, N>::new(f32::new(1.0)));
-                    slope = slope * s * (one + z * (one - s));
+                    slope *= s + bounded::<N>(z, true, true) * s * (one - s);
                 }
                 push::<N>(&mut slopes, slope, width);
                 if at - before < segment.tokens {

@@ -6,6 +6,7 @@ mod attention;
 mod attention_check;
 mod matrix;
 mod matrix_check;
+mod nonfinite;
 mod scan;
 mod scan_extremes;
 mod short_conv;

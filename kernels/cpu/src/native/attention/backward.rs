@@ -22,6 +22,8 @@ struct KeyTile {
     k: Tile,
     k_transposed: Tile,
     v_transposed: Tile,
+    /// Whether all of it is.
+    finite: bool,
 }
 
 /// The sums of `dk` and `dv` over a tile.
@@ -40,7 +42,8 @@ pub(crate) fn backward<E: Element>(
     let tiles = pack(p, &all, |token, rows, head| {
         let k = load(k, token, rows, head, p.kv_heads, p.key_dim);
         let v = load(v, token, rows, head, p.kv_heads, p.value_dim);
-        KeyTile { k_transposed: transposed(&k), v_transposed: transposed(&v), k }
+        let finite = k.is_finite(rows) && v.is_finite(rows);
+        KeyTile { k_transposed: transposed(&k), v_transposed: transposed(&v), k, finite }
     });
     let (mut dq, mut dk, mut dv) =
         (vec![E::default(); q.len()], vec![E::default(); k.len()], vec![E::default(); v.len()]);
@@ -125,6 +128,7 @@ impl<E: Element> Task<'_, E> {
         let lse = &self.outputs.lse[first..first + rows];
         let mut mean = [0.0; QUERIES];
         dot_rows(&o, &do_, &mut mean[..rows]);
+        let finite = lse.iter().chain(&mean[..rows]).all(|x| x.is_finite()) && q.is_finite(rows) && do_.is_finite(rows);
         let mut dq = Tile::new(rows, p.key_dim);
         let (mut q_buffer, mut do_buffer) = (Vec::new(), Vec::new());
         let q_rows = Lhs::of(&q, 0, 0).packed(rows, p.key_dim, &mut q_buffer);
@@ -151,8 +155,22 @@ impl<E: Element> Task<'_, E> {
                 let v = Rhs::from((&keys.v_transposed, 0, start)).asking(&ahead);
                 gemm(Mode::Set, products, do_rows.below(row), v, out);
             }
-            part.mask(weights);
+            part.mask(weights, f32::NEG_INFINITY);
+            part.mask(d_scores, 0.0);
             softmax(&part, lse, &mean, weights, d_scores);
+            if !(finite && keys.finite) && !part.all_seen() {
+                // A weight of 0 hides nothing that is not finite: each row meets only what it sees.
+                for row in 0..rows {
+                    let seen = part.seen(row);
+                    for (left, right, sum) in [(&*weights, &do_, &mut *dv), (&*d_scores, &q, &mut *dk)] {
+                        let (size, left) = ([seen.len(), right.cols(), 1], Lhs::transposed(left, row, seen.start));
+                        gemm(Mode::Add, size, left, (right, row, 0), (sum, seen.start, 0));
+                    }
+                    let (size, d_scores) = ([1, p.key_dim, seen.len()], Lhs::of(d_scores, row, seen.start));
+                    gemm(Mode::Add, size, d_scores, (&keys.k, seen.start, 0), (&mut dq, row, 0));
+                }
+                continue;
+            }
             for (cols, row) in part.column_runs() {
                 for (left, right, sum) in [(&*weights, &do_, &mut *dv), (&*d_scores, &q, &mut *dk)] {
                     let (size, left) = ([cols.len(), right.cols(), rows - row], Lhs::transposed(left, row, cols.start));
@@ -182,8 +200,7 @@ fn softmax(part: &Part, lse: &[f32], mean: &[f32], weights: &mut Tile, d_scores:
                 let (lse, mean) = (lse[i], mean[i]);
                 for (w, d) in w.iter_mut().zip(d) {
                     *w = exp(*w - lse);
-                    // Products of what a query does not see may not have been computed, and be anything.
-                    *d = if *w == 0.0 { 0.0 } else { *w * (*d - mean) };
+                    *d = *w * (*d - mean);
                 }
             }
         },

@@ -1,6 +1,6 @@
 //! One block of queries against the tiles of keys that it sees, with a running maximum and sum per row.
 
-use super::{KEYS, Part, QUERIES, Sequence, at, load, pack, scale, transposed};
+use super::{KEYS, Part, QUERIES, Sequence, at, load, origin, pack, scale, transposed};
 use crate::{
     attention::{AttentionOutputs, AttentionProblem},
     element::Element,
@@ -13,9 +13,7 @@ use crate::{
     sequences::Sequences,
 };
 use rayon::prelude::*;
-
-/// Below any score, and finite: a row that has seen nothing yet has no NaN in `exp(max - max)`.
-const NO_SCORE: f32 = -1e30;
+use std::ops::Range;
 
 pub(crate) fn forward<E: Element>(
     p: &AttentionProblem,
@@ -27,7 +25,8 @@ pub(crate) fn forward<E: Element>(
     let all = Sequence::all(p, sequences);
     let tiles = pack(p, &all, |token, rows, head| {
         let keys = load(k, token, rows, head, p.kv_heads, p.key_dim);
-        (transposed(&keys), load(v, token, rows, head, p.kv_heads, p.value_dim))
+        let values = load(v, token, rows, head, p.kv_heads, p.value_dim);
+        KeyTile { k_transposed: transposed(&keys), finite: values.is_finite(rows), v: values }
     });
     let mut o = vec![E::default(); p.batch * p.time * p.heads * p.value_dim];
     let mut lse = vec![0.0; p.batch * p.heads * p.time];
@@ -50,9 +49,9 @@ pub(crate) fn forward<E: Element>(
         while let Some((tile, part)) = parts.next() {
             ahead.clear();
             if let Some(&(next, _)) = parts.peek() {
-                let (keys, values) = &tiles[index(next)];
-                ahead.slice(keys.data());
-                ahead.slice(values.data());
+                let KeyTile { k_transposed, v, .. } = &tiles[index(next)];
+                ahead.slice(k_transposed.data());
+                ahead.slice(v.data());
             }
             state.add(&part, q, &tiles[index(tile)], &ahead);
         }
@@ -66,6 +65,14 @@ pub(crate) fn forward<E: Element>(
         }
     });
     AttentionOutputs { o, lse }
+}
+
+/// A tile of keys and values, as the two products read them.
+struct KeyTile {
+    k_transposed: Tile,
+    v: Tile,
+    /// Whether the values are.
+    finite: bool,
 }
 
 /// The running softmax of a block of queries.
@@ -82,26 +89,34 @@ impl Rows {
         Self {
             scores: Tile::new(rows, KEYS),
             o: Tile::new(rows, value_dim),
-            max: [NO_SCORE; QUERIES],
+            max: [f32::NEG_INFINITY; QUERIES],
             sum: [0.0; QUERIES],
         }
     }
 
     /// Another part of the keys and values for scaled queries.
-    fn add(&mut self, part: &Part, q: Lhs, (keys, values): &(Tile, Tile), ahead: &Ahead) {
-        let (key_dim, value_dim, start) = (keys.rows(), self.o.cols(), part.start);
+    fn add(&mut self, part: &Part, q: Lhs, keys: &KeyTile, ahead: &Ahead) {
+        let (key_dim, start) = (keys.k_transposed.rows(), part.start);
         for (rows, end) in part.runs() {
             let size = [rows.len(), end - start, key_dim];
-            let keys = Rhs::from((keys, 0, start)).asking(ahead);
-            gemm(Mode::Set, size, q.below(rows.start), keys, (&mut self.scores, rows.start, start));
+            let k = Rhs::from((&keys.k_transposed, 0, start)).asking(ahead);
+            gemm(Mode::Set, size, q.below(rows.start), k, (&mut self.scores, rows.start, start));
         }
-        part.mask(&mut self.scores);
+        part.mask(&mut self.scores, f32::NEG_INFINITY);
         self.softmax(part);
-        for (rows, end) in part.runs() {
-            let (size, weights) = ([rows.len(), value_dim, end - start], Lhs::of(&self.scores, rows.start, start));
-            let values = Rhs::from((values, start, 0)).asking(ahead);
-            gemm(Mode::Add, size, weights, values, (&mut self.o, rows.start, 0));
+        if keys.finite || part.all_seen() {
+            part.runs().for_each(|(rows, end)| self.add_values(rows, start..end, &keys.v, ahead));
+        } else {
+            // A weight of 0 does not hide an infinite value: each row meets only what it sees.
+            (0..part.rows()).for_each(|row| self.add_values(row..row + 1, part.seen(row), &keys.v, ahead));
         }
+    }
+
+    /// `o += weights v` for these rows and the keys in these columns.
+    fn add_values(&mut self, rows: Range<usize>, cols: Range<usize>, v: &Tile, ahead: &Ahead) {
+        let (size, weights) = ([rows.len(), v.cols(), cols.len()], Lhs::of(&self.scores, rows.start, cols.start));
+        let values = Rhs::from((v, cols.start, 0)).asking(ahead);
+        gemm(Mode::Add, size, weights, values, (&mut self.o, rows.start, 0));
     }
 
     /// Turns scores into weights relative to the new maximum, and the earlier sums to it.
@@ -119,14 +134,15 @@ impl Rows {
                         }
                     }
                     let max = reduce(lanes, |a, b| if b > a { b } else { a });
+                    let origin = origin(max);
                     let mut sums = [0.0; LINE];
                     for x in row {
                         for (s, x) in sums.iter_mut().zip(x) {
-                            *x = exp(*x - max);
+                            *x = exp(*x - origin);
                             *s += *x;
                         }
                     }
-                    let fade = exp(self.max[i] - max);
+                    let fade = exp(self.max[i] - origin);
                     self.sum[i] = self.sum[i] * fade + reduce(sums, |x, y| x + y);
                     self.max[i] = max;
                     if fade != 1.0 {

@@ -130,13 +130,18 @@ impl<'a> Part<'a> {
         self.start..self.start + self.cols().next_multiple_of(LINE)
     }
 
-    /// Sets the scores of keys that a query does not see to minus infinity.
-    fn mask(&self, scores: &mut Tile) {
+    /// Whether every query of the block sees all of the part.
+    fn all_seen(&self) -> bool {
+        [0, self.rows() - 1].into_iter().all(|row| self.seen(row) == (self.start..self.end))
+    }
+
+    /// Gives the pairs of a query and a key that it does not see this value.
+    fn mask(&self, pairs: &mut Tile, value: f32) {
         for i in 0..self.rows() {
             let Range { start: from, end: to } = self.seen(i);
-            let row = &mut scores.row_mut(i)[..self.padded().end];
-            row[self.start..from].fill(f32::NEG_INFINITY);
-            row[to.max(from)..].fill(f32::NEG_INFINITY);
+            let row = &mut pairs.row_mut(i)[..self.padded().end];
+            row[self.start..from].fill(value);
+            row[to.max(from)..].fill(value);
         }
     }
 }
@@ -184,4 +189,11 @@ fn scale(tile: &mut Tile, factor: f32) {
         #[inline(always)]
         || data.iter_mut().for_each(|x| *x *= factor),
     );
+}
+
+/// What exponents are relative to, where the largest score so far is `max`: 0 as long as that is minus infinity, from which no
+/// difference can be taken.
+#[inline(always)]
+fn origin(max: f32) -> f32 {
+    if max == f32::NEG_INFINITY { 0.0 } else { max }
 }

@@ -1,6 +1,6 @@
 //! One query per sequence against a cache: bound by reading the cache, so plain dot products on its rows.
 
-use super::at;
+use super::{at, origin};
 use crate::native::simd::dot;
 use crate::{
     attention::StepProblem,
@@ -37,7 +37,7 @@ pub(crate) fn step<E: Element>(p: &StepProblem, q: &[E], k: &[E], v: &[E], lengt
     let mut o = Vec::with_capacity(p.batch * p.heads * p.value_dim);
     for runs in partials.chunks(runs) {
         for head in 0..p.heads / p.kv_heads {
-            let max = runs.iter().map(|run| run[head].0).fold(f32::NEG_INFINITY, f32::max);
+            let max = origin(runs.iter().map(|run| run[head].0).fold(f32::NEG_INFINITY, f32::max));
             let (mut sum, mut row) = (0.0, vec![0.0; p.value_dim]);
             for (m, s, values) in runs.iter().map(|run| &run[head]) {
                 let weight = exp(m - max);
@@ -62,7 +62,7 @@ fn attend<E: Element>(
     let group = p.heads / p.kv_heads;
     let mut queries = Tile::new(group, p.key_dim);
     queries.load(q, Rows { offset: (n * p.heads + kv_head * group) * p.key_dim, stride: p.key_dim }, group);
-    let mut out = vec![(-1e30, 0.0, vec![0.0; p.value_dim]); group];
+    let mut out = vec![(f32::NEG_INFINITY, 0.0, vec![0.0; p.value_dim]); group];
     let (mut keys, mut values) = (Tile::new(TOKENS, p.key_dim), Tile::new(TOKENS, p.value_dim));
     for from in slots.clone().step_by(TOKENS) {
         let rows = TOKENS.min(slots.end - from);
@@ -78,9 +78,10 @@ fn attend<E: Element>(
                         *score = p.scale * dot(queries.row(i), keys.row(j));
                     }
                     let new_max = scores.iter().fold(*max, |a, &b| if b > a { b } else { a });
-                    let fade = exp(*max - new_max);
+                    let origin = origin(new_max);
+                    let fade = exp(*max - origin);
                     for score in &mut scores {
-                        *score = exp(*score - new_max);
+                        *score = exp(*score - origin);
                     }
                     *sum = *sum * fade + scores.iter().sum::<f32>();
                     *max = new_max;

@@ -9,9 +9,10 @@ use super::super::ahead::Ahead;
 use super::super::gemm::{Lhs, Mode, Rhs, gemm};
 use super::super::rows::{Output, Rows as Sink, fence};
 use super::super::simd::vectorize;
-use super::super::tile::{Rows, Shared, Tile};
+use super::super::tile::{Shared, Tile};
 use super::chunk::{Chunk, Layout, Place, Rule};
 use super::decay::{Decay, Reads};
+use super::key_gradient::{KeyGradient, Target};
 use super::lower;
 use super::rows::{add_rows, dot_rows, scale_rows};
 use crate::element::Element;
@@ -51,9 +52,22 @@ pub(crate) fn backward<E: Element, D: Decay>(
     let (mut dq, mut dk) = (KeyGradient::new(layout, true), KeyGradient::new(layout, true));
     let (mut da, mut db) = (KeyGradient::new(layout, low), KeyGradient::new(layout, low));
     {
-        let (dq, dk, da, db) = (dq.target(), dk.target(), da.target(), db.target());
-        let (dv, dg) = (dv.rows(), Shared::new(&mut dg));
-        let (dbeta, dh0) = (Shared::new(&mut dbeta), Shared::new(&mut dh0));
+        let dh0 = Shared::new(&mut dh0);
+        let pass = Pass {
+            layout,
+            rule,
+            x,
+            decay,
+            do_: cotangents.o,
+            chunk_states,
+            dq: dq.target(),
+            dk: dk.target(),
+            da: da.target(),
+            db: db.target(),
+            dv: dv.rows(),
+            dg: (Shared::new(&mut dg), gate_len),
+            dbeta: (Shared::new(&mut dbeta), beta_len),
+        };
         let work = || Work::new(layout, rule, decay.sums(p.chunk, p.key_dim));
         (0..layout.tasks()).into_par_iter().for_each_init(work, |w, task| {
             let walk = layout.walk(task);
@@ -62,52 +76,18 @@ pub(crate) fn backward<E: Element, D: Decay>(
                 Some(d) => w.dstate.load(d, layout.state(walk[0]), p.key_dim),
                 None => w.dstate.fill(0.0),
             }
-            let mut constant = 0.0f64;
+            w.constant = 0.0;
             for (i, &at) in walk.iter().enumerate().rev() {
                 w.state.load(chunk_states, layout.chunk_state(at), p.key_dim);
-                w.chunk.load(layout, x, decay, &mut w.sums, at);
-                w.do_.load(cotangents.o, layout.value(at), at.rows);
-                w.chunk.ahead.clear();
-                if i > 0 {
-                    let next = walk[i - 1];
-                    w.chunk.ahead.rows(chunk_states, layout.chunk_state(next), p.key_dim, layout.width());
-                    w.chunk.ask_for(layout, x, next);
-                    w.chunk.ahead.rows(cotangents.o, layout.value(next), next.rows, layout.width());
-                }
-                w.run(rule, decay, at.rows);
-
-                // Safety (here and below): a task writes only the rows of its own tokens, head and block.
-                let row = |i: usize| (at.token + i) * p.value_heads + value_head;
-                if gated {
-                    decay.gate_gradient(&mut w.sums, &mut |i, gradient| match x.gate {
-                        Gate::Constant(_) => constant += gradient[0] as f64,
-                        _ => {
-                            let offset = block * gate_len + row(i) * gradient.len();
-                            unsafe { dg.slice_mut(offset, gradient.len()) }.copy_from_slice(gradient);
-                        }
-                    });
-                }
-                if delta {
-                    for (i, &b) in w.dbeta[..at.rows].iter().enumerate() {
-                        unsafe { dbeta.slice_mut(block * beta_len + row(i), 1)[0] = b };
-                    }
-                }
-                w.dv.put(&dv, layout.value(at), at.rows);
-                w.finish(rule, at.rows, p.scale);
-                dq.store(&w.q_left, at);
-                dk.store(&w.k_right, at);
-                if low {
-                    da.store(&w.a_left, at);
-                    db.store(&w.b_right, at);
-                }
+                pass.run(w, at, i.checked_sub(1).map(|i| walk[i]));
             }
             if x.initial_state.is_some() {
                 w.dstate.store(&dh0, layout.state(walk[0]), p.key_dim);
             }
             if let Gate::Constant(_) = x.gate {
-                unsafe {
-                    dg.slice_mut(block * gate_len + sequence * p.value_heads + value_head, 1)[0] = constant as f32
-                };
+                let (dg, each) = &pass.dg;
+                // Safety: as in `Pass::store`.
+                unsafe { dg.slice_mut(block * each + sequence * p.value_heads + value_head, 1)[0] = w.constant as f32 };
             }
             fence();
         });
@@ -127,6 +107,99 @@ pub(crate) fn backward<E: Element, D: Decay>(
         da: low.then(|| unsafe { da.finish() }),
         db: low.then(|| unsafe { db.finish() }),
         d_initial_state: x.initial_state.map(|_| dh0),
+    }
+}
+
+/// What the chunks of all tasks have in common.
+struct Pass<'a, E, D> {
+    layout: Layout<'a>,
+    rule: Rule,
+    x: &'a MatrixInputs<'a, E>,
+    decay: &'a D,
+    do_: &'a [E],
+    chunk_states: &'a [f32],
+    dq: Target<E>,
+    dk: Target<E>,
+    da: Target<E>,
+    db: Target<E>,
+    dv: Sink<E>,
+    /// Parts by value block, and the length of each.
+    dg: (Shared<f32>, usize),
+    dbeta: (Shared<f32>, usize),
+}
+
+impl<E: Element, D: Decay> Pass<'_, E, D> {
+    /// One chunk: its gradients, and from `dstate` of the state after it to that of the state before it, which is in `state`.
+    fn run(&self, w: &mut Work<D::Sums>, at: Place, next: Option<Place>) {
+        let Self { layout, rule, x, decay, do_, chunk_states, .. } = *self;
+        let p = layout.p;
+        w.chunk.load(layout, x, decay, &mut w.sums, at);
+        w.do_.load(do_, layout.value(at), at.rows);
+        w.chunk.ahead.clear();
+        if let Some(next) = next {
+            w.chunk.ahead.rows(chunk_states, layout.chunk_state(next), p.key_dim, layout.width());
+            w.chunk.ask_for(layout, x, next);
+            w.chunk.ahead.rows(do_, layout.value(next), next.rows, layout.width());
+        }
+        w.run(rule, decay, at.rows);
+        w.finish(rule, at.rows, p.scale);
+        if at.rows > 1 && !w.is_finite(rule, at.rows) {
+            self.token_by_token(w, at);
+        } else {
+            self.store(w, at);
+        }
+    }
+
+    /// A chunk again, as chunks of one token each.
+    fn token_by_token(&self, w: &mut Work<D::Sums>, at: Place) {
+        let Self { layout, rule, x, decay, .. } = *self;
+        // As it was before the chunk.
+        w.dstate.transpose_from(&w.dstate_t, layout.width());
+        w.chunk.ahead.clear();
+        let mut state = w.state.clone();
+        let states: Vec<_> = at
+            .tokens()
+            .map(|token| {
+                let before = state.clone();
+                w.chunk.load(layout, x, decay, &mut w.sums, token);
+                w.chunk.solve(rule, decay, &mut w.sums, 1, &state);
+                w.chunk.update_state(rule, decay, &w.sums, 1, &mut state);
+                before
+            })
+            .collect();
+        for (token, state) in at.tokens().zip(states).rev() {
+            w.state = state;
+            self.run(w, token, None);
+        }
+    }
+
+    fn store(&self, w: &mut Work<D::Sums>, at: Place) {
+        let (p, gate) = (self.layout.p, self.x.gate);
+        // Safety (here and below): a task writes only the rows of its own tokens, head and block.
+        let row = |i: usize| (at.token + i) * p.value_heads + at.value_head;
+        if !matches!(gate, Gate::None) {
+            let (dg, each) = &self.dg;
+            self.decay.gate_gradient(&mut w.sums, &mut |i, gradient| match gate {
+                Gate::Constant(_) => w.constant += gradient[0] as f64,
+                _ => {
+                    let offset = at.block * each + row(i) * gradient.len();
+                    unsafe { dg.slice_mut(offset, gradient.len()) }.copy_from_slice(gradient);
+                }
+            });
+        }
+        if self.rule == Rule::Delta {
+            let (dbeta, each) = &self.dbeta;
+            for (i, &b) in w.dbeta[..at.rows].iter().enumerate() {
+                unsafe { dbeta.slice_mut(at.block * each + row(i), 1)[0] = b };
+            }
+        }
+        w.dv.put(&self.dv, self.layout.value(at), at.rows);
+        self.dq.store(&w.q_left, at);
+        self.dk.store(&w.k_right, at);
+        if self.rule == Rule::LowRank {
+            self.da.store(&w.a_left, at);
+            self.db.store(&w.b_right, at);
+        }
     }
 }
 
@@ -159,6 +232,8 @@ struct Work<S> {
     b_right: Tile,
     b_end: Tile,
     dbeta: Vec<f32>,
+    /// Of the head's one gate, over the tokens so far.
+    constant: f64,
     diagonal_k: Vec<f32>,
     diagonal_b: Vec<f32>,
     /// Gradients of the scores `P_a,k` and `P_a,b` of neighbours, between which no decay lies either.
@@ -202,12 +277,19 @@ impl<S> Work<S> {
             b_right: keys(low),
             b_end: keys(low),
             dbeta: vec![0.0; c],
+            constant: 0.0,
             diagonal_k: vec![0.0; c],
             diagonal_b: vec![0.0; c],
             next_k: vec![0.0; c],
             next_b: vec![0.0; c],
             s: Scratch { unscaled: keys(true), key_out: keys(true), value_t: Tile::new(width, c), dp: Tile::new(c, c) },
         }
+    }
+
+    /// Whether the gradients of the chunk's tensors are; then so are those of its gates.
+    fn is_finite(&self, rule: Rule, rows: usize) -> bool {
+        let of_all = [&self.q_left, &self.k_right, &self.dv].iter().all(|tile| tile.is_finite(rows));
+        of_all && (rule != Rule::LowRank || (self.a_left.is_finite(rows) && self.b_right.is_finite(rows)))
     }
 
     /// From `do` and `dstate` (of the state that leaves the chunk) to the gradients by role, and `dstate` of the state
@@ -300,7 +382,9 @@ impl<S> Work<S> {
             }
             decay.scores_backward(sums, &mut s.dp, (&c.a, Reads::Before), key, a_left, right);
         }
-        lower::apply_transposed(Mode::Add, rows, &c.p_feed, du, dv);
+        if rows > 1 {
+            lower::apply_transposed(Mode::Add, rows, &c.p_feed, du, dv);
+        }
         let (k_dim, v_dim) = (dstate.rows(), dstate.cols());
         gemm(Mode::Set, [rows, k_dim, v_dim], Lhs::of(du, 0, 0), (&*state_t, 0, 0), (&mut s.unscaled, 0, 0));
         decay.scale_from_start(sums, Reads::Before, Mode::Add, &s.unscaled, a_left);
@@ -392,77 +476,5 @@ struct Key<'a> {
 fn clear_from_diagonal(rows: usize, p: &mut Tile) {
     for i in 0..rows {
         p.row_mut(i)[i..].fill(0.0);
-    }
-}
-
-/// Gradient of a tensor with query/key heads, to which several value heads and blocks contribute: each its own part,
-/// then summed in order.
-enum KeyGradient<E> {
-    Whole { gradient: Output<E>, heads: usize },
-    Parts { parts: Output<f32>, heads: usize, blocks: usize, key_dim: usize, group: usize },
-}
-
-enum Target<E> {
-    Whole { out: Sink<E>, heads: usize },
-    Parts { out: Sink<f32>, heads: usize, blocks: usize },
-}
-
-impl<E: Element> KeyGradient<E> {
-    fn new(layout: Layout, used: bool) -> Self {
-        let (p, blocks) = (layout.p, layout.blocks);
-        let tokens = if used { p.batch * p.time } else { 0 };
-        let MatrixProblem { value_heads: heads, key_dim, .. } = *p;
-        if p.heads == heads * blocks {
-            KeyGradient::Whole { gradient: Output::new(tokens * heads * key_dim, Vec::new()), heads }
-        } else {
-            let parts = Output::new(tokens * heads * blocks * key_dim, Vec::new());
-            let group = heads * blocks / p.heads;
-            KeyGradient::Parts { parts, heads, blocks, key_dim, group }
-        }
-    }
-
-    fn target(&mut self) -> Target<E> {
-        match self {
-            KeyGradient::Whole { gradient, heads, .. } => Target::Whole { out: gradient.rows(), heads: *heads },
-            KeyGradient::Parts { parts, heads, blocks, .. } => {
-                Target::Parts { out: parts.rows(), heads: *heads, blocks: *blocks }
-            }
-        }
-    }
-
-    /// # Safety
-    /// Every row has been stored.
-    unsafe fn finish(self) -> Vec<E> {
-        match self {
-            // Safety: see above.
-            KeyGradient::Whole { gradient, .. } => unsafe { gradient.finish() },
-            KeyGradient::Parts { parts, key_dim, group, .. } => {
-                // Safety: see above.
-                let parts = unsafe { parts.finish() };
-                let mut out = vec![E::default(); parts.len() / group];
-                let sum = |(out, parts): (&mut [E], &[f32])| {
-                    for (i, o) in out.iter_mut().enumerate() {
-                        *o = E::from_f32(parts.iter().skip(i).step_by(key_dim).sum());
-                    }
-                };
-                out.par_chunks_mut(key_dim).zip(parts.par_chunks(key_dim * group)).for_each(sum);
-                out
-            }
-        }
-    }
-}
-
-impl<E: Element> Target<E> {
-    fn store(&self, tile: &Tile, at: Place) {
-        let rows = |heads: usize, head: usize| {
-            let stride = heads * tile.cols();
-            Rows { offset: at.token * stride + head * tile.cols(), stride }
-        };
-        match self {
-            Target::Whole { out, heads } => tile.put(out, rows(*heads, at.value_head), at.rows),
-            Target::Parts { out, heads, blocks } => {
-                tile.put(out, rows(heads * blocks, at.value_head * blocks + at.block), at.rows);
-            }
-        }
     }
 }

@@ -24,6 +24,14 @@ pub(crate) struct Place {
     pub chunk: usize,
 }
 
+impl Place {
+    /// Its tokens, each a chunk of its own: without a pair of tokens that must not meet. In a longer chunk such a pair's score
+    /// is 0, and what is infinite or NaN would reach other tokens through it.
+    pub fn tokens(self) -> impl ExactSizeIterator<Item = Place> + DoubleEndedIterator {
+        (0..self.rows).map(move |i| Place { token: self.token + i, rows: 1, ..self })
+    }
+}
+
 /// How a problem is cut into tasks, and where each finds its data. A task walks the chunks of one sequence for one value
 /// head or, where those are fewer than the threads, for a block of its value features: the columns of a state do not
 /// depend on each other.
@@ -252,7 +260,10 @@ impl Chunk {
                 let (a, s) = (Lhs::of(&self.read_in, 0, 0), Rhs::from((state, 0, 0)).asking(&self.ahead));
                 gemm(Mode::Set, [rows, v_dim, k_dim], a, s, (&mut self.u, 0, 0));
                 decay.scores(sums, (&self.a, Reads::Before), &self.k, false, &mut self.p_feed);
-                lower::apply(Mode::Add, rows, &self.p_feed, &self.v, &mut self.u);
+                // A token alone has no pair, and its zero would hide nothing.
+                if rows > 1 {
+                    lower::apply(Mode::Add, rows, &self.p_feed, &self.v, &mut self.u);
+                }
                 decay.scores(sums, (&self.a, Reads::Before), &self.b, false, &mut self.p_solve);
                 negate(rows, &self.p_solve, &mut self.system);
                 lower::solve(rows, &self.system, &mut self.u);

@@ -1,9 +1,9 @@
 //! The forward pass.
 
 use super::super::gemm::{Lhs, Mode, Rhs, gemm};
-use super::super::rows::{Output, fence};
+use super::super::rows::{Output, Rows, fence};
 use super::super::tile::{Shared, Tile};
-use super::chunk::{Chunk, Layout, Rule};
+use super::chunk::{Chunk, Layout, Place, Rule};
 use super::decay::{Decay, Reads};
 use super::{chunk_count, lower};
 use crate::element::Element;
@@ -38,6 +38,7 @@ pub(crate) fn forward<E: Element, D: Decay>(
     let mut chunk_states = Output::<f32>::new(kept, Vec::new());
     {
         let (o, final_state, chunk_states) = (o.rows(), Shared::new(&mut final_state), chunk_states.rows());
+        let pass = Pass { layout, rule, x, decay, o };
         let work = || Work {
             chunk: Chunk::new(layout, rule),
             sums: decay.sums(p.chunk, p.key_dim),
@@ -54,15 +55,7 @@ pub(crate) fn forward<E: Element, D: Decay>(
                 if keep == KeepStates::Yes {
                     w.state.put(&chunk_states, layout.chunk_state(at), p.key_dim);
                 }
-                w.chunk.load(layout, x, decay, &mut w.sums, at);
-                w.chunk.ahead.clear();
-                if let Some(&next) = walk.get(i + 1) {
-                    w.chunk.ask_for(layout, x, next);
-                }
-                w.chunk.solve(rule, decay, &mut w.sums, at.rows, &w.state);
-                output(&mut w.chunk, rule, decay, &mut w.sums, at.rows, &w.state, &mut w.o);
-                w.chunk.update_state(rule, decay, &w.sums, at.rows, &mut w.state);
-                w.o.put(&o, layout.value(at), at.rows);
+                pass.run(w, at, walk.get(i + 1).copied());
             }
             w.state.store(&final_state, layout.state(walk[0]), p.key_dim);
             fence();
@@ -71,6 +64,34 @@ pub(crate) fn forward<E: Element, D: Decay>(
     // Safety: the tasks cover every token, chunk, head and value block.
     let (o, chunk_states) = unsafe { (o.finish(), chunk_states.finish()) };
     MatrixOutputs { o, final_state, chunk_states: (keep == KeepStates::Yes).then_some(chunk_states) }
+}
+
+/// What the chunks of all tasks have in common.
+struct Pass<'a, E, D> {
+    layout: Layout<'a>,
+    rule: Rule,
+    x: &'a MatrixInputs<'a, E>,
+    decay: &'a D,
+    o: Rows<E>,
+}
+
+impl<E: Element, D: Decay> Pass<'_, E, D> {
+    /// One chunk: its outputs, and from the state before it to the state after it.
+    fn run(&self, w: &mut Work<D::Sums>, at: Place, next: Option<Place>) {
+        let Self { layout, rule, x, decay, ref o } = *self;
+        w.chunk.load(layout, x, decay, &mut w.sums, at);
+        w.chunk.ahead.clear();
+        if let Some(next) = next {
+            w.chunk.ask_for(layout, x, next);
+        }
+        w.chunk.solve(rule, decay, &mut w.sums, at.rows, &w.state);
+        output(&mut w.chunk, rule, decay, &mut w.sums, at.rows, &w.state, &mut w.o);
+        if at.rows > 1 && !w.o.is_finite(at.rows) {
+            return at.tokens().for_each(|token| self.run(w, token, None));
+        }
+        w.chunk.update_state(rule, decay, &w.sums, at.rows, &mut w.state);
+        w.o.put(o, layout.value(at), at.rows);
+    }
 }
 
 /// `o = (q e^c) S + sum over writes of tril(P_q,key) value`.

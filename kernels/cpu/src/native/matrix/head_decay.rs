@@ -125,6 +125,10 @@ impl Decay for HeadDecay<'_> {
         dx: &mut Tile,
         dy: &mut Tile,
     ) {
+        // A token alone has no pair, and its zero would hide nothing.
+        if s.rows < 2 {
+            return;
+        }
         multiply_lower(s, reads, false, dp);
         lower::apply(Mode::Add, s.rows, dp, y, dx);
         lower::apply_transposed(Mode::Add, s.rows, dp, x, dy);

@@ -16,6 +16,7 @@ mod decay;
 mod forward;
 mod head_decay;
 mod key_decay;
+mod key_gradient;
 mod lower;
 pub(super) mod rows;
 mod step;
