@@ -17,7 +17,7 @@ use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::retnet::{Retnet, RetnetConfig, RetnetState};
 use crate::rg_lru::{RgLruBlock, RgLruConfig, RgLruState};
 use crate::state::SavedState;
-use crate::{ConfigError, Error, LayerState};
+use crate::{ConfigError, Error, LayerState, StateSpec};
 
 /// Makes the three enums from one list of mixers.
 macro_rules! mixers {
@@ -44,6 +44,9 @@ macro_rules! mixers {
         }
 
         impl MixerConfig {
+            /// The names of all mixers, as `type` in a config file.
+            pub const KINDS: &[&str] = &[$(<$state as LayerState>::KIND,)+];
+
             /// The name of the mixer, as `type` in a config file.
             pub fn kind(&self) -> &'static str {
                 match self {
@@ -59,7 +62,7 @@ macro_rules! mixers {
                 $(if kind == <$state as LayerState>::KIND {
                     return Ok(Self::$variant($config::default()));
                 })+
-                let known = [$(<$state as LayerState>::KIND,)+].join(", ");
+                let known = Self::KINDS.join(", ");
                 Err(ConfigError::new("type", format!("no mixer `{kind}`; there are {known}")))
             }
 
@@ -89,6 +92,27 @@ macro_rules! mixers {
             pub fn kind(&self) -> &'static str {
                 match self {
                     $(Self::$variant(_) => <$state as LayerState>::KIND,)+
+                }
+            }
+
+            /// Checks that `state` was made by this layer and is whole.
+            ///
+            /// # Errors
+            /// Names the layer and the kind, or the first option, tensor or counters that differ.
+            pub fn check_state(&self, state: &MixerState) -> Result<(), Error> {
+                match (self, state) {
+                    $((Self::$variant(layer), MixerState::$variant(state)) => layer.state_spec().check(state),)+
+                    (_, other) => Err(self.wrong_kind(other)),
+                }
+            }
+
+            /// See [`SequenceMixer::load_state`].
+            ///
+            /// # Errors
+            /// As [`MixerState::from_bytes`], and if the state was made for another layer.
+            pub fn load_state(&self, bytes: &[u8], device: &Device) -> Result<MixerState, Error> {
+                match self {
+                    $(Self::$variant(layer) => layer.load_state(bytes, device).map(MixerState::$variant),)+
                 }
             }
 
@@ -150,6 +174,20 @@ macro_rules! mixers {
                 }
             }
 
+            /// See [`LayerState::spec`].
+            pub fn spec(&self) -> &StateSpec {
+                match self {
+                    $(Self::$variant(state) => state.spec(),)+
+                }
+            }
+
+            /// See [`LayerState::positions`].
+            pub fn positions(&self) -> Option<Vec<usize>> {
+                match self {
+                    $(Self::$variant(state) => state.positions(),)+
+                }
+            }
+
             /// See [`LayerState::snapshot`].
             #[must_use]
             pub fn snapshot(&self) -> Self {
@@ -165,8 +203,11 @@ macro_rules! mixers {
             /// See [`LayerState::rollback`].
             ///
             /// # Errors
-            /// If the snapshot is of another kind of mixer; the state then stays as it was.
+            /// If the snapshot is of another mixer; the state then stays as it was.
             pub fn rollback(&mut self, snapshot: &Self) -> Result<(), Error> {
+                if self.kind() == snapshot.kind() {
+                    self.spec().check_origin(snapshot.spec())?;
+                }
                 match (self, snapshot) {
                     $((Self::$variant(state), Self::$variant(snapshot)) => state.rollback(snapshot),)+
                     (state, snapshot) => return Err(Error::StateKind {
@@ -213,7 +254,7 @@ macro_rules! mixers {
             /// Reads what [`to_bytes`](Self::to_bytes) wrote, of whatever kind it is.
             ///
             /// # Errors
-            /// If the bytes are truncated, are of another version or of an unknown kind, or lack a part.
+            /// As [`LayerState::from_bytes`], and if the kind is unknown.
             pub fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self, Error> {
                 match SavedState::parse(bytes, device)?.kind() {
                     $(<$state as LayerState>::KIND => {

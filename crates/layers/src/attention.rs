@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use thalweg_scan::{GluActivation, attention, attention_step};
 
-use crate::error::{divide, even, positive, positive_number, shape_error};
+use crate::error::{divide, even, positive, positive_number};
 use crate::gated::gated;
 use crate::heads::{merge, split, token};
 use crate::init::linear;
@@ -16,7 +16,7 @@ use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{RmsNorm, RmsNormConfig};
 use crate::projection::Projection;
 use crate::rotary::{Positions, Rotary};
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Options of [`Attention`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -117,6 +117,11 @@ impl MixerOptions for AttentionConfig {
         let norm = || {
             RmsNormConfig::new(head_dim).with_eps(site.norm_eps).with_unit_offset(self.norm_unit_offset).init(device)
         };
+        let spec = StateSpec::new::<AttentionState>(self, site)
+            .option("num_kv_heads", kv_heads)
+            .option("head_dim", head_dim)
+            .cache(self.window, [kv_heads, head_dim])
+            .positions();
         Ok(Attention {
             q_proj: project(if self.output_gate { 2 * queries } else { queries }),
             k_proj: project(kv_heads * head_dim),
@@ -127,7 +132,7 @@ impl MixerOptions for AttentionConfig {
             rotary: (rotary > 0).then(|| Rotary::new(rotary, self.rope_theta)),
             output_gate: self.output_gate,
             window: self.window,
-            hidden_size: hidden,
+            spec,
             heads: self.num_heads,
             kv_heads,
             head_dim,
@@ -155,7 +160,8 @@ pub struct Attention {
     rotary: Option<Rotary>,
     output_gate: bool,
     window: Option<usize>,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -215,7 +221,7 @@ impl Attention {
         let options = context.attention_options(self.window);
         let o = attention(p.q.clone(), k.clone(), v.clone(), options)?;
         let seen = positions.after().first().copied().unwrap_or(0);
-        Ok((o, AttentionState::of_tokens(k, v, seen, self.window)))
+        Ok((o, AttentionState::of_tokens(k, v, seen, self.window, self.spec.clone())))
     }
 
     /// Sequence by sequence, for packed or unequally long ones that go on from a cache.
@@ -239,28 +245,22 @@ impl Attention {
                 v = Tensor::cat(vec![past_v, v], 1);
             }
             outputs.push(attention(own(&p.q), k.clone(), v.clone(), options.clone())?);
-            caches.push(AttentionState::of_tokens(k, v, seen, self.window));
+            caches.push(AttentionState::of_tokens(k, v, seen, self.window, self.spec.clone()));
         }
         let axis = if context.cu_seqlens.is_some() { 1 } else { 0 };
-        Ok((Tensor::cat(outputs, axis), AttentionState::stack(caches)))
-    }
-
-    fn check_state(&self, state: &AttentionState) -> Result<(), Error> {
-        let dims = state.k.dims();
-        let rows = if state.packed.is_empty() { state.positions.len() } else { 1 };
-        if dims[0] != rows || dims[2..] != [self.kv_heads, self.head_dim] || state.v.dims() != dims {
-            let expected = format!("[{rows}, slots, {}, {}]", self.kv_heads, self.head_dim);
-            return Err(shape_error("state.k", &dims, expected));
-        }
-        Ok(())
+        Ok((Tensor::cat(outputs, axis), AttentionState::stack(caches, self.spec.clone())))
     }
 }
 
 impl SequenceMixer for Attention {
     type State = AttentionState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> AttentionState {
-        AttentionState::empty(batch, self.kv_heads, self.head_dim, self.window, device)
+        AttentionState::empty(batch, self.kv_heads, self.head_dim, self.window, self.spec.clone(), device)
     }
 
     fn forward(
@@ -269,21 +269,19 @@ impl SequenceMixer for Attention {
         state: Option<AttentionState>,
         context: &Context,
     ) -> Result<(Tensor<3>, AttentionState), Error> {
-        context.check_input(&x, self.hidden_size)?;
-        if let Some(state) = &state {
-            self.check_state(state)?;
-        }
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let seen = state.as_ref().map(|state| state.positions.clone());
         let positions = Positions::of_forward(&x, seen, context)?;
         let mut p = self.project(x, &positions);
         let gate = p.gate.take();
+        let state = state.map(|state| state.of_type(p.k.dtype())).transpose()?;
         let (o, state) = match (state, &context.cu_seqlens) {
             (None, Some(cu_seqlens)) => {
                 let mut options = context.attention_options(self.window);
                 options.cu_seqlens = Some(cu_seqlens.clone());
                 let o = attention(p.q, p.k.clone(), p.v.clone(), options)?;
-                let state = AttentionState { k: p.k, v: p.v, positions: positions.after(), packed: cu_seqlens.clone() };
-                (o, state)
+                let (positions, packed) = (positions.after(), cu_seqlens.clone());
+                (o, AttentionState { k: p.k, v: p.v, positions, packed, spec: self.spec.clone() })
             }
             (None, None) => self.together(&p, None, &positions, context)?,
             (Some(state), None) if positions.aligned() => {
@@ -302,12 +300,11 @@ impl SequenceMixer for Attention {
         context: &Context,
     ) -> Result<(Tensor<2>, AttentionState), Error> {
         let x = x.unsqueeze_dim(1);
-        let context = context.of_step();
-        context.check_input(&x, self.hidden_size)?;
-        self.check_state(&state)?;
-        let positions = Positions::of_forward(&x, Some(state.positions.clone()), &context)?;
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let positions = Positions::of_forward(&x, Some(state.positions.clone()), context)?;
         let p = self.project(x, &positions);
-        let state = state.into_rows(self.window).push(p.k, p.v, self.window);
+        let state = state.of_type(p.k.dtype())?.into_rows(self.window).push(p.k, p.v, self.window);
         let options = || context.attention_options(self.window);
         let q: Tensor<3> = token(p.q);
         let o = if aligned(&state.positions) {

@@ -15,7 +15,7 @@ use crate::norm::{GatedRmsNorm, OutputGate};
 use crate::projection::Projection;
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Options of [`DeltaNet`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -78,6 +78,9 @@ impl MixerOptions for DeltaNetConfig {
         let project = |output| linear(hidden, output, false, std, device);
         let (keys, values) = (self.num_heads * key_dim, self.num_heads * value_dim);
         let conv = || QkvConv::new([keys, keys, values], self.conv_size, device);
+        let spec = StateSpec::new::<DeltaNetState>(self, site)
+            .recurrent("s", [self.num_heads, key_dim, value_dim])
+            .qkv_conv(self.use_short_conv, [keys, keys, values], self.conv_size);
         Ok(DeltaNet {
             q_proj: project(keys),
             k_proj: project(keys),
@@ -87,7 +90,7 @@ impl MixerOptions for DeltaNetConfig {
             o_proj: linear(values, hidden, false, std, device),
             conv: self.use_short_conv.then(conv),
             norm: GatedRmsNorm::new(value_dim, site.norm_eps, OutputGate::Silu, device),
-            hidden_size: hidden,
+            spec,
             heads: self.num_heads,
             key_dim,
             value_dim,
@@ -116,7 +119,8 @@ pub struct DeltaNet {
     pub conv: Option<QkvConv>,
     /// Norm over a head, with the output gate if there is one.
     pub norm: GatedRmsNorm,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
     heads: usize,
     key_dim: usize,
     value_dim: usize,
@@ -130,6 +134,8 @@ pub struct DeltaNetState {
     pub s: Tensor<4>,
     /// Of the convolutions, if the layer has them.
     pub conv: Option<QkvConvState>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(DeltaNetState as "delta_net" { s, conv });
 
@@ -140,7 +146,6 @@ impl DeltaNet {
         conv: Option<QkvConvState>,
         context: &Context,
     ) -> Result<([Tensor<4>; 3], Tensor<3>, Option<QkvConvState>), Error> {
-        context.check_input(x, self.hidden_size)?;
         let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let (qkv, conv) = convolve(self.conv.as_ref(), qkv, conv, true, context)?;
         let beta = sigmoid(full_precision(self.b_proj.project(x.clone()))) * self.beta_scale;
@@ -159,10 +164,15 @@ impl DeltaNet {
 impl SequenceMixer for DeltaNet {
     type State = DeltaNetState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> DeltaNetState {
         DeltaNetState {
             s: Tensor::zeros([batch, self.heads, self.key_dim, self.value_dim], device),
             conv: self.conv.as_ref().map(|c| c.initial_state(batch, device)),
+            spec: self.spec.clone(),
         }
     }
 
@@ -172,21 +182,24 @@ impl SequenceMixer for DeltaNet {
         state: Option<DeltaNetState>,
         context: &Context,
     ) -> Result<(Tensor<3>, DeltaNetState), Error> {
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let (s, conv) = state.map_or((None, None), |state| (Some(state.s), state.conv));
         let ([q, k, v], beta, conv) = self.project(&x, conv, context)?;
         let options = context.matrix_options(s).with_qk_l2norm(true);
         let out = delta_rule(q, k, v, beta, options)?;
-        let state = DeltaNetState { s: out.final_state, conv };
+        let state = DeltaNetState { s: out.final_state, conv, spec: self.spec.clone() };
         Ok((self.output(out.o, x), state))
     }
 
     fn step(&self, x: Tensor<2>, state: DeltaNetState, context: &Context) -> Result<(Tensor<2>, DeltaNetState), Error> {
         let x = x.unsqueeze_dim(1);
-        let (qkv, beta, conv) = self.project(&x, state.conv, &context.of_step())?;
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let (qkv, beta, conv) = self.project(&x, state.conv, context)?;
         let [q, k, v] = qkv.map(token);
         let options = context.step_options().with_qk_l2norm(true);
         let (o, s) = delta_rule_step(q, k, v, token(beta), state.s, options)?;
         let out = self.output(o.unsqueeze_dim(1), x);
-        Ok((token(out), DeltaNetState { s, conv }))
+        Ok((token(out), DeltaNetState { s, conv, spec: self.spec.clone() }))
     }
 }

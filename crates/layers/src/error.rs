@@ -47,7 +47,19 @@ pub enum Error {
         /// Kind of the state.
         actual: String,
     },
-    /// Bytes that are not a saved state, or not one of this layer.
+    /// The state was made for another layer, or its parts do not fit the layer or each other.
+    #[error("state of layer {layer}: `{entry}` is {found}, expected {expected}")]
+    State {
+        /// Index and kind of the layer: `3 (attention)`.
+        layer: String,
+        /// The option, tensor or counters that differ.
+        entry: String,
+        /// What the state has.
+        found: String,
+        /// What the layer takes.
+        expected: String,
+    },
+    /// Bytes that are not a saved state.
     #[error("saved state: {0}")]
     StateBytes(String),
     /// An operation refused its arguments.

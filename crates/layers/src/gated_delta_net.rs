@@ -16,7 +16,7 @@ use crate::norm::{GatedRmsNorm, OutputGate};
 use crate::projection::Projection;
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Options of [`GatedDeltaNet`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -81,6 +81,10 @@ impl MixerOptions for GatedDeltaNetConfig {
         let project = |output| linear(hidden, output, false, std, device);
         let (keys, values) = (self.num_heads * self.head_dim, value_heads * value_dim);
         let conv = || QkvConv::new([keys, keys, values], self.conv_size, device);
+        let spec = StateSpec::new::<GatedDeltaNetState>(self, site)
+            .option("num_v_heads", value_heads)
+            .recurrent("s", [value_heads, self.head_dim, value_dim])
+            .qkv_conv(self.use_short_conv, [keys, keys, values], self.conv_size);
         Ok(GatedDeltaNet {
             q_proj: project(keys),
             k_proj: project(keys),
@@ -92,7 +96,7 @@ impl MixerOptions for GatedDeltaNetConfig {
             decay: Decay::new(value_heads, value_heads, (0.0, 16.0), device),
             conv: self.use_short_conv.then(conv),
             norm: GatedRmsNorm::new(value_dim, site.norm_eps, OutputGate::Silu, device),
-            hidden_size: hidden,
+            spec,
             heads: self.num_heads,
             value_heads,
             key_dim: self.head_dim,
@@ -127,7 +131,8 @@ pub struct GatedDeltaNet {
     pub conv: Option<QkvConv>,
     /// Norm over a head, with the output gate if there is one.
     pub norm: GatedRmsNorm,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
     heads: usize,
     value_heads: usize,
     key_dim: usize,
@@ -142,6 +147,8 @@ pub struct GatedDeltaNetState {
     pub s: Tensor<4>,
     /// Of the convolutions, if the layer has them.
     pub conv: Option<QkvConvState>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(GatedDeltaNetState as "gated_delta_net" { s, conv });
 
@@ -156,7 +163,6 @@ struct Projected {
 
 impl GatedDeltaNet {
     fn project(&self, x: &Tensor<3>, conv: Option<QkvConvState>, context: &Context) -> Result<Projected, Error> {
-        context.check_input(x, self.hidden_size)?;
         let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let ([q, k, v], conv) = convolve(self.conv.as_ref(), qkv, conv, true, context)?;
         let beta = sigmoid(full_precision(self.b_proj.project(x.clone()))) * self.beta_scale;
@@ -182,11 +188,16 @@ impl GatedDeltaNet {
 impl SequenceMixer for GatedDeltaNet {
     type State = GatedDeltaNetState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> GatedDeltaNetState {
         let shape = [batch, self.value_heads, self.key_dim, self.value_dim];
         GatedDeltaNetState {
             s: Tensor::zeros(shape, device),
             conv: self.conv.as_ref().map(|c| c.initial_state(batch, device)),
+            spec: self.spec.clone(),
         }
     }
 
@@ -196,11 +207,12 @@ impl SequenceMixer for GatedDeltaNet {
         state: Option<GatedDeltaNetState>,
         context: &Context,
     ) -> Result<(Tensor<3>, GatedDeltaNetState), Error> {
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let (s, conv) = state.map_or((None, None), |state| (Some(state.s), state.conv));
         let p = self.project(&x, conv, context)?;
         let options = context.matrix_options(s).with_qk_l2norm(true);
         let out = gated_delta_rule(p.q, p.k, p.v, p.g, p.beta, options)?;
-        let state = GatedDeltaNetState { s: out.final_state, conv: p.conv };
+        let state = GatedDeltaNetState { s: out.final_state, conv: p.conv, spec: self.spec.clone() };
         Ok((self.output(out.o, x), state))
     }
 
@@ -211,12 +223,14 @@ impl SequenceMixer for GatedDeltaNet {
         context: &Context,
     ) -> Result<(Tensor<2>, GatedDeltaNetState), Error> {
         let x = x.unsqueeze_dim(1);
-        let p = self.project(&x, state.conv, &context.of_step())?;
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let p = self.project(&x, state.conv, context)?;
         let [q, k, v] = [p.q, p.k, p.v].map(token);
         let [g, beta] = [p.g, p.beta].map(token);
         let options = context.step_options().with_qk_l2norm(true);
         let (o, s) = gated_delta_rule_step(q, k, v, g, beta, state.s, options)?;
         let out = self.output(o.unsqueeze_dim(1), x);
-        Ok((token(out), GatedDeltaNetState { s, conv: p.conv }))
+        Ok((token(out), GatedDeltaNetState { s, conv: p.conv, spec: self.spec.clone() }))
     }
 }

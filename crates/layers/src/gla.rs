@@ -15,7 +15,7 @@ use crate::norm::{GatedRmsNorm, OutputGate};
 use crate::projection::Projection;
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Options of [`Gla`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -95,6 +95,10 @@ impl MixerOptions for GlaConfig {
         let (keys, kv_values) = (kv_heads * key_dim, kv_heads * value_dim);
         let rank = self.gate_low_rank_dim;
         let conv = || QkvConv::new([queries, keys, kv_values], self.conv_size, device);
+        let spec = StateSpec::new::<GlaState>(self, site)
+            .option("num_kv_heads", kv_heads)
+            .recurrent("s", [self.num_heads, key_dim, value_dim])
+            .qkv_conv(self.use_short_conv, [queries, keys, kv_values], self.conv_size);
         Ok(Gla {
             q_proj: project(queries),
             k_proj: project(keys),
@@ -104,7 +108,7 @@ impl MixerOptions for GlaConfig {
             o_proj: linear(values, hidden, false, std, device),
             conv: self.use_short_conv.then(conv),
             norm: GatedRmsNorm::new(value_dim, site.norm_eps, OutputGate::Silu, device),
-            hidden_size: hidden,
+            spec,
             heads: self.num_heads,
             kv_heads,
             key_dim,
@@ -135,7 +139,8 @@ pub struct Gla {
     pub conv: Option<QkvConv>,
     /// Norm over a head, with the output gate.
     pub norm: GatedRmsNorm,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
     heads: usize,
     kv_heads: usize,
     key_dim: usize,
@@ -150,6 +155,8 @@ pub struct GlaState {
     pub s: Tensor<4>,
     /// Of the convolutions, if the layer has them.
     pub conv: Option<QkvConvState>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(GlaState as "gla" { s, conv });
 
@@ -163,7 +170,6 @@ struct Projected {
 
 impl Gla {
     fn project(&self, x: &Tensor<3>, conv: Option<QkvConvState>, context: &Context) -> Result<Projected, Error> {
-        context.check_input(x, self.hidden_size)?;
         let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let ([q, k, v], conv) = convolve(self.conv.as_ref(), qkv, conv, false, context)?;
         let gate = self.gk_proj.1.project(self.gk_proj.0.project(x.clone()));
@@ -182,10 +188,15 @@ impl Gla {
 impl SequenceMixer for Gla {
     type State = GlaState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> GlaState {
         GlaState {
             s: Tensor::zeros([batch, self.heads, self.key_dim, self.value_dim], device),
             conv: self.conv.as_ref().map(|c| c.initial_state(batch, device)),
+            spec: self.spec.clone(),
         }
     }
 
@@ -195,19 +206,22 @@ impl SequenceMixer for Gla {
         state: Option<GlaState>,
         context: &Context,
     ) -> Result<(Tensor<3>, GlaState), Error> {
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let (s, conv) = state.map_or((None, None), |state| (Some(state.s), state.conv));
         let p = self.project(&x, conv, context)?;
         let out = gla(p.q, p.k, p.v, p.g, context.matrix_options(s))?;
-        let state = GlaState { s: out.final_state, conv: p.conv };
+        let state = GlaState { s: out.final_state, conv: p.conv, spec: self.spec.clone() };
         Ok((self.output(out.o, x), state))
     }
 
     fn step(&self, x: Tensor<2>, state: GlaState, context: &Context) -> Result<(Tensor<2>, GlaState), Error> {
         let x = x.unsqueeze_dim(1);
-        let p = self.project(&x, state.conv, &context.of_step())?;
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let p = self.project(&x, state.conv, context)?;
         let [q, k, v, g] = [p.q, p.k, p.v, p.g].map(token);
         let (o, s) = gla_step(q, k, v, g, state.s, context.step_options())?;
         let out = self.output(o.unsqueeze_dim(1), x);
-        Ok((token(out), GlaState { s, conv: p.conv }))
+        Ok((token(out), GlaState { s, conv: p.conv, spec: self.spec.clone() }))
     }
 }

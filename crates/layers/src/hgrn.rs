@@ -15,7 +15,7 @@ use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{GatedRmsNorm, OutputGate};
 use crate::projection::Projection;
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Largest `1 - forget` whose logarithm is taken: the f32 below 1.
 const ALMOST_ONE: f64 = 0.999_999_94;
@@ -96,13 +96,14 @@ impl MixerOptions for HgrnConfig {
         let (hidden, std) = (site.hidden_size, site.initializer_range);
         let channels = self.channels(site);
         let project = || linear(hidden, channels, false, std, device);
+        let spec = StateSpec::new::<HgrnState>(self, site).recurrent("h", [channels]);
         Ok(Hgrn {
             i_proj: project(),
             f_proj: project(),
             g_proj: project(),
             o_proj: linear(channels, hidden, false, std, device),
             norm: GatedRmsNorm::new(channels, site.norm_eps, OutputGate::Silu, device),
-            hidden_size: hidden,
+            spec,
             channels,
         })
     }
@@ -122,7 +123,8 @@ pub struct Hgrn {
     pub o_proj: Linear,
     /// Norm over all channels, with the output gate.
     pub norm: GatedRmsNorm,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
     channels: usize,
 }
 
@@ -131,13 +133,14 @@ pub struct Hgrn {
 pub struct HgrnState {
     /// `[B, channels]`, f32.
     pub h: Tensor<2>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(HgrnState as "hgrn" { h });
 
 impl Hgrn {
     /// The input of the recurrence and the log of its gate, `[B, T, channels]`.
     fn project(&self, x: &Tensor<3>, context: &Context) -> Result<[Tensor<3>; 2], Error> {
-        context.check_input(x, self.hidden_size)?;
         let logits = self.f_proj.project(x.clone());
         let (g, rest) = forget_gate(logits, context.lower_bound.as_ref())?;
         let input = self.i_proj.project(x.clone());
@@ -154,8 +157,12 @@ impl Hgrn {
 impl SequenceMixer for Hgrn {
     type State = HgrnState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> HgrnState {
-        HgrnState { h: Tensor::zeros([batch, self.channels], device) }
+        HgrnState { h: Tensor::zeros([batch, self.channels], device), spec: self.spec.clone() }
     }
 
     fn forward(
@@ -164,16 +171,19 @@ impl SequenceMixer for Hgrn {
         state: Option<HgrnState>,
         context: &Context,
     ) -> Result<(Tensor<3>, HgrnState), Error> {
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let [input, g] = self.project(&x, context)?;
         let out = hgrn(input, g, context.scan_options(state.map(|state| state.h)))?;
-        Ok((self.output(out.o, x), HgrnState { h: out.final_state }))
+        Ok((self.output(out.o, x), HgrnState { h: out.final_state, spec: self.spec.clone() }))
     }
 
     fn step(&self, x: Tensor<2>, state: HgrnState, context: &Context) -> Result<(Tensor<2>, HgrnState), Error> {
         let x = x.unsqueeze_dim(1);
-        let [input, g] = self.project(&x, &context.of_step())?.map(token);
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let [input, g] = self.project(&x, context)?.map(token);
         let (o, h) = hgrn_step(input, g, state.h)?;
         let out = self.output(o.unsqueeze_dim(1), x);
-        Ok((token(out), HgrnState { h }))
+        Ok((token(out), HgrnState { h, spec: self.spec.clone() }))
     }
 }

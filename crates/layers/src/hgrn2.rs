@@ -15,7 +15,7 @@ use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{RmsNorm, RmsNormConfig};
 use crate::projection::Projection;
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Epsilon of the output norm. The published checkpoints were trained with it whatever their `norm_eps` says.
 const NORM_EPS: f64 = 1e-5;
@@ -70,13 +70,18 @@ impl MixerOptions for Hgrn2Config {
         let features = self.features(site)?;
         let (hidden, std) = (site.hidden_size, site.initializer_range);
         let project = |output| linear(hidden, output, false, std, device);
+        let value_dim = hidden / heads;
+        let spec = StateSpec::new::<Hgrn2State>(self, site)
+            .option("num_heads", heads)
+            .recurrent("s", [heads, self.expand_ratio, value_dim]);
         Ok(Hgrn2 {
             q_proj: project(features),
             f_proj: project(features),
             i_proj: project(hidden),
             o_proj: project(hidden),
             norm: RmsNormConfig::new(hidden).with_eps(NORM_EPS).init(device),
-            hidden_size: hidden,
+            spec,
+            value_dim,
             heads,
             key_dim: self.expand_ratio,
         })
@@ -97,7 +102,9 @@ pub struct Hgrn2 {
     pub o_proj: Linear,
     /// Over the features of all heads.
     pub norm: RmsNorm,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
+    value_dim: usize,
     heads: usize,
     key_dim: usize,
 }
@@ -107,13 +114,14 @@ pub struct Hgrn2 {
 pub struct Hgrn2State {
     /// `[B, H, K, V]`, f32.
     pub s: Tensor<4>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(Hgrn2State as "hgrn2" { s });
 
 impl Hgrn2 {
     /// Queries, keys, values and log gates.
     fn project(&self, x: &Tensor<3>, context: &Context) -> Result<[Tensor<4>; 4], Error> {
-        context.check_input(x, self.hidden_size)?;
         let q = silu(self.q_proj.project(x.clone()));
         let v = self.i_proj.project(x.clone());
         let logits = self.f_proj.project(x.clone());
@@ -130,9 +138,15 @@ impl Hgrn2 {
 impl SequenceMixer for Hgrn2 {
     type State = Hgrn2State;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> Hgrn2State {
-        let value_dim = self.hidden_size / self.heads;
-        Hgrn2State { s: Tensor::zeros([batch, self.heads, self.key_dim, value_dim], device) }
+        Hgrn2State {
+            s: Tensor::zeros([batch, self.heads, self.key_dim, self.value_dim], device),
+            spec: self.spec.clone(),
+        }
     }
 
     fn forward(
@@ -141,15 +155,18 @@ impl SequenceMixer for Hgrn2 {
         state: Option<Hgrn2State>,
         context: &Context,
     ) -> Result<(Tensor<3>, Hgrn2State), Error> {
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let [q, k, v, g] = self.project(&x, context)?;
         let out = gla(q, k, v, g, context.matrix_options(state.map(|state| state.s)))?;
-        Ok((self.output(out.o), Hgrn2State { s: out.final_state }))
+        Ok((self.output(out.o), Hgrn2State { s: out.final_state, spec: self.spec.clone() }))
     }
 
     fn step(&self, x: Tensor<2>, state: Hgrn2State, context: &Context) -> Result<(Tensor<2>, Hgrn2State), Error> {
         let x = x.unsqueeze_dim(1);
-        let [q, k, v, g] = self.project(&x, &context.of_step())?.map(token);
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let [q, k, v, g] = self.project(&x, context)?.map(token);
         let (o, s) = gla_step(q, k, v, g, state.s, context.step_options())?;
-        Ok((token(self.output(o.unsqueeze_dim(1))), Hgrn2State { s }))
+        Ok((token(self.output(o.unsqueeze_dim(1))), Hgrn2State { s, spec: self.spec.clone() }))
     }
 }

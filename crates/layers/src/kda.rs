@@ -16,7 +16,7 @@ use crate::norm::{GatedRmsNorm, OutputGate};
 use crate::projection::Projection;
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Options of [`Kda`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,6 +79,10 @@ impl MixerOptions for KdaConfig {
         let (keys, values) = (self.num_heads * self.head_dim, value_heads * value_dim);
         let gates = value_heads * self.head_dim;
         let conv = || QkvConv::new([keys, keys, values], self.conv_size, device);
+        let spec = StateSpec::new::<KdaState>(self, site)
+            .option("num_v_heads", value_heads)
+            .recurrent("s", [value_heads, self.head_dim, value_dim])
+            .qkv_conv(self.use_short_conv, [keys, keys, values], self.conv_size);
         Ok(Kda {
             q_proj: project(hidden, keys, false),
             k_proj: project(hidden, keys, false),
@@ -90,7 +94,7 @@ impl MixerOptions for KdaConfig {
             decay: Decay::new(value_heads, gates, (1.0, 16.0), device),
             conv: self.use_short_conv.then(conv),
             norm: GatedRmsNorm::new(value_dim, site.norm_eps, OutputGate::Sigmoid, device),
-            hidden_size: hidden,
+            spec,
             heads: self.num_heads,
             value_heads,
             key_dim: self.head_dim,
@@ -125,7 +129,8 @@ pub struct Kda {
     pub conv: Option<QkvConv>,
     /// Norm over a head, with the output gate.
     pub norm: GatedRmsNorm,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
     heads: usize,
     value_heads: usize,
     key_dim: usize,
@@ -140,6 +145,8 @@ pub struct KdaState {
     pub s: Tensor<4>,
     /// Of the convolutions, if the layer has them.
     pub conv: Option<QkvConvState>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(KdaState as "kda" { s, conv });
 
@@ -154,7 +161,6 @@ struct Projected {
 
 impl Kda {
     fn project(&self, x: &Tensor<3>, conv: Option<QkvConvState>, context: &Context) -> Result<Projected, Error> {
-        context.check_input(x, self.hidden_size)?;
         let qkv = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.project(x.clone()));
         let ([q, k, v], conv) = convolve(self.conv.as_ref(), qkv, conv, true, context)?;
         let gate = self.f_proj.1.project(self.f_proj.0.project(x.clone()));
@@ -179,9 +185,17 @@ impl Kda {
 impl SequenceMixer for Kda {
     type State = KdaState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> KdaState {
         let shape = [batch, self.value_heads, self.key_dim, self.value_dim];
-        KdaState { s: Tensor::zeros(shape, device), conv: self.conv.as_ref().map(|c| c.initial_state(batch, device)) }
+        KdaState {
+            s: Tensor::zeros(shape, device),
+            conv: self.conv.as_ref().map(|c| c.initial_state(batch, device)),
+            spec: self.spec.clone(),
+        }
     }
 
     fn forward(
@@ -190,21 +204,24 @@ impl SequenceMixer for Kda {
         state: Option<KdaState>,
         context: &Context,
     ) -> Result<(Tensor<3>, KdaState), Error> {
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let (s, conv) = state.map_or((None, None), |state| (Some(state.s), state.conv));
         let p = self.project(&x, conv, context)?;
         let options = context.matrix_options(s).with_qk_l2norm(true);
         let out = kda(p.q, p.k, p.v, p.g, p.beta, options)?;
-        let state = KdaState { s: out.final_state, conv: p.conv };
+        let state = KdaState { s: out.final_state, conv: p.conv, spec: self.spec.clone() };
         Ok((self.output(out.o, x), state))
     }
 
     fn step(&self, x: Tensor<2>, state: KdaState, context: &Context) -> Result<(Tensor<2>, KdaState), Error> {
         let x = x.unsqueeze_dim(1);
-        let p = self.project(&x, state.conv, &context.of_step())?;
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let p = self.project(&x, state.conv, context)?;
         let [q, k, v, g] = [p.q, p.k, p.v, p.g].map(token);
         let options = context.step_options().with_qk_l2norm(true);
         let (o, s) = kda_step(q, k, v, g, token(p.beta), state.s, options)?;
         let out = self.output(o.unsqueeze_dim(1), x);
-        Ok((token(out), KdaState { s, conv: p.conv }))
+        Ok((token(out), KdaState { s, conv: p.conv, spec: self.spec.clone() }))
     }
 }

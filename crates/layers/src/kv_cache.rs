@@ -1,8 +1,9 @@
 //! The keys and values that attention carries.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use crate::state::state_parts;
+use crate::{Error, StateSpec};
 
 /// Slots of a fresh cache; it doubles when it is full.
 const FIRST_SLOTS: usize = 16;
@@ -23,11 +24,20 @@ pub struct AttentionState {
     /// After a packed call, where the sequences lie in `k` and `v` (as `cu_seqlens`); otherwise empty. The next call
     /// sorts them into rows.
     pub packed: Vec<usize>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(AttentionState as "attention" { k, v, positions, packed });
 
 impl AttentionState {
-    pub(crate) fn empty(batch: usize, heads: usize, head_dim: usize, window: Option<usize>, device: &Device) -> Self {
+    pub(crate) fn empty(
+        batch: usize,
+        heads: usize,
+        head_dim: usize,
+        window: Option<usize>,
+        spec: StateSpec,
+        device: &Device,
+    ) -> Self {
         let slots = FIRST_SLOTS.min(window.unwrap_or(FIRST_SLOTS));
         let shape = [batch, slots, heads, head_dim];
         Self {
@@ -35,21 +45,35 @@ impl AttentionState {
             v: Tensor::zeros(shape, device),
             positions: vec![0; batch],
             packed: Vec::new(),
+            spec,
         }
     }
 
+    /// The cache in the type of the keys that come next. One without tokens takes any type.
+    pub(crate) fn of_type(self, dtype: DType) -> Result<Self, Error> {
+        let found = self.k.dtype();
+        if found == dtype {
+            return Ok(self);
+        }
+        if self.positions.iter().any(|seen| *seen > 0) {
+            return Err(self.spec.mismatch("k", format!("of type {found:?}"), format!("{dtype:?}, that of new keys")));
+        }
+        Ok(Self { k: self.k.cast(dtype), v: self.v.cast(dtype), ..self })
+    }
+
     /// A cache of the last tokens, in order, of sequences that have seen `seen` tokens each.
-    pub(crate) fn of_tokens(k: Tensor<4>, v: Tensor<4>, seen: usize, window: Option<usize>) -> Self {
+    pub(crate) fn of_tokens(k: Tensor<4>, v: Tensor<4>, seen: usize, window: Option<usize>, spec: StateSpec) -> Self {
         Self {
             positions: vec![seen; k.dims()[0]],
             k: into_slots(k, seen, window),
             v: into_slots(v, seen, window),
             packed: Vec::new(),
+            spec,
         }
     }
 
     /// One cache for sequences that were handled one by one.
-    pub(crate) fn stack(parts: Vec<Self>) -> Self {
+    pub(crate) fn stack(parts: Vec<Self>, spec: StateSpec) -> Self {
         let slots = parts.iter().map(|part| part.k.dims()[1]).max().unwrap_or(0);
         let mut all = (Vec::new(), Vec::new(), Vec::new());
         for part in parts {
@@ -57,7 +81,7 @@ impl AttentionState {
             all.1.push(grown(part.v, slots));
             all.2.extend(part.positions);
         }
-        Self { k: Tensor::cat(all.0, 0), v: Tensor::cat(all.1, 0), positions: all.2, packed: Vec::new() }
+        Self { k: Tensor::cat(all.0, 0), v: Tensor::cat(all.1, 0), positions: all.2, packed: Vec::new(), spec }
     }
 
     /// The cached tokens of sequence `n` in order, `[1, tokens, HK, K]`; `None` before the first.
@@ -89,10 +113,10 @@ impl AttentionState {
         }
         let row = |n| {
             let (k, v) = self.tokens_of(n, window)?;
-            Some(Self::of_tokens(k, v, self.positions[n], window))
+            Some(Self::of_tokens(k, v, self.positions[n], window, self.spec.clone()))
         };
         let rows: Vec<Self> = (0..self.positions.len()).filter_map(row).collect();
-        Self::stack(rows)
+        Self::stack(rows, self.spec)
     }
 
     /// Writes the keys and values `[B, 1, HK, K]` of each sequence's next token.
@@ -124,6 +148,7 @@ impl AttentionState {
             v: write(self.v, v),
             positions: self.positions.iter().map(|position| position + 1).collect(),
             packed: Vec::new(),
+            spec: self.spec,
         }
     }
 
@@ -163,7 +188,11 @@ fn into_slots(x: Tensor<4>, seen: usize, window: Option<usize>) -> Tensor<4> {
     match window {
         Some(window) if seen >= window => {
             let last = x.narrow(1, tokens - window, window);
-            rotated(last, window - seen % window)
+            match seen % window {
+                // A copy: a view would keep all tokens of a long prompt in memory.
+                0 => last.zeros_like().slice_assign(last.dims().map(|size| 0..size), last),
+                first => rotated(last, window - first),
+            }
         }
         _ => x,
     }

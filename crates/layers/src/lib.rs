@@ -59,8 +59,11 @@ pub mod rg_lru;
 pub mod rotary;
 pub mod short_conv;
 pub mod state;
+pub mod state_spec;
+mod unique_keys;
 
 pub use any_mixer::{Mixer, MixerConfig, MixerState};
 pub use error::{ConfigError, Error};
 pub use mixer::{Context, MixerOptions, SequenceMixer, Site};
 pub use state::LayerState;
+pub use state_spec::StateSpec;

@@ -14,7 +14,7 @@ use crate::mixer::{Context, MixerOptions, SequenceMixer, Site};
 use crate::norm::{RmsNorm, RmsNormConfig};
 use crate::projection::Projection;
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Epsilon of the norm, which MiniMax does not take from its configuration.
 const NORM_EPS: f64 = 1e-6;
@@ -62,13 +62,16 @@ impl MixerOptions for LightningConfig {
         let head_dim = self.head_dim(site)?;
         let features = self.num_heads * head_dim;
         let (hidden, std) = (site.hidden_size, site.initializer_range);
+        let spec = StateSpec::new::<LightningState>(self, site)
+            .option("head_dim", head_dim)
+            .recurrent("s", [self.num_heads, head_dim, head_dim]);
         Ok(Lightning {
             qkv_proj: linear(hidden, 3 * features, false, std, device),
             output_gate: linear(hidden, features, false, std, device),
             out_proj: linear(features, hidden, false, std, device),
             norm: RmsNormConfig::new(features).with_eps(NORM_EPS).init(device),
             slopes: slopes(self.num_heads, site.layer, site.layers),
-            hidden_size: hidden,
+            spec,
             heads: self.num_heads,
             head_dim,
         })
@@ -97,7 +100,8 @@ pub struct Lightning {
     pub norm: RmsNorm,
     #[module(skip)]
     slopes: Vec<f64>,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
     heads: usize,
     head_dim: usize,
 }
@@ -107,6 +111,8 @@ pub struct Lightning {
 pub struct LightningState {
     /// `[B, H, K, K]`, f32.
     pub s: Tensor<4>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(LightningState as "lightning" { s });
 
@@ -116,10 +122,9 @@ impl Lightning {
         Tensor::from_data(TensorData::new(gates, [self.heads]), device)
     }
 
-    fn project(&self, x: &Tensor<3>, context: &Context) -> Result<[Tensor<4>; 3], Error> {
-        context.check_input(x, self.hidden_size)?;
+    fn project(&self, x: &Tensor<3>) -> [Tensor<4>; 3] {
         let qkv = split(silu(self.qkv_proj.project(x.clone())), self.heads);
-        Ok([0, 1, 2].map(|i| qkv.clone().narrow(3, i * self.head_dim, self.head_dim)))
+        [0, 1, 2].map(|i| qkv.clone().narrow(3, i * self.head_dim, self.head_dim))
     }
 
     fn output(&self, o: Tensor<4>, x: Tensor<3>) -> Tensor<3> {
@@ -132,8 +137,15 @@ impl Lightning {
 impl SequenceMixer for Lightning {
     type State = LightningState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> LightningState {
-        LightningState { s: Tensor::zeros([batch, self.heads, self.head_dim, self.head_dim], device) }
+        LightningState {
+            s: Tensor::zeros([batch, self.heads, self.head_dim, self.head_dim], device),
+            spec: self.spec.clone(),
+        }
     }
 
     fn forward(
@@ -142,11 +154,12 @@ impl SequenceMixer for Lightning {
         state: Option<LightningState>,
         context: &Context,
     ) -> Result<(Tensor<3>, LightningState), Error> {
-        let [q, k, v] = self.project(&x, context)?;
+        self.spec.check_call(&x, state.as_ref(), context)?;
+        let [q, k, v] = self.project(&x);
         let gates = self.gates(&x.device());
         let options = context.matrix_options(state.map(|state| state.s)).with_scale(1.0);
         let out = retention(q, k, v, gates, options)?;
-        let state = LightningState { s: out.final_state };
+        let state = LightningState { s: out.final_state, spec: self.spec.clone() };
         Ok((self.output(out.o, x), state))
     }
 
@@ -157,11 +170,13 @@ impl SequenceMixer for Lightning {
         context: &Context,
     ) -> Result<(Tensor<2>, LightningState), Error> {
         let x = x.unsqueeze_dim(1);
-        let [q, k, v] = self.project(&x, &context.of_step())?.map(token);
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let [q, k, v] = self.project(&x).map(token);
         let gates = self.gates(&x.device());
         let options = context.step_options().with_scale(1.0);
         let (o, s) = retention_step(q, k, v, gates, state.s, options)?;
         let out = self.output(o.unsqueeze_dim(1), x);
-        Ok((token(out), LightningState { s }))
+        Ok((token(out), LightningState { s, spec: self.spec.clone() }))
     }
 }

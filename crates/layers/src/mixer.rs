@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use thalweg_scan::{AttentionOptions, MatrixOptions, Path, ScanOptions, StepOptions};
 
 use crate::error::shape_error;
-use crate::{ConfigError, Error, LayerState};
+use crate::{ConfigError, Error, LayerState, StateSpec};
 
 /// Where in a model a layer stands, and what the model decides for all its layers.
 #[derive(Debug, Clone, PartialEq)]
@@ -149,6 +149,19 @@ impl Context {
 pub trait SequenceMixer: Module + Debug {
     /// What is carried from one call to the next.
     type State: LayerState;
+
+    /// What the layer's states are of. Calls refuse others.
+    fn state_spec(&self) -> &StateSpec;
+
+    /// Reads a state of this layer from what [`LayerState::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// As [`LayerState::from_bytes`], and if the state was made for another layer.
+    fn load_state(&self, bytes: &[u8], device: &Device) -> Result<Self::State, Error> {
+        let state = Self::State::from_bytes(bytes, device)?;
+        self.state_spec().check(&state)?;
+        Ok(state)
+    }
 
     /// The state before the first token of `batch` sequences.
     fn initial_state(&self, batch: usize, device: &Device) -> Self::State;

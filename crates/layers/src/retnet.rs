@@ -15,7 +15,7 @@ use crate::projection::Projection;
 use crate::rotary::{Positions, Rotary, Rotation};
 use crate::short_conv::{QkvConv, QkvConvState, convolve, validate_width};
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Options of [`Retnet`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -69,6 +69,10 @@ impl MixerOptions for RetnetConfig {
         let project = |output| linear(hidden, output, false, std, device);
         let (keys, values) = (self.num_heads * key_dim, self.num_heads * value_dim);
         let conv = || QkvConv::new([keys, keys, values], self.conv_size, device);
+        let spec = StateSpec::new::<RetnetState>(self, site)
+            .recurrent("s", [self.num_heads, key_dim, value_dim])
+            .qkv_conv(self.use_short_conv, [keys, keys, values], self.conv_size)
+            .positions();
         Ok(Retnet {
             q_proj: project(keys),
             k_proj: project(keys),
@@ -78,7 +82,7 @@ impl MixerOptions for RetnetConfig {
             conv: self.use_short_conv.then(conv),
             norm: GatedRmsNorm::new(value_dim, site.norm_eps, OutputGate::Silu, device),
             rotary: Rotary::new(key_dim, self.rope_theta),
-            hidden_size: hidden,
+            spec,
             heads: self.num_heads,
             key_dim,
             value_dim,
@@ -106,7 +110,8 @@ pub struct Retnet {
     pub norm: GatedRmsNorm,
     #[module(skip)]
     rotary: Rotary,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
     heads: usize,
     key_dim: usize,
     value_dim: usize,
@@ -121,6 +126,8 @@ pub struct RetnetState {
     pub conv: Option<QkvConvState>,
     /// Tokens seen by each sequence, `[B]`.
     pub positions: Vec<usize>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(RetnetState as "retnet" { s, conv, positions });
 
@@ -154,11 +161,16 @@ impl Retnet {
 impl SequenceMixer for Retnet {
     type State = RetnetState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> RetnetState {
         RetnetState {
             s: Tensor::zeros([batch, self.heads, self.key_dim, self.value_dim], device),
             conv: self.conv.as_ref().map(|c| c.initial_state(batch, device)),
             positions: vec![0; batch],
+            spec: self.spec.clone(),
         }
     }
 
@@ -168,7 +180,7 @@ impl SequenceMixer for Retnet {
         state: Option<RetnetState>,
         context: &Context,
     ) -> Result<(Tensor<3>, RetnetState), Error> {
-        context.check_input(&x, self.hidden_size)?;
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let device = x.device();
         let (s, conv, seen) = match state {
             Some(state) => (Some(state.s), state.conv, Some(state.positions)),
@@ -178,23 +190,23 @@ impl SequenceMixer for Retnet {
         let rotation = positions.rotation(&self.rotary, &device);
         let ([q, k, v], conv) = self.project(&x, conv, &rotation, context)?;
         let out = retention(q, k, v, self.gates(&device), context.matrix_options(s))?;
-        let state = RetnetState { s: out.final_state, conv, positions: positions.after() };
+        let state = RetnetState { s: out.final_state, conv, positions: positions.after(), spec: self.spec.clone() };
         Ok((self.output(out.o, x), state))
     }
 
     fn step(&self, x: Tensor<2>, state: RetnetState, context: &Context) -> Result<(Tensor<2>, RetnetState), Error> {
         let x = x.unsqueeze_dim(1);
-        let context = context.of_step();
-        context.check_input(&x, self.hidden_size)?;
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
         let device = x.device();
-        let positions = Positions::of_forward(&x, Some(state.positions), &context)?;
+        let positions = Positions::of_forward(&x, Some(state.positions), context)?;
         let rotation = positions.rotation(&self.rotary, &device);
-        let (qkv, conv) = self.project(&x, state.conv, &rotation, &context)?;
+        let (qkv, conv) = self.project(&x, state.conv, &rotation, context)?;
         let [q, k, v] = qkv.map(token);
         let options = context.step_options();
         let (o, s) = retention_step(q, k, v, self.gates(&device), state.s, options)?;
         let out = self.output(o.unsqueeze_dim(1), x);
-        let state = RetnetState { s, conv, positions: positions.after() };
+        let state = RetnetState { s, conv, positions: positions.after(), spec: self.spec.clone() };
         Ok((token(out), state))
     }
 }

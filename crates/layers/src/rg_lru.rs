@@ -16,7 +16,7 @@ use crate::projection::Projection;
 use crate::rotary::Positions;
 use crate::short_conv::{ShortConv, validate_width};
 use crate::state::state_parts;
-use crate::{ConfigError, Error};
+use crate::{ConfigError, Error, StateSpec};
 
 /// Variance of the convolution's weights at the start, times the width of the convolution.
 const CONV_VARIANCE: f64 = 0.01;
@@ -75,13 +75,18 @@ impl MixerOptions for RgLruConfig {
         // The residual branches of all layers together start with the variance of a fixed number of them.
         let out_std = (2.0 / (site.layers.max(1) as f64 * width as f64)).sqrt();
         let conv_std = (CONV_VARIANCE / self.conv_size as f64).sqrt();
+        let spec = StateSpec::new::<RgLruState>(self, site)
+            .option("lru_width", width)
+            .recurrent("h", [width])
+            .recurrent("conv", [width, self.conv_size - 1])
+            .positions();
         Ok(RgLruBlock {
             linear_y: linear(hidden, width, true, std, device),
             linear_x: linear(hidden, width, true, std, device),
             conv_1d: ShortConv::new(width, self.conv_size, true, ConvActivation::None, Some(conv_std), device),
             rg_lru: RgLru::new(self, width, device),
             linear_out: linear(width, hidden, true, out_std, device),
-            hidden_size: hidden,
+            spec,
         })
     }
 }
@@ -148,7 +153,8 @@ pub struct RgLruBlock {
     pub rg_lru: RgLru,
     /// `[W, D]`.
     pub linear_out: Linear,
-    hidden_size: usize,
+    #[module(skip)]
+    spec: StateSpec,
 }
 
 /// What [`RgLruBlock`] carries.
@@ -160,6 +166,8 @@ pub struct RgLruState {
     pub conv: Tensor<3>,
     /// Tokens seen by each sequence, `[B]`: the first is treated differently.
     pub positions: Vec<usize>,
+    /// What the layer says of its states.
+    pub spec: StateSpec,
 }
 state_parts!(RgLruState as "rg_lru" { h, conv, positions });
 
@@ -173,12 +181,17 @@ impl RgLruBlock {
 impl SequenceMixer for RgLruBlock {
     type State = RgLruState;
 
+    fn state_spec(&self) -> &StateSpec {
+        &self.spec
+    }
+
     fn initial_state(&self, batch: usize, device: &Device) -> RgLruState {
         let [width] = self.rg_lru.recurrent_param.shape().dims();
         RgLruState {
             h: Tensor::zeros([batch, width], device),
             conv: self.conv_1d.initial_state(batch, device),
             positions: vec![0; batch],
+            spec: self.spec.clone(),
         }
     }
 
@@ -188,7 +201,7 @@ impl SequenceMixer for RgLruBlock {
         state: Option<RgLruState>,
         context: &Context,
     ) -> Result<(Tensor<3>, RgLruState), Error> {
-        context.check_input(&x, self.hidden_size)?;
+        self.spec.check_call(&x, state.as_ref(), context)?;
         let (h, conv, seen) = match state {
             Some(state) => (Some(state.h), Some(state.conv), Some(state.positions)),
             None => (None, None, None),
@@ -204,17 +217,17 @@ impl SequenceMixer for RgLruBlock {
         });
         let a_param = self.rg_lru.recurrent_param.val();
         let out = rg_lru(input, recurrent, gate, a_param, reset, context.scan_options(h))?;
-        let state = RgLruState { h: out.final_state, conv, positions: positions.after() };
+        let state = RgLruState { h: out.final_state, conv, positions: positions.after(), spec: self.spec.clone() };
         Ok((self.output(out.o, x), state))
     }
 
     fn step(&self, x: Tensor<2>, state: RgLruState, context: &Context) -> Result<(Tensor<2>, RgLruState), Error> {
         let x = x.unsqueeze_dim(1);
-        let context = context.of_step();
-        context.check_input(&x, self.hidden_size)?;
-        let positions = Positions::of_forward(&x, Some(state.positions), &context)?;
+        let context = &context.of_step();
+        self.spec.check_call(&x, Some(&state), context)?;
+        let positions = Positions::of_forward(&x, Some(state.positions), context)?;
         let input = self.linear_x.project(x.clone());
-        let (input, conv) = self.conv_1d.forward(input, Some(state.conv), &context)?;
+        let (input, conv) = self.conv_1d.forward(input, Some(state.conv), context)?;
         let [recurrent, gate] = self.rg_lru.gates(input.clone())?;
         let reset = positions.first_tokens().map(|first| {
             let shape = [first.len()];
@@ -223,7 +236,7 @@ impl SequenceMixer for RgLruBlock {
         let a_param = self.rg_lru.recurrent_param.val();
         let [input, recurrent, gate] = [input, recurrent, gate].map(token);
         let (o, h) = rg_lru_step(input, recurrent, gate, a_param, reset, state.h, context.path)?;
-        let state = RgLruState { h, conv, positions: positions.after() };
+        let state = RgLruState { h, conv, positions: positions.after(), spec: self.spec.clone() };
         Ok((token(self.output(o.unsqueeze_dim(1), x)), state))
     }
 }

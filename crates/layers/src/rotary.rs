@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
 
@@ -11,41 +11,29 @@ use crate::{Context, Error};
 /// features after them pass unchanged (partial rotary).
 #[derive(Debug, Clone)]
 pub struct Rotary {
-    features: usize,
-    theta: f64,
-    /// `[positions, r/2]` pairs of cosine and sine, grown as positions come up and shared by clones.
-    table: Arc<Mutex<Vec<(f32, f32)>>>,
+    /// `theta^(-2i/r)`, radians per position of each pair.
+    rates: Arc<[f64]>,
 }
 
 impl Rotary {
     /// Rotation of the first `features` (an even number) features of each head.
     pub fn new(features: usize, theta: f64) -> Self {
-        Self { features, theta, table: Arc::default() }
+        let rate = |i| theta.powf(-2.0 * i as f64 / features as f64);
+        Self { rates: (0..features / 2).map(rate).collect() }
     }
 
     /// The rotations at `positions`, `rows` rows of as many tokens: cosine and sine `[rows, T, 1, r/2]`, broadcast over
-    /// heads and, from one row, over the batch.
+    /// heads and, from one row, over the batch. Nothing is kept: memory does not grow with the position.
     pub fn at(&self, positions: &[usize], rows: usize, device: &Device) -> Rotation {
-        let half = self.features / 2;
-        let end = positions.iter().max().map_or(0, |last| last + 1);
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = table.len() / half.max(1);
-        if known < end {
-            // Angles in f64: at position 10^6 an f32 angle is wrong by 0.03.
-            let rates: Vec<f64> = (0..half).map(|i| self.theta.powf(-2.0 * i as f64 / self.features as f64)).collect();
-            for position in known..end.next_power_of_two() {
-                table.extend(rates.iter().map(|rate| {
-                    let (sin, cos) = (position as f64 * rate).sin_cos();
-                    (cos as f32, sin as f32)
-                }));
-            }
-        }
+        let half = self.rates.len();
         let mut cos = Vec::with_capacity(positions.len() * half);
         let mut sin = Vec::with_capacity(positions.len() * half);
         for position in positions {
-            for (c, s) in &table[position * half..(position + 1) * half] {
-                cos.push(*c);
-                sin.push(*s);
+            for rate in self.rates.iter() {
+                // In f64: at position 10^6 an f32 angle is wrong by 0.03.
+                let (s, c) = (*position as f64 * rate).sin_cos();
+                cos.push(c as f32);
+                sin.push(s as f32);
             }
         }
         let shape = [rows, positions.len() / rows.max(1), 1, half];

@@ -5,16 +5,20 @@
 //!
 //! Tensors are shared and copied on write: a snapshot costs nothing until one of its owners goes on.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use crate::Error;
+use crate::state_spec::StateSpec;
+use crate::unique_keys::unique_keys;
 
 /// Version of the saved form. It changes when a reader of the old form could misread the new one.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 const FORMAT: &str = "thalweg-state";
+/// What the metadata holds besides counters.
+const RESERVED: [&str; 4] = ["format", "version", "kind", "spec"];
 
 /// Reads the parts of a state one after the other.
 pub trait StateVisitor {
@@ -44,6 +48,25 @@ pub trait StatePart: Sized {
 pub trait LayerState: StatePart + Clone {
     /// Name of the kind of layer, as in a config file.
     const KIND: &'static str;
+
+    /// What the layer that made the state says of it. Other layers refuse the state.
+    fn spec(&self) -> &StateSpec;
+
+    /// The tokens that each sequence has seen, of layers that count them.
+    fn positions(&self) -> Option<Vec<usize>> {
+        struct Positions(Option<Vec<usize>>);
+        impl StateVisitor for Positions {
+            fn tensor<const D: usize>(&mut self, _: &str, _: &Tensor<D>) {}
+            fn counters(&mut self, name: &str, values: &[usize]) {
+                if name == "positions" {
+                    self.0 = Some(values.to_vec());
+                }
+            }
+        }
+        let mut positions = Positions(None);
+        self.visit("", &mut positions);
+        positions.0
+    }
 
     /// The state as it is now. The same as `clone`: later steps on either do not change the other.
     #[must_use]
@@ -103,26 +126,32 @@ pub trait LayerState: StatePart + Clone {
         size.0
     }
 
-    /// The state as a safetensors file in memory. Its metadata holds `format`, `version`, `kind` and the counters.
+    /// The state as a safetensors file in memory. Its metadata holds `format`, `version`, `kind`, `spec` (what the layer
+    /// says of the state, as JSON) and the counters.
     ///
     /// # Errors
     /// If a tensor cannot be read from its device or has a type that states do not have.
     fn to_bytes(&self) -> Result<Vec<u8>, Error> {
         let mut writer = Writer::default();
         self.visit("", &mut writer);
-        writer.finish(Self::KIND)
+        writer.finish(Self::KIND, self.spec())
     }
 
-    /// Reads what [`to_bytes`](Self::to_bytes) wrote.
+    /// Reads what [`to_bytes`](Self::to_bytes) wrote. The state fits the layer that made it;
+    /// [`SequenceMixer::load_state`](crate::SequenceMixer::load_state) also checks that this is the layer at hand.
     ///
     /// # Errors
-    /// If the bytes are truncated, are of another version or of another kind of layer, or lack a part.
+    /// If the bytes are truncated, are of another version or of another kind of layer, or if parts are missing, surplus,
+    /// named twice, or do not fit the layer that made them or each other.
     fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self, Error> {
         let saved = SavedState::parse(bytes, device)?;
         if saved.kind() != Self::KIND {
             return Err(Error::StateKind { expected: Self::KIND, actual: saved.kind().to_owned() });
         }
-        Self::load("", &saved)
+        saved.check_names()?;
+        let state = Self::load("", &saved)?;
+        saved.spec.check(&state)?;
+        Ok(state)
     }
 }
 
@@ -148,11 +177,11 @@ impl StateVisitor for Writer {
 }
 
 impl Writer {
-    fn finish(mut self, kind: &str) -> Result<Vec<u8>, Error> {
+    fn finish(mut self, kind: &str, spec: &StateSpec) -> Result<Vec<u8>, Error> {
         if let Some(error) = self.error {
             return Err(Error::StateBytes(error));
         }
-        for (key, value) in [("format", FORMAT), ("version", VERSION), ("kind", kind)] {
+        for (key, value) in RESERVED.into_iter().zip([FORMAT, VERSION, kind, &spec.to_json()?]) {
             self.metadata.insert(key.to_owned(), value.to_owned());
         }
         let mut views = Vec::with_capacity(self.tensors.len());
@@ -179,12 +208,15 @@ pub struct SavedState<'a> {
     tensors: SafeTensors<'a>,
     metadata: HashMap<String, String>,
     device: Device,
+    spec: StateSpec,
 }
 
 impl<'a> SavedState<'a> {
     pub(crate) fn parse(bytes: &'a [u8], device: &Device) -> Result<Self, Error> {
         let bad = |error: safetensors::SafeTensorError| Error::StateBytes(error.to_string());
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(bad)?;
+        let (length, header) = SafeTensors::read_metadata(bytes).map_err(bad)?;
+        unique_keys(&bytes[size_of::<u64>()..][..length])
+            .map_err(|error| Error::StateBytes(format!("header: {error}")))?;
         let metadata = header.metadata().clone().unwrap_or_default();
         if metadata.get("format").map(String::as_str) != Some(FORMAT) {
             return Err(Error::StateBytes(format!("not a saved state (no `format` {FORMAT})")));
@@ -193,11 +225,35 @@ impl<'a> SavedState<'a> {
         if version != VERSION {
             return Err(Error::StateBytes(format!("version {version}, this program reads version {VERSION}")));
         }
-        Ok(Self { tensors: SafeTensors::deserialize(bytes).map_err(bad)?, metadata, device: device.clone() })
+        let spec = metadata.get("spec").ok_or_else(|| Error::StateBytes("`spec` is missing".into()))?;
+        let spec = StateSpec::from_json(spec)?;
+        let kind = metadata.get("kind").map_or("none", String::as_str);
+        if kind != spec.kind() {
+            return Err(Error::StateBytes(format!("kind {kind}, but `spec` is that of a layer {}", spec.label())));
+        }
+        Ok(Self { tensors: SafeTensors::deserialize(bytes).map_err(bad)?, metadata, device: device.clone(), spec })
+    }
+
+    /// Checks that there is what the layer asks for and nothing else.
+    fn check_names(&self) -> Result<(), Error> {
+        let tensors = self.tensors.names().into_iter().map(|name| (name, true));
+        let counters = self.metadata.keys().map(|name| (name.as_str(), false));
+        // In order, so that the same error names the same entry.
+        let names: BTreeSet<_> = tensors.chain(counters.filter(|(name, _)| !RESERVED.contains(name))).collect();
+        for (name, is_tensor) in names {
+            if self.spec.is_tensor(name) != Some(is_tensor) {
+                return Err(self.spec.mismatch(name, "present", "absent"));
+            }
+        }
+        let found = |name: &str| self.tensors.names().contains(&name) || self.metadata.contains_key(name);
+        match self.spec.names().find(|name| !found(name)) {
+            Some(name) => Err(self.spec.mismatch(name, "absent", "present")),
+            None => Ok(()),
+        }
     }
 
     pub(crate) fn kind(&self) -> &str {
-        self.metadata.get("kind").map_or("", String::as_str)
+        self.spec.kind()
     }
 
     fn has(&self, name: &str) -> bool {
@@ -217,8 +273,9 @@ impl<'a> SavedState<'a> {
                 return Err(Error::StateBytes(format!("`{name}` has type {other:?}, which states do not hold")));
             }
         };
-        if view.shape().len() != D {
-            return Err(Error::StateBytes(format!("`{name}` has shape {:?}, expected {D} axes", view.shape())));
+        if view.shape().len() != D || view.shape().contains(&0) {
+            let expected = format!("{D} axes, none of them empty");
+            return Err(self.spec.mismatch(name, format!("{:?}", view.shape()), expected));
         }
         let data = TensorData::from_bytes_vec(view.data().to_vec(), view.shape().to_vec(), dtype);
         Ok(Tensor::from_data(data, (&self.device, dtype)))
@@ -244,6 +301,18 @@ impl<const D: usize> StatePart for Tensor<D> {
 
     fn load(name: &str, saved: &SavedState<'_>) -> Result<Self, Error> {
         saved.tensor(name)
+    }
+}
+
+impl StatePart for StateSpec {
+    fn visit<V: StateVisitor>(&self, _: &str, _: &mut V) {}
+
+    fn map<M: StateMapper>(self, _: &mut M) -> Self {
+        self
+    }
+
+    fn load(_: &str, saved: &SavedState<'_>) -> Result<Self, Error> {
+        Ok(saved.spec.clone())
     }
 }
 
@@ -281,7 +350,7 @@ pub(crate) fn join(outer: &str, name: &str) -> String {
     if outer.is_empty() { name.to_owned() } else { format!("{outer}.{name}") }
 }
 
-/// Makes a struct of parts a [`StatePart`], and a [`LayerState`] if a kind is given.
+/// Makes a struct of parts a [`StatePart`], and a [`LayerState`] with a field `spec` if a kind is given.
 macro_rules! state_parts {
     ($name:ident { $($field:ident),+ $(,)? }) => {
         impl $crate::state::StatePart for $name {
@@ -309,9 +378,13 @@ macro_rules! state_parts {
         }
     };
     ($name:ident as $kind:literal { $($field:ident),+ $(,)? }) => {
-        $crate::state::state_parts!($name { $($field),+ });
+        $crate::state::state_parts!($name { $($field),+, spec });
         impl $crate::state::LayerState for $name {
             const KIND: &'static str = $kind;
+
+            fn spec(&self) -> &$crate::StateSpec {
+                &self.spec
+            }
         }
     };
 }

@@ -176,3 +176,35 @@ fn rotation_keeps_lengths_and_sees_distances_only() {
     let rest = at(&q, 9).narrow(3, 4, 2) - q.clone().narrow(3, 4, 2);
     assert_eq!(rest.abs().max().into_scalar::<f32>(), 0.0);
 }
+
+/// Angles are exact far out, and a position's rotation has the same bits whatever positions it is asked for with.
+#[test]
+fn rotations_far_out_are_exact_and_do_not_depend_on_the_split() {
+    let device = Device::flex();
+    let (theta, half) = (10_000.0f64, 32);
+    let rotary = Rotary::new(2 * half, theta);
+    let ones =
+        Tensor::<4>::cat(vec![Tensor::ones([1, 1, 1, half], &device), Tensor::zeros([1, 1, 1, half], &device)], 3);
+    let values = |positions: &[usize]| {
+        let x = ones.clone().expand([1, positions.len(), 1, 2 * half]);
+        rotary.at(positions, 1, &device).apply(x).try_into_vec_as::<f32>().expect("f32")
+    };
+    for first in [0, (1 << 16) - 3, (1 << 20) - 3, (1 << 24) - 3, (1 << 28) - 3] {
+        let positions: Vec<usize> = (first..first + 7).collect();
+        let together = values(&positions);
+        for (row, position) in together.chunks(2 * half).zip(&positions) {
+            assert_eq!(values(&[*position]), row, "position {position}");
+            for i in 0..half {
+                // The angle in whole turns and the rest of one, whose product with the position is exact to the last bits.
+                let turns = theta.powf(-(i as f64) / half as f64) / (2.0 * PI);
+                let whole = (turns * f64::from(1 << 26)).floor() / f64::from(1 << 26);
+                let (near, far) = ((*position as f64 * whole).fract(), *position as f64 * (turns - whole));
+                let angle = 2.0 * PI * (near + far);
+                for (value, expected) in [(row[i], angle.cos()), (row[half + i], angle.sin())] {
+                    let error = (f64::from(value) - expected).abs();
+                    assert!(error < 1e-6, "position {position}, pair {i}: {value} is not {expected}");
+                }
+            }
+        }
+    }
+}

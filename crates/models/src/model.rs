@@ -146,19 +146,19 @@ impl Model {
     /// tokens. Ids must be below [`vocab_size`](Self::vocab_size).
     ///
     /// # Errors
-    /// If shapes, state or boundaries do not fit each other.
+    /// If shapes, state or boundaries do not fit each other, or the state is not one of this model.
     pub fn forward(
         &self,
         ids: Tensor<2, Int>,
         state: Option<ModelState>,
         cu_seqlens: Option<&[usize]>,
     ) -> Result<(Tensor<3>, ModelState)> {
+        let states = self.states(state)?;
         let mut x = burn::tensor::module::embedding(self.embeddings.val(), ids);
         if let Some(scale) = self.config.embedding_scale {
             x = x * scale;
         }
         let mut next = Vec::with_capacity(self.blocks.len());
-        let states = self.states(state)?;
         for ((block, state), context) in self.blocks.iter().zip(states).zip(self.contexts(cu_seqlens)) {
             let (mixed, state) = block.mixer.forward(norm(&block.mixer_norm, &x), state, &context)?;
             x = block.add_channels(add(x, mixed, &block.mixer_scale));
@@ -170,15 +170,15 @@ impl Model {
     /// One token of every sequence: `ids` is `[B]`; returns logits `[B, vocab]`.
     ///
     /// # Errors
-    /// If `ids` and `state` do not fit each other.
+    /// If `ids` and `state` do not fit each other, or the state is not one of this model.
     pub fn step(&self, ids: Tensor<1, Int>, state: ModelState) -> Result<(Tensor<2>, ModelState)> {
+        let states = self.states(Some(state))?;
         let embedded = burn::tensor::module::embedding(self.embeddings.val(), ids.unsqueeze_dim(1));
         let mut x: Tensor<2> = embedded.squeeze_dim(1);
         if let Some(scale) = self.config.embedding_scale {
             x = x * scale;
         }
         let mut next = Vec::with_capacity(self.blocks.len());
-        let states = self.states(Some(state))?;
         for ((block, state), context) in self.blocks.iter().zip(states).zip(self.contexts(None)) {
             let state = match state {
                 Some(state) => state,
@@ -220,15 +220,37 @@ impl Model {
         }
     }
 
-    fn states(&self, state: Option<ModelState>) -> Result<Vec<Option<MixerState>>> {
-        match state {
-            None => Ok(vec![None; self.blocks.len()]),
-            Some(state) if state.layers.len() == self.blocks.len() => Ok(state.layers.into_iter().map(Some).collect()),
-            Some(state) => Err(Error::argument(
-                "state",
-                format!("has {} layers, the model {}", state.layers.len(), self.blocks.len()),
-            )),
+    /// Checks that `state` is one of this model: as many layers, each of them whole and made by the layer in its place, all
+    /// at the same positions.
+    ///
+    /// # Errors
+    /// Names the layer and what differs.
+    pub fn check_state(&self, state: &ModelState) -> Result<()> {
+        let (found, expected) = (state.layers.len(), self.blocks.len());
+        if found != expected {
+            return Err(Error::argument("state", format!("has {found} layers, the model {expected}")));
         }
+        let mut first = None;
+        for (block, state) in self.blocks.iter().zip(&state.layers) {
+            block.mixer.check_state(state)?;
+            let Some(positions) = state.positions() else {
+                continue;
+            };
+            let (layer, expected) = first.get_or_insert_with(|| (state.spec().label(), positions.clone()));
+            if positions != *expected {
+                let (found, expected) = (format!("{positions:?}"), format!("{expected:?}, that of layer {layer}"));
+                return Err(state.spec().mismatch("positions", found, expected).into());
+            }
+        }
+        Ok(())
+    }
+
+    fn states(&self, state: Option<ModelState>) -> Result<Vec<Option<MixerState>>> {
+        let Some(state) = state else {
+            return Ok(vec![None; self.blocks.len()]);
+        };
+        self.check_state(&state)?;
+        Ok(state.layers.into_iter().map(Some).collect())
     }
 }
 
@@ -339,11 +361,42 @@ mod tests {
     #[test]
     fn a_state_of_another_model_is_refused() {
         let device = Device::flex();
+        let ids = || ids_tensor(&IDS[..1], [1], &device);
         let model = Model::new(&hybrid(), 1, &device).unwrap();
-        let mut state = model.initial_state(1);
+        let (_, good) = model.forward(ids_tensor(&IDS, [1, 10], &device), None, None).unwrap();
+        let refused = |state: ModelState, complaint: &str| {
+            let [step, forward] = [
+                model.step(ids(), state.clone()).map(|_| ()),
+                model.forward(ids().unsqueeze_dim(1), Some(state), None).map(|_| ()),
+            ];
+            for error in [step, forward] {
+                let text = error.unwrap_err().to_string();
+                assert!(text.contains(complaint), "{text}");
+            }
+        };
+        model.step(ids(), good.clone()).unwrap();
+        let mut state = good.clone();
         state.layers.swap(0, 1);
-        assert!(model.step(ids_tensor(&[1], [1], &device), state.clone()).is_err());
+        refused(state, "state is of kind `hgrn2`, this layer is `gated_delta_net`");
+        let mut state = good.clone();
+        state.layers.swap(2, 3);
+        refused(state, "state of layer 2 (attention): `layer` is 3, expected 2");
+        let mut state = good.clone();
         state.layers.pop();
-        assert!(model.step(ids_tensor(&[1], [1], &device), state).unwrap_err().to_string().starts_with("state: "));
+        refused(state, "state: has 3 layers, the model 4");
+        let mut state = good.clone();
+        let (_, shorter) = model.forward(ids_tensor(&IDS[..6], [1, 6], &device), None, None).unwrap();
+        state.layers[3] = shorter.layers[3].clone();
+        refused(state, "state of layer 3 (attention): `positions` is [6], expected [10], that of layer 2 (attention)");
+
+        let mut wider = hybrid();
+        for mixer in wider.mixers.values_mut() {
+            if let MixerConfig::Attention(AttentionConfig { window: window @ Some(_), .. }) = mixer {
+                *window = Some(4);
+            }
+        }
+        let other = Model::new(&wider, 1, &device).unwrap();
+        let (_, state) = other.forward(ids_tensor(&IDS, [1, 10], &device), None, None).unwrap();
+        refused(state, "state of layer 2 (attention): `window` is 4, expected 3");
     }
 }
