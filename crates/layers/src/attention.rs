@@ -273,6 +273,7 @@ impl SequenceMixer for Attention {
         if let Some(state) = &state {
             self.check_state(state)?;
         }
+        let state = state.map(|state| state.cast(x.dtype()));
         let seen = state.as_ref().map(|state| state.positions.clone());
         let positions = Positions::of_forward(&x, seen, context)?;
         let mut p = self.project(x, &positions);
@@ -305,6 +306,7 @@ impl SequenceMixer for Attention {
         let context = context.of_step();
         context.check_input(&x, self.hidden_size)?;
         self.check_state(&state)?;
+        let state = state.cast(x.dtype());
         let positions = Positions::of_forward(&x, Some(state.positions.clone()), &context)?;
         let p = self.project(x, &positions);
         let state = state.into_rows(self.window).push(p.k, p.v, self.window);

@@ -1,6 +1,6 @@
 //! The keys and values that attention carries.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use crate::state::state_parts;
 
@@ -14,7 +14,7 @@ const FIRST_SLOTS: usize = 16;
 /// most `window` slots and never grows beyond it. Slots that no token has reached hold nothing of meaning.
 #[derive(Debug, Clone)]
 pub struct AttentionState {
-    /// `[B, slots, HK, K]`, in the type of the model; `[1, total, HK, K]` after a packed call.
+    /// `[B, slots, HK, K]`, in the type of the layer's input; `[1, total, HK, K]` after a packed call.
     pub k: Tensor<4>,
     /// `[B, slots, HK, K]`, as `k`.
     pub v: Tensor<4>,
@@ -36,6 +36,11 @@ impl AttentionState {
             positions: vec![0; batch],
             packed: Vec::new(),
         }
+    }
+
+    /// The cache in the type of the activations that go on from it; a fresh one does not know theirs.
+    pub(crate) fn cast(self, dtype: DType) -> Self {
+        Self { k: self.k.cast(dtype), v: self.v.cast(dtype), ..self }
     }
 
     /// A cache of the last tokens, in order, of sequences that have seen `seen` tokens each.

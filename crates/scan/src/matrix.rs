@@ -81,7 +81,9 @@ pub(crate) fn forward(
     let path = options.path;
     let problem = Problem::new(q, k, v, decay, write, options)?;
     if native::available(path, Written::ForCpuAndGpu, &problem.q) {
-        return problem.native();
+        // On the CPU a sequence of one token has the bits that it has among longer ones; a step rounds otherwise.
+        let packs = problem.q.dims()[1] == 1 && native::available(path, Written::ForCpu, &problem.q);
+        return if packs { problem.packed_tokens() } else { problem.native() };
     }
     Ok(portable::matrix::forward(problem))
 }
@@ -144,6 +146,31 @@ impl Problem {
             chunk: options.chunk.unwrap_or(DEFAULT_CHUNK),
             cu_seqlens: options.cu_seqlens,
         })
+    }
+
+    /// Runs sequences of one token each as packed ones.
+    fn packed_tokens(self) -> Result<Output, Error> {
+        let count = self.q.dims()[0];
+        let turn = |x: Tensor<4>| x.swap_dims(0, 1);
+        let problem = Self {
+            q: turn(self.q),
+            k: turn(self.k),
+            v: turn(self.v),
+            decay: match self.decay {
+                Decay::Head(g) => Decay::Head(g.swap_dims(0, 1)),
+                Decay::Key(g) => Decay::Key(turn(g)),
+                constant => constant,
+            },
+            write: match self.write {
+                Write::Additive => Write::Additive,
+                Write::Delta { beta } => Write::Delta { beta: beta.swap_dims(0, 1) },
+                Write::LowRank { a, b } => Write::LowRank { a: turn(a), b: turn(b) },
+            },
+            cu_seqlens: Some((0..=count).collect()),
+            ..self
+        };
+        let Output { o, final_state } = problem.native()?;
+        Ok(Output { o: turn(o), final_state })
     }
 
     /// Runs the kernel.

@@ -179,28 +179,26 @@ pub(crate) fn transpose(src: &[f32], src_stride: usize, dst: &mut [f32], dst_str
     }
     assert!(src.len() >= (rows - 1) * src_stride + cols && dst.len() >= (cols - 1) * dst_stride + rows);
     let (full_rows, full_cols) = (rows / 8 * 8, cols / 8 * 8);
-    vectorize(
-        #[inline(always)]
-        || {
-            for j in (0..full_cols).step_by(8) {
-                for i in (0..full_rows).step_by(8) {
-                    // Safety: the square lies inside both blocks, checked above.
-                    unsafe {
-                        square(
-                            src.as_ptr().add(i * src_stride + j),
-                            src_stride,
-                            dst.as_mut_ptr().add(j * dst_stride + i),
-                            dst_stride,
-                        );
-                    }
-                }
-            }
-        },
-    );
+    // Safety: the squares lie inside both blocks, checked above.
+    unsafe { squares(src.as_ptr(), src_stride, dst.as_mut_ptr(), dst_stride, full_rows, full_cols) };
     for i in 0..rows {
         let from = if i < full_rows { full_cols } else { 0 };
         for j in from..cols {
             dst[j * dst_stride + i] = src[i * src_stride + j];
+        }
+    }
+}
+
+/// Transposes whole 8x8 squares.
+unsafe fn squares(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize, rows: usize, cols: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(arch(), Arch::V3(_) | Arch::V4(_)) {
+        // Safety: the processor has AVX2.
+        return unsafe { avx2::squares(src, src_stride, dst, dst_stride, rows, cols) };
+    }
+    for j in (0..cols).step_by(8) {
+        for i in (0..rows).step_by(8) {
+            unsafe { square(src.add(i * src_stride + j), src_stride, dst.add(j * dst_stride + i), dst_stride) };
         }
     }
 }
@@ -228,6 +226,50 @@ unsafe fn square(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: 
         }
         for (i, row) in x.iter().enumerate() {
             (dst.add(i * dst_stride) as *mut [f32; 8]).write_unaligned(*row);
+        }
+    }
+}
+
+/// The same with the shuffles named: of the butterfly the compiler makes three times as many.
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn squares(
+        src: *const f32,
+        src_stride: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+        rows: usize,
+        cols: usize,
+    ) {
+        for j in (0..cols).step_by(8) {
+            for i in (0..rows).step_by(8) {
+                unsafe { square(src.add(i * src_stride + j), src_stride, dst.add(j * dst_stride + i), dst_stride) };
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn square(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        unsafe {
+            // Columns `c..c + 4` of rows `r` and `r + 4`: what crosses the halves of a register is loaded to its place.
+            let load = |r: usize, c: usize| {
+                let at = src.add(r * src_stride + c);
+                let low = _mm256_castps128_ps256(_mm_loadu_ps(at));
+                _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(at.add(4 * src_stride)))
+            };
+            for c in [0, 4] {
+                let [a, b, c2, d] = [load(0, c), load(1, c), load(2, c), load(3, c)];
+                let (ab, ab2) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                let (cd, cd2) = (_mm256_unpacklo_ps(c2, d), _mm256_unpackhi_ps(c2, d));
+                _mm256_storeu_ps(dst.add(c * dst_stride), _mm256_shuffle_ps::<0x44>(ab, cd));
+                _mm256_storeu_ps(dst.add((c + 1) * dst_stride), _mm256_shuffle_ps::<0xee>(ab, cd));
+                _mm256_storeu_ps(dst.add((c + 2) * dst_stride), _mm256_shuffle_ps::<0x44>(ab2, cd2));
+                _mm256_storeu_ps(dst.add((c + 3) * dst_stride), _mm256_shuffle_ps::<0xee>(ab2, cd2));
+            }
         }
     }
 }
