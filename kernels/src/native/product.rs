@@ -9,11 +9,11 @@
 
 use super::ahead::Ahead;
 use super::gemm::{self, Lhs, Mode, Out, PANEL, Rhs, gemm};
-use super::rows::{BLOCK, Output, prefetch, zeroed};
-use super::simd::{arch, round, transpose, vectorize, widen};
+use super::rows::{Output, zeroed};
+use super::simd::{round, transpose, widen};
 use super::tile::{LINE, Tile};
+use super::{few_rows, simd};
 use crate::Element;
-use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -25,11 +25,7 @@ const ROWS: usize = 64;
 /// Panels of `B` from which on rows of `A` are read so often that packing them pays; rows of a transpose always are.
 const OFTEN: usize = 16;
 /// Rows of `C` at most that are computed while `B` is read in the order of memory.
-const FEW: usize = 4;
-/// Bytes of `B` that a task then reads, about.
-const RUN: usize = 256 << 10;
-/// Lines of it that are read side by side: sums are loaded and stored once for all of them.
-const LINES: usize = 4;
+pub(super) const FEW: usize = 4;
 /// Multiply-adds below which waking a thread costs more than it saves.
 const SERIAL: usize = 1 << 18;
 
@@ -50,7 +46,7 @@ impl<'a, E: Element> Operand<'a, E> {
     }
 
     /// Elements `columns` of a row in memory.
-    fn row(&self, block: usize, row: usize, columns: Range<usize>) -> &'a [E] {
+    pub fn row(&self, block: usize, row: usize, columns: Range<usize>) -> &'a [E] {
         let at = block * self.block + row * self.stride;
         &self.data[at + columns.start..at + columns.end]
     }
@@ -125,7 +121,13 @@ impl<'a, E: Element> Operand<'a, E> {
 pub(crate) fn product<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     let [_, m, _, _] = size;
     match m {
-        ..=FEW if !a.transposed && !b.transposed => by_lines(size, a, b, bias),
+        ..=FEW if !a.transposed && !b.transposed => {
+            few_rows::with_rows(size, a, |x| few_rows::by_lines(size, x, b, bias))
+        }
+        #[cfg(target_arch = "x86_64")]
+        ..=FEW if !a.transposed && simd::has_avx2() => {
+            few_rows::with_rows(size, a, |x| few_rows::by_outputs(size, x, b, bias))
+        }
         ..=ROWS => by_columns(size, a, b, bias),
         _ => by_rows(size, a, b, bias),
     }
@@ -137,7 +139,7 @@ fn chunk(k: usize) -> usize {
 }
 
 /// The parts of the inner size that are summed by themselves: chunks, as deep as register blocks go at a time.
-fn pieces(k: usize) -> Vec<Range<usize>> {
+pub(super) fn pieces(k: usize) -> Vec<Range<usize>> {
     let (chunk, depth) = (chunk(k), gemm::depth());
     let chunks = (0..k).step_by(chunk).map(|from| from..k.min(from + chunk));
     let cut = |chunk: Range<usize>| {
@@ -154,7 +156,7 @@ fn serial([blocks, m, n, k]: [usize; 4]) -> bool {
 }
 
 /// What the tasks of a product leave, in their order; each thread has scratch of its own.
-fn run_tasks<S: Default, T: Send, R: Send>(
+pub(super) fn run_tasks<S: Default, T: Send, R: Send>(
     size: [usize; 4],
     tasks: impl Iterator<Item = T>,
     run: impl Fn(&mut S, T) -> R + Sync + Send,
@@ -164,140 +166,6 @@ fn run_tasks<S: Default, T: Send, R: Send>(
         return tasks.map(|task| run(&mut scratch, task)).collect();
     }
     tasks.collect::<Vec<_>>().into_par_iter().map_init(S::default, run).collect()
-}
-
-/// A row or a few, as when tokens are decoded: bound by reading `B`, line after line as it lies in memory. Each task takes
-/// a piece of the inner size, and some of the columns.
-fn by_lines<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
-    let [blocks, m, n, k] = size;
-    let pieces = pieces(k);
-    let width = (RUN / (pieces[0].len() * size_of::<E>())).next_multiple_of(BLOCK).min(n);
-    let strips = n.div_ceil(width);
-    let mut widened = vec![0.0; if E::as_f32_slice(a.data).is_none() { blocks * m * k } else { 0 }];
-    for (row, x) in widened.chunks_exact_mut(k).enumerate() {
-        widen(a.row(row / m, row % m, 0..k), x);
-    }
-    let x = |block, i| match E::as_f32_slice(a.row(block, i, 0..k)) {
-        Some(x) => x,
-        None => &widened[(block * m + i) * k..][..k],
-    };
-    let mut parts = vec![0.0f32; blocks * pieces.len() * strips * m * width];
-    let task = |buffer: &mut Tile, (t, y): (usize, &mut [f32])| {
-        let (block, column) = (t / strips / pieces.len(), t % strips * width);
-        let x = std::array::from_fn(|i| if i < m { x(block, i) } else { &[] });
-        let (inner, columns) = (pieces[t / strips % pieces.len()].clone(), column..n.min(column + width));
-        arch().dispatch(Lines { b, x, block, inner, columns, buffer, y, width });
-    };
-    run_tasks(size, parts.chunks_exact_mut(m * width).enumerate(), task);
-    let mut c = vec![0.0; m * blocks * n];
-    for (row, sums) in c.chunks_exact_mut(n).enumerate() {
-        let (i, block) = (row / blocks, row % blocks);
-        if let Some(bias) = bias {
-            widen(&bias[block * n..(block + 1) * n], sums);
-        }
-        let parts = parts.chunks_exact(strips * m * width).skip(block * pieces.len()).take(pieces.len());
-        for (r, part) in parts.enumerate() {
-            for (strip, sums) in sums.chunks_mut(width).enumerate() {
-                let part = &part[(strip * m + i) * width..][..sums.len()];
-                match (r, bias) {
-                    (0, None) => sums.copy_from_slice(part),
-                    _ => vectorize(
-                        #[inline(always)]
-                        || sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part),
-                    ),
-                }
-            }
-        }
-    }
-    E::from_f32_vec(c)
-}
-
-/// A task's piece of the inner size and its columns of `B`, the rows of `A` that they meet, and what comes of it.
-struct Lines<'a, E> {
-    b: Operand<'a, E>,
-    x: [&'a [f32]; FEW],
-    block: usize,
-    inner: Range<usize>,
-    columns: Range<usize>,
-    buffer: &'a mut Tile,
-    y: &'a mut [f32],
-    width: usize,
-}
-
-impl<E: Element> WithSimd for Lines<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let Range { start, end } = self.inner;
-        let some = end - (end - start) % LINES;
-        for first in (start..some).step_by(LINES) {
-            self.multiply::<S, LINES>(simd, first);
-        }
-        for line in some..end {
-            self.multiply::<S, 1>(simd, line);
-        }
-    }
-}
-
-impl<E: Element> Lines<'_, E> {
-    /// `N` lines with all rows.
-    #[inline(always)]
-    fn multiply<S: Simd, const N: usize>(&mut self, simd: S, first: usize) {
-        let Self { b, x, block, columns, buffer, y, width, .. } = self;
-        let rows: [&[E]; N] = std::array::from_fn(|i| b.row(*block, first + i, columns.clone()));
-        if E::as_f32_slice(rows[0]).is_none() {
-            if buffer.cols() != *width {
-                **buffer = Tile::new(LINES, *width);
-            }
-            for (i, row) in rows.iter().enumerate() {
-                E::to_f32_slice(row, &mut buffer.row_mut(i)[..row.len()]);
-            }
-        }
-        let lines: [&[f32]; N] = std::array::from_fn(|i| match E::as_f32_slice(rows[i]) {
-            Some(row) => row,
-            None => &buffer.row(i)[..rows[i].len()],
-        });
-        let next = *block * b.block + (first + N) * b.stride + columns.start;
-        for from in (0..columns.len()).step_by(BLOCK) {
-            for i in 0..N {
-                prefetch(b.data, next + i * b.stride + from);
-            }
-            let rest = columns.len() - from;
-            for (x, y) in x.iter().zip(y.chunks_exact_mut(*width)) {
-                let (x, lines, y) =
-                    (std::array::from_fn(|i| x[first + i]), lines.map(|line| &line[from..]), &mut y[from..]);
-                // A length that the compiler knows makes a run of vector code without tests.
-                match rest {
-                    BLOCK.. => add(simd, x, lines.map(|line| &line[..BLOCK]), &mut y[..BLOCK]),
-                    _ => add(simd, x, lines.map(|line| &line[..rest]), &mut y[..rest]),
-                }
-            }
-        }
-    }
-}
-
-/// `y += x_0 lines_0 + x_1 lines_1 + ..`, one after the other with one rounding each, as in a register block.
-#[inline(always)]
-fn add<S: Simd, const N: usize>(simd: S, x: [f32; N], lines: [&[f32]; N], y: &mut [f32]) {
-    let x = x.map(|x| simd.splat_f32s(x));
-    let (vectors, rest) = S::as_mut_simd_f32s(y);
-    let lines = lines.map(|line| {
-        let (line, rest) = S::as_simd_f32s(line);
-        (&line[..vectors.len()], rest)
-    });
-    for (i, y) in vectors.iter_mut().enumerate() {
-        for (&x, (line, _)) in x.iter().zip(&lines) {
-            *y = simd.mul_add_e_f32s(x, line[i], *y);
-        }
-    }
-    if !rest.is_empty() {
-        let mut sum = simd.partial_load_f32s(rest);
-        for (&x, (_, line)) in x.iter().zip(&lines) {
-            sum = simd.mul_add_e_f32s(x, simd.partial_load_f32s(line), sum);
-        }
-        simd.partial_store_f32s(rest, sum);
-    }
 }
 
 /// More rows than that, of several tokens or sequences, or few with a transpose: each task takes a panel of `B`.
