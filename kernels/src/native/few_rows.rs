@@ -2,20 +2,17 @@
 //! The sums are those of all products (see [`product`](super::product)), to the bit.
 
 use super::product::{FEW, Operand, pieces, run_tasks};
-use super::rows::BLOCK;
+use super::rows::{BLOCK, prefetch};
 use super::simd::{arch, vectorize, widen};
 use super::tile::Tile;
 use crate::Element;
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 use std::ops::Range;
 
-/// Pieces of the inner size that a task reads side by side: memory gives more to some streams than to one.
-const STREAMS: usize = 4;
-/// Lines of each: sums are loaded and stored once for all of them.
-const LINES: usize = 2;
-/// Columns of a task at most: the sums of its pieces stay in a first-level cache.
-const STRIP: usize = 1024;
+/// Lines that a task reads side by side: sums are loaded and stored once for all of them.
+const LINES: usize = 4;
+/// Columns of a task at most: sums stay in a first-level cache, and lines are read by the page.
+const STRIP: usize = 2048;
 
 /// Rows of `A` in f32, those of each block together; empty ones make up the number.
 type Few<'a> = [&'a [f32]; FEW];
@@ -39,24 +36,20 @@ pub(super) fn with_rows<E: Element, R>(
     run(&rows)
 }
 
-/// `C = A B + bias`, line by line of `B`. Each task takes some pieces of the inner size, and some columns.
+/// `C = A B + bias`, line by line of `B`. Each task takes a piece of the inner size, and some columns.
 pub(super) fn by_lines<E: Element>(size: [usize; 4], x: &[Few], b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     let [blocks, m, n, k] = size;
     let pieces = pieces(k);
     let width = n.div_ceil(n.div_ceil(STRIP)).next_multiple_of(BLOCK);
     let strips = n.div_ceil(width);
-    let streams = streams(pieces.len(), blocks * strips);
-    let groups = pieces.len().div_ceil(streams);
     let mut parts = vec![0.0f32; blocks * strips * pieces.len() * m * width];
     let task = |buffer: &mut Tile, (t, y): (usize, &mut [f32])| {
-        let (place, group) = (t / groups, t % groups);
+        let (place, inner) = (t / pieces.len(), pieces[t % pieces.len()].clone());
         let (block, column) = (place / strips, place % strips * width);
-        let pieces = &pieces[group * streams..pieces.len().min((group + 1) * streams)];
         let columns = column..n.min(column + width);
-        arch().dispatch(Lines { b, x: x[block], block, pieces, columns, buffer, y, m, width });
+        arch().dispatch(Lines { b, x: x[block], block, inner, columns, buffer, y, width });
     };
-    let places = parts.chunks_exact_mut(pieces.len() * m * width);
-    run_tasks(size, places.flat_map(|place| place.chunks_mut(streams * m * width)).enumerate(), task);
+    run_tasks(size, parts.chunks_exact_mut(m * width).enumerate(), task);
     let mut c = vec![0.0; m * blocks * n];
     for (row, sums) in c.chunks_exact_mut(n).enumerate() {
         let (i, block) = (row / blocks, row % blocks);
@@ -73,16 +66,6 @@ pub(super) fn by_lines<E: Element>(size: [usize; 4], x: &[Few], b: Operand<E>, b
     E::from_f32_vec(c)
 }
 
-/// How many of the pieces a task reads side by side, so that no thread has to wait for others.
-fn streams(pieces: usize, places: usize) -> usize {
-    let threads = rayon::current_num_threads();
-    let busy = |streams: &usize| {
-        let rounds = (places * pieces.div_ceil(*streams)).div_ceil(threads);
-        10 * places * pieces >= 9 * rounds * threads * streams
-    };
-    (1..=STREAMS.min(pieces)).rev().find(busy).unwrap_or(1)
-}
-
 /// The sum of a piece into that of those before it; the first sets it, unless there is a bias.
 fn join(first: bool, part: &[f32], sums: &mut [f32]) {
     if first {
@@ -94,17 +77,15 @@ fn join(first: bool, part: &[f32], sums: &mut [f32]) {
     );
 }
 
-/// A task's pieces of the inner size and its columns of `B`, the rows of `A` that they meet, and what comes of each piece,
-/// `[pieces, m, width]`.
+/// A task's piece of the inner size and its columns of `B`, the rows of `A` that they meet, and what comes of it.
 struct Lines<'a, E> {
     b: Operand<'a, E>,
     x: Few<'a>,
     block: usize,
-    pieces: &'a [Range<usize>],
+    inner: Range<usize>,
     columns: Range<usize>,
     buffer: &'a mut Tile,
     y: &'a mut [f32],
-    m: usize,
     width: usize,
 }
 
@@ -113,63 +94,48 @@ impl<E: Element> WithSimd for Lines<'_, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        match self.pieces.len() {
-            4 => self.walk::<S, 4>(simd),
-            3 => self.walk::<S, 3>(simd),
-            2 => self.walk::<S, 2>(simd),
-            _ => self.walk::<S, 1>(simd),
+        let Range { start, end } = self.inner;
+        let some = end - (end - start) % LINES;
+        for first in (start..some).step_by(LINES) {
+            self.multiply::<S, LINES>(simd, first);
+        }
+        for line in some..end {
+            self.multiply::<S, 1>(simd, line);
         }
     }
 }
 
 impl<E: Element> Lines<'_, E> {
+    /// `N` lines with all rows.
     #[inline(always)]
-    fn walk<S: Simd, const N: usize>(&mut self, simd: S) {
-        let pieces = self.pieces;
-        let shortest = pieces.iter().map(Range::len).min().unwrap_or(0) / LINES * LINES;
-        for place in (0..shortest).step_by(LINES) {
-            self.multiply::<S, N, LINES>(simd, 0, std::array::from_fn(|s| pieces[s].start + place));
-        }
-        for (s, piece) in pieces.iter().enumerate() {
-            for line in piece.start + shortest..piece.end {
-                self.multiply::<S, 1, 1>(simd, s, [line]);
-            }
-        }
-    }
-
-    /// `L` lines from each of the `lines` on with all rows of `A`: those of `N` pieces, the first of which is number `piece`.
-    #[inline(always)]
-    fn multiply<S: Simd, const N: usize, const L: usize>(&mut self, simd: S, piece: usize, lines: [usize; N]) {
-        let Self { b, x, block, columns, buffer, y, m, width, .. } = self;
-        let rows = lines.map(|line| {
-            let row = |i| b.row(*block, line + i, columns.clone());
-            std::array::from_fn::<&[E], L, _>(row)
-        });
-        if E::as_f32_slice(b.data).is_none() {
+    fn multiply<S: Simd, const N: usize>(&mut self, simd: S, first: usize) {
+        let Self { b, x, block, columns, buffer, y, width, .. } = self;
+        let rows: [&[E]; N] = std::array::from_fn(|i| b.row(*block, first + i, columns.clone()));
+        if E::as_f32_slice(rows[0]).is_none() {
             if buffer.cols() != *width {
-                **buffer = Tile::new(STREAMS * LINES, *width);
+                **buffer = Tile::new(LINES, *width);
             }
-            for (i, row) in rows.as_flattened().iter().enumerate() {
+            for (i, row) in rows.iter().enumerate() {
                 E::to_f32_slice(row, &mut buffer.row_mut(i)[..row.len()]);
             }
         }
-        let wide = |s: usize, i: usize| match E::as_f32_slice(rows[s][i]) {
+        let lines: [&[f32]; N] = std::array::from_fn(|i| match E::as_f32_slice(rows[i]) {
             Some(row) => row,
-            None => &buffer.row(s * L + i)[..columns.len()],
-        };
-        let wide: [[&[f32]; L]; N] = std::array::from_fn(|s| std::array::from_fn(|i| wide(s, i)));
+            None => &buffer.row(i)[..rows[i].len()],
+        });
+        let next = *block * b.block + (first + N) * b.stride + columns.start;
         for from in (0..columns.len()).step_by(BLOCK) {
+            for i in 0..N {
+                prefetch(b.data, next + i * b.stride + from);
+            }
             let rest = columns.len() - from;
-            for (s, (first, wide)) in lines.iter().zip(&wide).enumerate() {
-                let y = y[(piece + s) * *m * *width..].chunks_exact_mut(*width);
-                for (x, y) in x.iter().zip(y).take(*m) {
-                    let x: [f32; L] = std::array::from_fn(|i| x[first + i]);
-                    let (wide, y) = (wide.map(|line| &line[from..]), &mut y[from..]);
-                    // A length that the compiler knows makes a run of vector code without tests.
-                    match rest {
-                        BLOCK.. => add(simd, x, wide.map(|line| &line[..BLOCK]), &mut y[..BLOCK]),
-                        _ => add(simd, x, wide.map(|line| &line[..rest]), &mut y[..rest]),
-                    }
+            for (x, y) in x.iter().zip(y.chunks_exact_mut(*width)) {
+                let (x, lines, y) =
+                    (std::array::from_fn(|i| x[first + i]), lines.map(|line| &line[from..]), &mut y[from..]);
+                // A length that the compiler knows makes a run of vector code without tests.
+                match rest {
+                    BLOCK.. => add(simd, x, lines.map(|line| &line[..BLOCK]), &mut y[..BLOCK]),
+                    _ => add(simd, x, lines.map(|line| &line[..rest]), &mut y[..rest]),
                 }
             }
         }
