@@ -40,7 +40,9 @@ pub(super) fn with_rows<E: Element, R>(
 pub(super) fn by_lines<E: Element>(size: [usize; 4], x: &[Few], b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     let [blocks, m, n, k] = size;
     let pieces = pieces(k);
-    let width = n.div_ceil(n.div_ceil(STRIP)).next_multiple_of(BLOCK);
+    // Sums do not depend on where columns are cut, so the threads may say.
+    let tasks = (2 * rayon::current_num_threads()).div_ceil(blocks * pieces.len());
+    let width = n.div_ceil(tasks.max(n.div_ceil(STRIP))).next_multiple_of(2 * BLOCK);
     let strips = n.div_ceil(width);
     let mut parts = vec![0.0f32; blocks * strips * pieces.len() * m * width];
     let task = |buffer: &mut Tile, (t, y): (usize, &mut [f32])| {

@@ -8,11 +8,11 @@
 //! same [`pieces`] of the inner size, each in order from 0 with one rounding per product, and add them up in order.
 
 use super::ahead::Ahead;
+use super::few_rows;
 use super::gemm::{self, Lhs, Mode, Out, PANEL, Rhs, gemm};
 use super::rows::{Output, zeroed};
 use super::simd::{round, transpose, widen};
 use super::tile::{LINE, Tile};
-use super::{few_rows, simd};
 use crate::Element;
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
@@ -125,7 +125,7 @@ pub(crate) fn product<E: Element>(size: [usize; 4], a: Operand<E>, b: Operand<E>
             few_rows::with_rows(size, a, |x| few_rows::by_lines(size, x, b, bias))
         }
         #[cfg(target_arch = "x86_64")]
-        ..=FEW if !a.transposed && simd::has_avx2() => {
+        ..=FEW if !a.transposed && super::simd::has_avx2() => {
             few_rows::with_rows(size, a, |x| few_rows::by_outputs(size, x, b, bias))
         }
         ..=ROWS => by_columns(size, a, b, bias),
