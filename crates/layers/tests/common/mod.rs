@@ -1,4 +1,5 @@
 //! All mixers, and what tests compare.
+#![allow(dead_code)] // Each test has use for some.
 
 use burn::tensor::{Device, Distribution, Tensor};
 use thalweg_layers::{Context, Mixer, MixerConfig, Site};
