@@ -177,7 +177,7 @@ impl Activation {
     /// `f(x)`, of the shape of `x`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let alpha = |fixed: f64| match &self.alpha {
-            Some(alpha) => alpha.val().reshape([1; D]),
+            Some(alpha) => alpha.val().cast(x.dtype()).reshape([1; D]),
             None => Tensor::full([1; D], fixed, (&x.device(), x.dtype())),
         };
         match self.config {

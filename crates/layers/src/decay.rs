@@ -38,19 +38,25 @@ impl Decay {
         Self { a_log: param([heads], device, a_log), dt_bias: param([features], device, dt_bias) }
     }
 
-    /// One gate per head: `a` and the result are `[B, T, H]`.
+    /// One gate per head: `a` and the result are `[B, T, H]`, the latter in f32.
     pub(crate) fn per_head(&self, a: Tensor<3>) -> Tensor<3> {
-        let a = full_precision(a) + self.dt_bias.val().unsqueeze();
-        // -softplus(x) = log_sigmoid(-x), which is stable on both sides and never above 0.
-        log_sigmoid(-a) * self.a_log.val().exp().unsqueeze()
+        let (gate, rate) = self.gate_and_rate(a);
+        gate * rate.unsqueeze()
     }
 
-    /// One gate per key feature: `a` is `[B, T, H K]`, the result `[B, T, H, K]`.
+    /// One gate per key feature: `a` is `[B, T, H K]`, the result `[B, T, H, K]`, in f32.
     pub(crate) fn per_feature(&self, a: Tensor<3>) -> Tensor<4> {
         let [batch, time, features] = a.dims();
         let [heads] = self.a_log.shape().dims();
-        let a = full_precision(a) + self.dt_bias.val().unsqueeze();
-        let rate = self.a_log.val().exp().reshape([1, 1, heads, 1]);
-        log_sigmoid(-a).reshape([batch, time, heads, features / heads]) * rate
+        let (gate, rate) = self.gate_and_rate(a);
+        gate.reshape([batch, time, heads, features / heads]) * rate.reshape([1, 1, heads, 1])
+    }
+
+    /// `-softplus(a + dt_bias)` and `exp(A_log)`, f32 whatever the types of `a` and of the parameters.
+    fn gate_and_rate(&self, a: Tensor<3>) -> (Tensor<3>, Tensor<1>) {
+        let a = full_precision(a);
+        let [dt_bias, a_log] = [&self.dt_bias, &self.a_log].map(|parameter| parameter.val().cast(a.dtype()));
+        // -softplus(x) = log_sigmoid(-x), which is stable on both sides and never above 0.
+        (log_sigmoid(-(a + dt_bias.unsqueeze())), a_log.exp())
     }
 }

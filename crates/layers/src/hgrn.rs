@@ -34,9 +34,9 @@ impl LowerBounds {
         Self { weight: Initializer::Zeros.init([layers, features], device) }
     }
 
-    /// The bound `[features]` of every layer; `None` for the first. Goes into [`Context::lower_bound`].
+    /// The bound `[features]` of every layer, f32; `None` for the first. Goes into [`Context::lower_bound`].
     pub fn forward(&self) -> Vec<Option<Tensor<1>>> {
-        let share = softmax(self.weight.val(), 0);
+        let share = softmax(full_precision(self.weight.val()), 0);
         let [layers, features] = share.dims();
         let bounds = share.clone().cumsum(0) - share.narrow(0, 0, 1);
         let row = |layer| bounds.clone().narrow(0, layer, 1).reshape([features]);
@@ -56,7 +56,7 @@ pub(crate) fn forget_gate(logits: Tensor<3>, lower_bound: Option<&Tensor<1>>) ->
         let expected = format!("[features] = [{features}]");
         return Err(shape_error("lower_bound", &bound.dims(), expected));
     }
-    let room: Tensor<3> = (-full_precision(bound.clone()) + 1.0).unsqueeze();
+    let room: Tensor<3> = (-bound.clone().cast(logits.dtype()) + 1.0).unsqueeze();
     let rest = sigmoid(-logits) * room;
     let log = rest.clone().clamp_max(ALMOST_ONE).neg().log1p();
     Ok((log, rest))

@@ -15,7 +15,7 @@ const FIRST_SLOTS: usize = 16;
 /// most `window` slots and never grows beyond it. Slots that no token has reached hold nothing of meaning.
 #[derive(Debug, Clone)]
 pub struct AttentionState {
-    /// `[B, slots, HK, K]`, in the type of the model; `[1, total, HK, K]` after a packed call.
+    /// `[B, slots, HK, K]`, in the type of the layer's input; `[1, total, HK, K]` after a packed call.
     pub k: Tensor<4>,
     /// `[B, slots, HK, K]`, as `k`.
     pub v: Tensor<4>,

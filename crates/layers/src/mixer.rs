@@ -144,6 +144,10 @@ impl Context {
 
 /// A layer that mixes along the sequence.
 ///
+/// Inputs may be f32, bf16 or f16, parameters in the same type or another of these; the output has the type of the input.
+/// Decays, gates, recurrent states and the statistics of norms are f32 throughout. On a CPU the bits of a sequence's
+/// output and state do not depend on what else is in the batch or packed with it.
+///
 /// Both calls take a state and return one, always; the law that ties them is that any split of a sequence into calls of
 /// `forward` and `step` gives the outputs and the final state of one `forward` over the whole of it (up to rounding).
 pub trait SequenceMixer: Module + Debug {

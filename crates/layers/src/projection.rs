@@ -6,10 +6,10 @@ use thalweg_scan::{Path, linear};
 
 /// What a layer does with its linear maps.
 pub(crate) trait Projection {
-    /// `x W + b` over the last axis of `x`, `[.., inputs]`.
+    /// `x W + b` over the last axis of `x`, `[.., inputs]`, in the type of `x`, whatever that of the parameters.
     ///
     /// # Panics
-    /// If the shapes or the element types do not fit, as Burn's own layer does.
+    /// If the shapes do not fit, as Burn's own layer does.
     fn project<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
 }
 

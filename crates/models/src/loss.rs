@@ -1,7 +1,7 @@
 //! Cross entropy of a head over many tokens, in memory for a few.
 
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, FloatDType, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 /// Tokens whose logits are in memory at a time.
 const CHUNK: usize = 1024;
@@ -67,7 +67,7 @@ pub fn cross_entropy(
 ) -> Loss {
     let [tokens, _] = hidden.dims();
     let tracked = hidden.is_autodiff() || head.is_autodiff();
-    let (inner_hidden, inner_head) = (hidden.clone().inner(), head.clone().inner());
+    let (inner_hidden, inner_head) = (hidden.clone().inner().cast(DType::F32), head.clone().inner().cast(DType::F32));
     let (targets, weights) = (targets.inner(), weights.map(Tensor::inner));
     let total: f64 = match &weights {
         Some(weights) => weights.clone().sum().into_scalar::<f32>().into(),
@@ -117,8 +117,9 @@ pub fn cross_entropy(
         loss.nats = -sums.iter().skip(1).step_by(2).sum::<f64>();
     }
     if let Some(d_head) = d_head {
-        let value = (hidden * Tensor::cat(d_hidden, 0)).sum().cast(FloatDType::F32);
-        loss.surrogate = Some(value + (head * d_head).sum().cast(FloatDType::F32));
+        let (d_hidden, d_head) = (Tensor::cat(d_hidden, 0).cast(hidden.dtype()), d_head.cast(head.dtype()));
+        let (hidden, head) = ((hidden * d_hidden).sum(), (head * d_head).sum());
+        loss.surrogate = Some(hidden.cast(DType::F32) + head.cast(DType::F32));
     }
     loss
 }

@@ -270,7 +270,10 @@ fn norm<const D: usize>(norm: &Option<RmsNorm>, x: &Tensor<D>) -> Tensor<D> {
 
 fn add<const D: usize>(x: Tensor<D>, mixed: Tensor<D>, scale: &Option<Param<Tensor<1>>>) -> Tensor<D> {
     match scale {
-        Some(scale) => x + mixed * scale.val().unsqueeze(),
+        Some(scale) => {
+            let scale = scale.val().cast(mixed.dtype());
+            x + mixed * scale.unsqueeze()
+        }
         None => x + mixed,
     }
 }
@@ -333,6 +336,94 @@ mod tests {
             let (logits, next) = model.step(ids_tensor(&[id], [1], &device), state).unwrap();
             close(logits, whole.clone().narrow(1, at, 1).squeeze_dim(1));
             state = next;
+        }
+    }
+
+    /// Bit by bit: prompts alone, in batches and packed, and steps after each.
+    #[test]
+    fn logits_do_not_depend_on_the_rest_of_the_batch() {
+        let device = Device::flex();
+        let model = Model::new(&hybrid().with_vocab_size(300), 1, &device).unwrap();
+        let (count, time, steps) = (17, 21, 2);
+        let id = |n: usize, t: usize| (n * 131 + t * t * 37 + 5) as u32 % 300;
+        let bits = |x: Tensor<2>| x.into_data().iter::<f32>().map(f32::to_bits).collect::<Vec<_>>();
+        // Logits of the last token of each prompt, and of the steps, for sequences `first..first + batch`.
+        let run = |first: usize, batch: usize, packed: bool| {
+            let ids: Vec<_> = (0..batch * time).map(|i| id(first + i / time, i % time)).collect();
+            let bounds: Vec<_> = (0..=batch).map(|n| n * time).collect();
+            let shape = if packed { [1, batch * time] } else { [batch, time] };
+            let bounds = packed.then_some(&bounds[..]);
+            let (hidden, mut state) = model.forward(ids_tensor(&ids, shape, &device), None, bounds).unwrap();
+            let logits = model.logits(hidden).reshape([batch, time, 300]);
+            let mut all = vec![logits.narrow(1, time - 1, 1).squeeze_dim::<2>(1)];
+            for t in time..time + steps {
+                let ids: Vec<_> = (first..first + batch).map(|n| id(n, t)).collect();
+                let (logits, next) = model.step(ids_tensor(&ids, [batch], &device), state).unwrap();
+                all.push(logits);
+                state = next;
+            }
+            all
+        };
+        let alone: Vec<_> = (0..count).map(|n| run(n, 1, false).into_iter().map(bits).collect::<Vec<_>>()).collect();
+        for (batch, packed) in [(2, false), (5, false), (8, false), (17, false), (5, true), (17, true)] {
+            let first = count - batch;
+            for (t, logits) in run(first, batch, packed).into_iter().enumerate() {
+                for n in 0..batch {
+                    let found = bits(logits.clone().narrow(0, n, 1));
+                    let other = found.iter().zip(&alone[first + n][t]).filter(|(a, b)| a != b).count();
+                    assert_eq!(other, 0, "sequence {n} of {batch}, packed: {packed}, call {t}: logits that differ");
+                }
+            }
+        }
+    }
+
+    /// Parameters and the residual stream in any types, with a loss.
+    #[test]
+    fn models_take_mixed_types() {
+        use burn::tensor::DType;
+        struct Cast<F>(F);
+        impl<F: FnMut() -> DType> burn::module::ModuleMapper for Cast<F> {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                let dtype = (self.0)();
+                param.map(|value| value.without_autodiff().cast(dtype).autodiff().require_grad())
+            }
+        }
+        let device = Device::flex().autodiff();
+        let loss = |model: &Model| {
+            let ids = ids_tensor(&IDS, [1, 10], &device);
+            let (hidden, _) = model.forward(ids, None, None).unwrap();
+            let targets = ids_tensor(&IDS, [10], &device);
+            let hidden = hidden.reshape([10, 16]);
+            let loss = crate::cross_entropy(hidden, model.head(), targets, None, None);
+            let gradients = loss.surrogate.as_ref().unwrap().backward();
+            let gradient = model.embeddings.val().grad(&gradients).unwrap();
+            assert!(gradient.cast(DType::F32).into_data().iter::<f32>().all(f32::is_finite));
+            let mut state = model.initial_state(1);
+            for &id in &IDS[..2] {
+                let (logits, next) = model.step(ids_tensor(&[id], [1], &device), state).unwrap();
+                assert_eq!(logits.dtype(), model.embeddings.val().dtype());
+                state = next;
+            }
+            loss.mean()
+        };
+        for residual in [Residual::PreNorm, Residual::Rezero] {
+            let model = Model::new(&ModelConfig { residual, ..hybrid() }, 1, &Device::flex()).unwrap();
+            let types = [DType::F32, DType::BF16, DType::F16];
+            let cast = |mut dtype: Box<dyn FnMut() -> DType>| model.clone().map(&mut Cast(move || dtype()));
+            let expected = loss(&cast(Box::new(|| DType::F32)));
+            for dtype in types {
+                // All in one type; embeddings in another than the rest; a change of type at every parameter.
+                let (mut first, mut turn) = (true, 0);
+                let embeddings = move || if std::mem::take(&mut first) { dtype } else { DType::F32 };
+                let every = move || {
+                    turn += 1;
+                    if turn == 1 { dtype } else { types[turn % 3] }
+                };
+                for model in [cast(Box::new(move || dtype)), cast(Box::new(embeddings)), cast(Box::new(every))] {
+                    let found = loss(&model);
+                    assert!((found - expected).abs() < 0.02 * expected, "{dtype:?}: {found}, f32 {expected}");
+                }
+            }
         }
     }
 

@@ -40,6 +40,15 @@ pub(crate) fn not_empty<const D: usize>(argument: &'static str, tensor: &Tensor<
     Err(Error::Shape { argument, found: found.to_vec(), expected: "at least 1 along every axis".into() })
 }
 
+/// Checks that the elements of a tensor are floats, which go from one type to another.
+pub(crate) fn float<const D: usize>(argument: &'static str, tensor: &Tensor<D>) -> Result<(), Error> {
+    let found = tensor.dtype();
+    if found.is_float() {
+        return Ok(());
+    }
+    Err(Error::Type { argument, found, expected: "a type of floats".into() })
+}
+
 /// Checks that a tensor has the element type of another.
 pub(crate) fn same_type<const D: usize>(
     argument: &'static str,
@@ -62,6 +71,16 @@ pub(crate) fn like<const D: usize>(
     other: &Tensor<D>,
 ) -> Result<(), Error> {
     same_type(argument, tensor, of, other.dtype())?;
+    same_shape(argument, tensor, of, other)
+}
+
+/// Checks that a tensor has the shape of another.
+pub(crate) fn same_shape<const D: usize>(
+    argument: &'static str,
+    tensor: &Tensor<D>,
+    of: &'static str,
+    other: &Tensor<D>,
+) -> Result<(), Error> {
     if tensor.dims() == other.dims() {
         return Ok(());
     }

@@ -6,7 +6,8 @@ use crate::{error::Error, sequences::Sequences};
 /// factors multiplies by more than this, that is not what the tokens make of the state: the product overflows where the
 /// state is 0 or small, or large terms cancel. Such a segment is walked from its true state. Below, all that the cut
 /// costs is this many roundings of a state.
-pub(crate) const MAX_GROWTH: f32 = 64.0;
+#[doc(hidden)]
+pub const MAX_GROWTH: f32 = 64.0;
 
 /// Sizes of an element-wise op: tensors are `[batch, time, channels]`, states `[sequences, channels]`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -61,7 +61,7 @@ pub mod short_conv;
 #[cfg(test)]
 mod testing;
 
-pub use channels::ScanProblem;
+pub use channels::{MAX_GROWTH, ScanProblem};
 pub use element::{Element, ElementKind};
 pub use error::Error;
 pub use native::simd::vector_unit;

@@ -258,6 +258,44 @@ mod tests {
         }
     }
 
+    /// Of each row, alone and among others: the number of rows chooses how `B` is read, never how sums are rounded.
+    #[test]
+    fn rows_do_not_depend_on_each_other() {
+        fn check<E: Element>(p: &LinearProblem) {
+            let LinearProblem { rows, blocks, inputs, outputs, .. } = *p;
+            let (from, to) = (blocks * inputs, blocks * outputs);
+            let mut noise = Noise::new(7);
+            let [x, w, b, dy] =
+                [rows * from, blocks * inputs * outputs, to, rows * to].map(|n| noise.uniform::<E>(n, -1.0, 1.0));
+            let bits = |x: &[E]| x.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
+            let run = |first: usize, count: usize, bias: Option<&[E]>| {
+                let p = LinearProblem { rows: count, ..*p };
+                let x = &x[first * from..(first + count) * from];
+                let y = forward(&p, x, &w, bias).unwrap();
+                let dx = backward(&p, x, &w, &dy[first * to..(first + count) * to], false).unwrap().dx;
+                [bits(&y), bits(&dx)]
+            };
+            for bias in [None, Some(&b[..])] {
+                let [y, dx] = run(0, rows, bias);
+                for (first, count) in [(0, 1), (3, 2), (0, 4), (1, 5), (0, 8), (2, 17), (0, 64), (1, 65), (rows - 3, 3)]
+                {
+                    let part = run(first, count, bias);
+                    let whole = [&y[first * to..(first + count) * to], &dx[first * from..(first + count) * from]];
+                    assert!(part[0] == whole[0] && part[1] == whole[1], "{} {p:?}, {count} rows", E::NAME);
+                }
+            }
+        }
+        for (inputs, outputs, blocks) in
+            [(1, 1, 1), (40, 33, 3), (130, 7, 1), (300, 260, 1), (1100, 65, 1), (70, 1100, 1)]
+        {
+            let p = LinearProblem::new(140, inputs, outputs).with_blocks(blocks);
+            for p in [p, p.with_transposed_weight()] {
+                check::<f32>(&p);
+                check::<bf16>(&p);
+            }
+        }
+    }
+
     #[test]
     fn refuses_lengths() {
         let p = LinearProblem::new(2, 3, 4);

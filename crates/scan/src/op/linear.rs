@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use burn::Tensor;
-use burn::tensor::Shape;
+use burn::tensor::{FloatDType, Shape};
 use burn_flex::{FlexTensor, Layout};
 use thalweg_kernels::linear::{self as kernel, LinearProblem};
 
@@ -15,10 +15,11 @@ use crate::{Error, Path, check};
 ///
 /// `x` is `[.., inputs]`, `weight` `[inputs, outputs]`, `bias` `[outputs]`; the result is `[.., outputs]`. On the CPU one
 /// product on all threads with no copies around it, also of a weight that is the transpose of another tensor; elsewhere it
-/// is Burn's.
+/// is Burn's. Weight and bias may have other element types than `x`, as in mixed precision; the result has that of `x`.
+/// On the CPU the bits of a row do not depend on the other rows.
 ///
 /// # Errors
-/// If the shapes or the element types do not fit.
+/// If the shapes do not fit or an element type is no float.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -39,11 +40,11 @@ pub fn linear<const D: usize>(
     let inputs = dims.last().copied().unwrap_or(0);
     let [_, outputs] = weight.dims();
     check::shape("weight", &weight, [("inputs", inputs), ("outputs", outputs)])?;
-    check::same_type("weight", &weight, "x", x.dtype())?;
     if let Some(bias) = &bias {
         check::shape("bias", bias, [("outputs", outputs)])?;
-        check::same_type("bias", bias, "x", x.dtype())?;
     }
+    let dtype = x.dtype();
+    let (x, weight, bias) = in_one_type(x, weight, bias, path)?;
     let rows = dims.iter().take(D.saturating_sub(1)).product();
     let mut shape = dims;
     if let Some(last) = shape.last_mut() {
@@ -51,7 +52,7 @@ pub fn linear<const D: usize>(
     }
     let layer = Linear { problem: LinearProblem::new(rows, inputs, outputs), shape: shape.into() };
     if layer.available(path, &x) {
-        return layer.run(x, weight, bias);
+        return Ok(layer.run(x, weight, bias)?.cast(dtype));
     }
     // Burn's own layer, whose one product is of matrices.
     let y: Tensor<2> = x.reshape([rows, inputs]).matmul(weight);
@@ -65,26 +66,26 @@ pub fn linear<const D: usize>(
 /// `y[.., h, :] = x[.., h, :] W[h] + b[h]`: a linear layer whose weight is block-diagonal, as in the gates of the RG-LRU.
 ///
 /// `x` is `[batch, time, blocks * inputs]`, `weight` `[blocks, inputs, outputs]`, `bias` `[blocks, outputs]`; the result is
-/// `[batch, time, blocks * outputs]`.
+/// `[batch, time, blocks * outputs]`. Element types are as in [`linear`].
 ///
 /// # Errors
-/// If the shapes or the element types do not fit.
+/// If the shapes do not fit or an element type is no float.
 pub fn block_linear(x: Tensor<3>, weight: Tensor<3>, bias: Option<Tensor<2>>, path: Path) -> Result<Tensor<3>, Error> {
     let [batch, time, features] = x.dims();
     let [blocks, inputs, outputs] = weight.dims();
     check::not_empty("weight", &weight)?;
     check::shape("x", &x, [("batch", batch), ("time", time), ("blocks * inputs", blocks * inputs)])?;
-    check::same_type("weight", &weight, "x", x.dtype())?;
     if let Some(bias) = &bias {
         check::shape("bias", bias, [("blocks", blocks), ("outputs", outputs)])?;
-        check::same_type("bias", bias, "x", x.dtype())?;
     }
+    let dtype = x.dtype();
+    let (x, weight, bias) = in_one_type(x, weight, bias, path)?;
     let rows = batch * time;
     debug_assert_eq!(features, blocks * inputs);
     let problem = LinearProblem::new(rows, inputs, outputs).with_blocks(blocks);
     let layer = Linear { problem, shape: [batch, time, blocks * outputs].into() };
     if layer.available(path, &x) {
-        return layer.run(x, weight, bias);
+        return Ok(layer.run(x, weight, bias)?.cast(dtype));
     }
     let y = x.reshape([rows, blocks, inputs]).swap_dims(0, 1).matmul(weight);
     let y = match bias {
@@ -92,6 +93,25 @@ pub fn block_linear(x: Tensor<3>, weight: Tensor<3>, bias: Option<Tensor<2>>, pa
         None => y,
     };
     Ok(y.swap_dims(0, 1).reshape([batch, time, blocks * outputs]))
+}
+
+/// Operands of one element type: that of `x` if it is everyone's. Where it is not, the kernel, which sums in f32 anyway,
+/// takes all in f32 and only the result is rounded; elsewhere weights go to the type of `x`, which matrix units multiply.
+fn in_one_type<const D: usize, const W: usize, const B: usize>(
+    x: Tensor<D>,
+    weight: Tensor<W>,
+    bias: Option<Tensor<B>>,
+    path: Path,
+) -> Result<(Tensor<D>, Tensor<W>, Option<Tensor<B>>), Error> {
+    check::float("x", &x)?;
+    check::float("weight", &weight)?;
+    let mut same = weight.dtype() == x.dtype();
+    if let Some(bias) = &bias {
+        check::float("bias", bias)?;
+        same &= bias.dtype() == x.dtype();
+    }
+    let dtype = if same || !binding::on_cpu(path, &x) { x.dtype().into() } else { FloatDType::F32 };
+    Ok((x.cast(dtype), weight.cast(dtype), bias.map(|bias| bias.cast(dtype))))
 }
 
 operands! {

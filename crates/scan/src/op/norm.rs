@@ -16,10 +16,11 @@ use crate::{Error, Path, check};
 /// `x / sqrt(mean(x^2) + eps) * (offset + weight) * f(z)`.
 ///
 /// `x` and the gate's `z` are `[.., features]`, `weight` is `[features]`; what is absent is no factor. `offset` is 0, or 1
-/// for weights that start at 0. The statistic is f32 whatever the type of `x`. One pass over memory on a CPU.
+/// for weights that start at 0. The statistic is f32 whatever the type of `x`. One pass over memory on a CPU. Where the
+/// element types differ, as in mixed precision, all is computed in f32; the result has the type of `x`.
 ///
 /// # Errors
-/// If the shapes or the element types do not fit, or `eps` is negative or not finite.
+/// If the shapes do not fit, an element type is no float, or `eps` is negative or not finite.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -41,10 +42,19 @@ pub fn rms_norm<const D: usize>(
     let features = x.dims().last().copied().unwrap_or(0);
     if let Some(weight) = &weight {
         check::shape("weight", weight, [("features", features)])?;
-        check::same_type("weight", weight, "x", x.dtype())?;
+        check::float("weight", weight)?;
     }
     if let Some((_, z)) = &gate {
-        check::like("z", z, "x", &x)?;
+        check::same_shape("z", z, "x", &x)?;
+        check::float("z", z)?;
+    }
+    let dtype = x.dtype();
+    let others = [weight.as_ref().map(Tensor::dtype), gate.as_ref().map(|(_, z)| z.dtype())];
+    if others.into_iter().flatten().any(|other| other != dtype) {
+        check::float("x", &x)?;
+        let wide = state_type(dtype);
+        let (weight, gate) = (weight.map(|w| w.cast(wide)), gate.map(|(f, z)| (f, z.cast(wide))));
+        return Ok(rms_norm(x.cast(wide), weight, offset, gate, eps, path)?.cast(dtype));
     }
     let eps = epsilon(eps)?;
     let norm = Norm {

@@ -55,6 +55,11 @@ fn many_registers() -> bool {
     arch().dispatch(Count)
 }
 
+/// Inner steps that a register block sums from 0 before it adds to its output, at most.
+pub(crate) fn depth() -> usize {
+    if many_registers() { usize::MAX } else { DEPTH }
+}
+
 /// What a product does with the previous content of its output.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Mode {

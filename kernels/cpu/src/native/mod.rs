@@ -3,6 +3,7 @@ mod ahead;
 pub(crate) mod attention;
 pub(crate) mod complex_scan;
 pub(crate) mod elementwise_scan;
+pub(crate) mod few_rows;
 pub(crate) mod gemm;
 pub(crate) mod matrix;
 pub(crate) mod plan;

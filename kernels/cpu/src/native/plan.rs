@@ -1,5 +1,6 @@
-//! How an element-wise recurrence is cut into tasks: by sequence, by channel slice and, where those are too few for the
-//! threads, by time in two passes (summarise the segments, then run each from its true initial state).
+//! How an element-wise recurrence is cut into tasks: by sequence and by channel slice. Not by time: a state that is put
+//! together from segments is rounded otherwise than one that is walked to, so its bits would depend on the cut, and that on
+//! the threads and on the other sequences of the batch.
 
 use super::rows::{AHEAD, BLOCK, Block, to_blocks};
 use crate::{channels::MAX_GROWTH, sequences::Sequences};
@@ -54,14 +55,12 @@ impl Task {
 
 /// Rows of a slice should be read in whole pages; the state of a much wider one would leave L1.
 const MAX_CHANNELS: usize = 1024;
-/// Shorter segments do not pay for being read twice.
-const MIN_SEGMENT: usize = 512;
 
-/// The tasks of one (sequence, channel slice) in order of time: one, unless the time is cut.
+/// The tasks of one (sequence, channel slice) in order of time.
 pub(crate) type Group = Vec<Task>;
 
-/// Cuts a problem for `threads` threads; `cut_time` says whether the op can start in the middle of a sequence.
-pub(crate) fn plan(sequences: &Sequences, channels: usize, threads: usize, cut_time: bool) -> Vec<Group> {
+/// Cuts a problem for `threads` threads.
+pub(crate) fn plan(sequences: &Sequences, channels: usize, threads: usize, _: bool) -> Vec<Group> {
     let n = sequences.count();
     let wanted = if n >= 2 * threads { 1 } else { threads.div_ceil(n) };
     let blocks = channels.div_ceil(BLOCK);
@@ -71,16 +70,10 @@ pub(crate) fn plan(sequences: &Sequences, channels: usize, threads: usize, cut_t
     let count = if n * count < 4 * threads { even } else { count }.clamp(1, blocks);
     let width = channels.div_ceil(count).next_multiple_of(BLOCK);
     let slices: Vec<_> = (0..channels).step_by(width).map(|c| c..(c + width).min(channels)).collect();
-    let segments = if cut_time { threads.div_ceil(n * slices.len()) } else { 1 };
     let mut groups = Vec::with_capacity(n * slices.len());
     for sequence in 0..n {
-        let tokens = sequences.range(sequence);
-        let length = tokens.len().div_ceil(segments.min(tokens.len() / MIN_SEGMENT).max(1));
-        for slice in &slices {
-            let cut = tokens.clone().step_by(length);
-            let tokens = |at: usize| at..(at + length).min(tokens.end);
-            groups.push(cut.map(|at| Task { sequence, tokens: tokens(at), channels: slice.clone() }).collect());
-        }
+        let task = |channels| Task { sequence, tokens: sequences.range(sequence), channels };
+        groups.extend(slices.iter().cloned().map(|slice| vec![task(slice)]));
     }
     groups
 }
@@ -157,7 +150,7 @@ mod tests {
             for threads in [1, 2, 7] {
                 let mut seen = vec![0; batch * time * channels];
                 for task in plan(&sequences, channels, threads, true).concat() {
-                    assert!(sequences.range(task.sequence).contains(&task.tokens.start));
+                    assert_eq!(task.tokens, sequences.range(task.sequence), "states have the bits of a plain walk");
                     for t in task.tokens {
                         seen[t * channels + task.channels.start..t * channels + task.channels.end]
                             .iter_mut()

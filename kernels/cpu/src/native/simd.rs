@@ -19,6 +19,12 @@ pub(crate) fn arch() -> Arch {
     })
 }
 
+/// Whether the kernels use AVX2 and what came with it, or more.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_avx2() -> bool {
+    matches!(arch(), Arch::V3(_) | Arch::V4(_))
+}
+
 /// The vector unit that the kernels use: `avx512`, `avx2`, `neon`, `scalar`, or `other`. The environment variable
 /// `THALWEG_SIMD` may name a lesser one than the machine has (`avx2` or `scalar`; anything else is ignored).
 pub fn vector_unit() -> &'static str {
@@ -197,28 +203,26 @@ pub(crate) fn transpose(src: &[f32], src_stride: usize, dst: &mut [f32], dst_str
     }
     assert!(src.len() >= (rows - 1) * src_stride + cols && dst.len() >= (cols - 1) * dst_stride + rows);
     let (full_rows, full_cols) = (rows / 8 * 8, cols / 8 * 8);
-    vectorize(
-        #[inline(always)]
-        || {
-            for j in (0..full_cols).step_by(8) {
-                for i in (0..full_rows).step_by(8) {
-                    // Safety: the square lies inside both blocks, checked above.
-                    unsafe {
-                        square(
-                            src.as_ptr().add(i * src_stride + j),
-                            src_stride,
-                            dst.as_mut_ptr().add(j * dst_stride + i),
-                            dst_stride,
-                        );
-                    }
-                }
-            }
-        },
-    );
+    // Safety: the squares lie inside both blocks, checked above.
+    unsafe { squares(src.as_ptr(), src_stride, dst.as_mut_ptr(), dst_stride, full_rows, full_cols) };
     for i in 0..rows {
         let from = if i < full_rows { full_cols } else { 0 };
         for j in from..cols {
             dst[j * dst_stride + i] = src[i * src_stride + j];
+        }
+    }
+}
+
+/// Transposes whole 8x8 squares.
+unsafe fn squares(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize, rows: usize, cols: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx2() {
+        // Safety: the processor has AVX2.
+        return unsafe { avx2::squares(src, src_stride, dst, dst_stride, rows, cols) };
+    }
+    for j in (0..cols).step_by(8) {
+        for i in (0..rows).step_by(8) {
+            unsafe { square(src.add(i * src_stride + j), src_stride, dst.add(j * dst_stride + i), dst_stride) };
         }
     }
 }
@@ -246,6 +250,113 @@ unsafe fn square(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: 
         }
         for (i, row) in x.iter().enumerate() {
             (dst.add(i * dst_stride) as *mut [f32; 8]).write_unaligned(*row);
+        }
+    }
+}
+
+/// What turns squares over in registers, with the shuffles named: of the butterfly the compiler makes three times as many.
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2 {
+    use std::arch::x86_64::*;
+
+    /// Lines that [`dots`] takes.
+    pub const GROUP: usize = 16;
+
+    /// # Safety
+    /// As that of [`super::squares`], and the processor has AVX2.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn squares(
+        src: *const f32,
+        src_stride: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+        rows: usize,
+        cols: usize,
+    ) {
+        for j in (0..cols).step_by(8) {
+            for i in (0..rows).step_by(8) {
+                unsafe {
+                    let columns = columns(src.add(i * src_stride + j), src_stride);
+                    for (c, column) in columns.into_iter().enumerate() {
+                        _mm256_storeu_ps(dst.add((j + c) * dst_stride + i), column);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The columns of eight rows of eight.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn columns(src: *const f32, stride: usize) -> [__m256; 8] {
+        // Columns `c..c + 4` of rows `r` and `r + 4`: what crosses the halves of a register is loaded to its place.
+        let load = |r: usize, c: usize| unsafe {
+            let at = src.add(r * stride + c);
+            _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at.add(4 * stride)))
+        };
+        let four = |c: usize| {
+            let rows = [load(0, c), load(1, c), load(2, c), load(3, c)];
+            let (low, high) = (_mm256_unpacklo_ps(rows[0], rows[1]), _mm256_unpackhi_ps(rows[0], rows[1]));
+            let (low2, high2) = (_mm256_unpacklo_ps(rows[2], rows[3]), _mm256_unpackhi_ps(rows[2], rows[3]));
+            [
+                _mm256_shuffle_ps::<0x44>(low, low2),
+                _mm256_shuffle_ps::<0xee>(low, low2),
+                _mm256_shuffle_ps::<0x44>(high, high2),
+                _mm256_shuffle_ps::<0xee>(high, high2),
+            ]
+        };
+        let ([a, b, c, d], [e, f, g, h]) = (four(0), four(4));
+        [a, b, c, d, e, f, g, h]
+    }
+
+    /// Products of [`GROUP`] lines, which begin every `stride` elements, with each of up to four vectors of one length:
+    /// `sums[i][j] = <x_i, line_j>`, each summed in order from 0 with one rounding per product.
+    pub fn dots(x: &[&[f32]], lines: &[f32], stride: usize, sums: &mut [[f32; GROUP]]) {
+        let length = x.first().map_or(0, |x| x.len());
+        assert!(super::has_avx2() && x.len() <= sums.len() && x.iter().all(|x| x.len() == length));
+        assert!(lines.len() >= (GROUP - 1) * stride + length);
+        // Safety: all reads are inside of the slices, checked above.
+        unsafe {
+            match x.len() {
+                1 => along::<1>(x, lines, stride, length, sums),
+                2 => along::<2>(x, lines, stride, length, sums),
+                3 => along::<3>(x, lines, stride, length, sums),
+                4 => along::<4>(x, lines, stride, length, sums),
+                other => unreachable!("{other} vectors"),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn along<const M: usize>(
+        x: &[&[f32]],
+        lines: &[f32],
+        stride: usize,
+        length: usize,
+        sums: &mut [[f32; GROUP]],
+    ) {
+        let mut acc = [[_mm256_setzero_ps(); GROUP / 8]; M];
+        let whole = length / 8 * 8;
+        for p in (0..whole).step_by(8) {
+            for half in 0..GROUP / 8 {
+                let columns = unsafe { columns(lines.as_ptr().add(8 * half * stride + p), stride) };
+                for (u, column) in columns.into_iter().enumerate() {
+                    for (acc, x) in acc.iter_mut().zip(x) {
+                        let x = _mm256_set1_ps(unsafe { *x.as_ptr().add(p + u) });
+                        acc[half] = _mm256_fmadd_ps(x, column, acc[half]);
+                    }
+                }
+            }
+        }
+        for ((acc, x), sums) in acc.iter().zip(x).zip(sums) {
+            for (half, &acc) in acc.iter().enumerate() {
+                unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(8 * half), acc) };
+            }
+            for (j, sum) in sums.iter_mut().enumerate() {
+                for p in whole..length {
+                    *sum = x[p].mul_add(lines[j * stride + p], *sum);
+                }
+            }
         }
     }
 }
