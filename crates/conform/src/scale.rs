@@ -1,6 +1,5 @@
 //! What an error is measured against.
 
-use crate::parse::Parsed;
 use crate::{Case, Tensor};
 
 /// Digits that the terms of a gradient may lose against each other before its error is measured against the terms.
@@ -20,17 +19,11 @@ pub(crate) fn scale(case: &Case, name: &str, golden: &Tensor) -> f64 {
 
 /// The least scale of the gradient of `input`, if it is a difference of terms that are larger than what is left.
 fn floor(case: &Case, input: &str, own: f64) -> Option<f64> {
-    let terms = match (case.parse().ok()?, input) {
-        // d score = p (do . v - do . o), and score = scale q . k
-        (Parsed::Attention(op), "q") => loss_terms(case, "o") * op.problem.scale.abs() * largest(&op.k.values),
-        (Parsed::Attention(op), "k") => loss_terms(case, "o") * op.problem.scale.abs() * largest(&op.q.values),
-        // The length of q or k does not matter, so that the gradient has nothing along it.
-        (Parsed::Normalised(op), "q") => loss_terms(case, "o") / longest(op.q),
-        (Parsed::Normalised(op), "k") => loss_terms(case, "o") / longest(op.k),
-        (Parsed::Matrix(op), "q") if op.l2norm => loss_terms(case, "o") / longest(op.q),
-        (Parsed::Matrix(op), "k") if op.l2norm => loss_terms(case, "") / longest(op.k?),
+    let problem = (case.operation().ok()?.parse)(case).ok()?;
+    let terms = match (problem.cancelling_terms(case, input), input) {
+        (Some(terms), _) => terms,
         // d g = q . dq - k . dk, summed to the end: a natural form, but others keep small gradients exact.
-        (_, "g" | "g_gamma" | "w" | "log_a" | "theta") => {
+        (None, "g" | "g_gamma" | "w" | "log_a" | "theta") => {
             Some(loss_terms(case, "")).filter(|terms| own <= ROUNDING * terms)?
         }
         _ => return None,
@@ -40,7 +33,7 @@ fn floor(case: &Case, input: &str, own: f64) -> Option<f64> {
 
 /// The largest part of the loss in one row of the outputs whose names begin with `prefix`, all its terms taken with the
 /// same sign; 0 if the file does not have them.
-fn loss_terms(case: &Case, prefix: &str) -> f64 {
+pub(crate) fn loss_terms(case: &Case, prefix: &str) -> f64 {
     let rows = case.tensors.iter().filter_map(|(name, output)| {
         let cotangent = case.cotangent(name.strip_prefix("out.").filter(|name| name.starts_with(prefix))?)?;
         let terms: Vec<f64> = output.values.iter().zip(&cotangent.values).map(|(o, d)| (o * d).abs()).collect();
@@ -49,12 +42,12 @@ fn loss_terms(case: &Case, prefix: &str) -> f64 {
     rows.fold(0.0, f64::max)
 }
 
-fn largest(values: &[f64]) -> f64 {
+pub(crate) fn largest(values: &[f64]) -> f64 {
     values.iter().fold(0.0, |largest: f64, value| largest.max(value.abs()))
 }
 
 /// The largest sum of magnitudes of a row.
-fn longest(tensor: &Tensor) -> f64 {
+pub(crate) fn longest(tensor: &Tensor) -> f64 {
     let width = tensor.shape.last().map_or(1, |&width| width.max(1));
     tensor.values.chunks(width).map(|row| row.iter().map(|x| x.abs()).sum()).fold(0.0, f64::max)
 }

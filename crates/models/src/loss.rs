@@ -84,11 +84,11 @@ pub fn cross_entropy(
             Some(weights) => weights.clone().narrow(0, start, length).unsqueeze_dim::<2>(1),
             None => Tensor::ones([length, 1], (&h.device(), DType::F32)),
         };
-        let mut logits = h.clone().matmul(inner_head.clone().transpose()).cast(FloatDType::F32);
+        let mut logits = h.clone().matmul(inner_head.clone().transpose()).cast(DType::F32);
         if let Some(cap) = soft_cap {
             logits = (logits / cap).tanh() * cap;
         }
-        let right = logits.clone().argmax(1).equal(target.clone()).float().cast(FloatDType::F32) * weight.clone();
+        let right = logits.clone().argmax(1).equal(target.clone()).float().cast(DType::F32) * weight.clone();
         let log_probs = log_softmax(logits.clone(), 1);
         let picked = log_probs.clone().gather(1, target.clone()) * weight.clone();
         sums.extend([right.sum(), picked.sum()]);

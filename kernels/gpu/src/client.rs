@@ -1,5 +1,6 @@
 //! A device and what its kernels are allowed.
 
+use std::fmt;
 use std::ops::Deref;
 
 use cubecl::client::Client as CubeClient;
@@ -20,7 +21,7 @@ pub struct Options {
 }
 
 /// A CubeCL client with [`Options`]. It dereferences to the client; `from` makes one with the default options.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Client {
     client: CubeClient,
     options: Options,
@@ -59,6 +60,12 @@ impl Client {
     /// The options.
     pub fn options(&self) -> Options {
         self.options
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("device", &self.client.properties().identity.name).field("options", &self.options).finish()
     }
 }
 

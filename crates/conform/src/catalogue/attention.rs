@@ -1,7 +1,8 @@
 //! Softmax attention.
 
 use super::sample::Build;
-use super::{Draw, Graph, Problem, cotangent, results, values};
+use super::{Draw, Graph, Problem, cotangent, results};
+use crate::scale::{largest, loss_terms};
 use crate::{Case, Error, Results, Tensor};
 use thalweg_reference::attention;
 use thalweg_scan as scan;
@@ -55,6 +56,16 @@ impl Problem for Attention<'_> {
         let o = scan::attention(q, k, v, options)?;
         graph.output("o", o);
         Ok(())
+    }
+
+    /// d score = p (do . v - do . o), and score = scale q . k.
+    fn cancelling_terms(&self, case: &Case, input: &str) -> Option<f64> {
+        let other = match input {
+            "q" => self.k,
+            "k" => self.q,
+            _ => return None,
+        };
+        Some(loss_terms(case, "o") * self.problem.scale.abs() * largest(&other.values))
     }
 }
 

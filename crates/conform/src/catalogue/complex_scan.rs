@@ -1,7 +1,7 @@
 //! The complex element-wise recurrence.
 
 use super::sample::Build;
-use super::{Draw, Graph, Problem, cotangent, results, values};
+use super::{Draw, Graph, Problem, cotangent, results};
 use crate::{Case, Error, Results, Tensor};
 use burn::Tensor as Burn;
 use thalweg_reference::Shape;

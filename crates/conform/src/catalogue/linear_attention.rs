@@ -2,6 +2,7 @@
 
 use super::sample::Build;
 use super::{Draw, Graph, Problem, cotangent, results, values};
+use crate::scale::{longest, loss_terms};
 use crate::{Case, Error, Results, Tensor};
 use thalweg_reference::matrix::Problem as Sizes;
 use thalweg_reference::wrappers;
@@ -76,6 +77,15 @@ impl Problem for Normalised<'_> {
         graph.output("ht", out.final_state);
         graph.output("zt", out.final_normalizer);
         Ok(())
+    }
+
+    /// The length of q or k does not matter, so that the gradient has nothing along it.
+    fn cancelling_terms(&self, case: &Case, input: &str) -> Option<f64> {
+        match input {
+            "q" => Some(loss_terms(case, "o") / longest(self.q)),
+            "k" => Some(loss_terms(case, "o") / longest(self.k)),
+            _ => None,
+        }
     }
 }
 

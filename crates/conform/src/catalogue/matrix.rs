@@ -2,6 +2,7 @@
 
 use super::sample::Build;
 use super::{Draw, Graph, Problem, cotangent, results, values};
+use crate::scale::{longest, loss_terms};
 use crate::{Case, Error, Results, Tensor};
 use thalweg_reference::matrix::{self, Problem as Sizes};
 use thalweg_reference::wrappers;
@@ -165,6 +166,15 @@ impl Problem for Matrix<'_> {
         graph.output("o", out.o);
         graph.output("ht", out.final_state);
         Ok(())
+    }
+
+    /// The length of a normalised q or k does not matter, so that the gradient has nothing along it.
+    fn cancelling_terms(&self, case: &Case, input: &str) -> Option<f64> {
+        match input {
+            "q" if self.l2norm => Some(loss_terms(case, "o") / longest(self.q)),
+            "k" if self.l2norm => Some(loss_terms(case, "") / longest(self.k?)),
+            _ => None,
+        }
     }
 }
 

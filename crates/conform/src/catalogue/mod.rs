@@ -25,6 +25,10 @@ pub(crate) trait Problem {
     fn reference(&self, case: &Case) -> Results;
     /// Records outputs and leaves through the Burn operation; nothing for one that is not [`Operation::implemented`].
     fn run(&self, graph: &mut Graph<'_>) -> Result<(), thalweg_scan::Error>;
+    /// Magnitude of the terms whose difference the gradient of `input` is, if they are larger than what is left.
+    fn cancelling_terms(&self, _case: &Case, _input: &str) -> Option<f64> {
+        None
+    }
 }
 
 /// An operation.

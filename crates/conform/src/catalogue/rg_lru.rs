@@ -102,7 +102,7 @@ impl Problem for RgLru<'_> {
         let recurrent = gate("recurrent_gate", self.recurrent_weight, self.recurrent_bias);
         let input = gate("input_gate", self.input_weight, self.input_bias);
         let param = graph.input("recurrent_param", self.param);
-        let reset = op
+        let reset = self
             .reset
             .as_ref()
             .map(|reset| Burn::<2, Bool>::from_data(TensorData::new(reset.clone(), [batch, time]), graph.device));

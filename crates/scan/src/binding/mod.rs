@@ -35,8 +35,8 @@ pub(crate) fn available<const D: usize>(operation: &impl Operation, path: Path, 
     match kernels(path, tensor) {
         Some(DispatchTensorKind::Flex(_)) => true,
         #[cfg(feature = "cube")]
-        Some(DispatchTensorKind::Cube(tensor)) => gpu::storage(TensorMetadata::dtype(&tensor))
-            .is_ok_and(|storage| operation.on_gpu(&tensor.client.clone().into(), storage)),
+        Some(DispatchTensorKind::Cube(tensor)) => gpu::storage(tensor.dtype())
+            .is_ok_and(|storage| operation.on_gpu(&tensor.device().client().into(), storage)),
         _ => false,
     }
 }

@@ -13,7 +13,7 @@ use super::cpu::Number;
 use super::structure::Structure;
 
 /// What kernels return.
-pub(crate) type KernelKernelResult<T> = Result<T>;
+pub(crate) type KernelResult<T> = Result<T, Error>;
 
 /// The operands of an operation, each a `T`.
 pub(crate) type Of<O, T> = <<O as Operation>::Operands as Structure>::Of<T>;

@@ -58,6 +58,7 @@ macro_rules! operands {
             }
 
             fn names(&self) -> Vec<&'static str> {
+                #[allow(unused_mut)]
                 let mut names = vec![$(stringify!($field)),*];
                 $($(self.$maybe.clone().map(|()| names.push(stringify!($maybe)));)*)?
                 names

@@ -128,7 +128,7 @@ impl ComplexScan {
             [initial_re, initial_im].map(|h| h.map(|h| h.cast(FloatDType::F32).into_dispatch()));
         let operands = Operands { log_a, theta, b_re, b_im, initial_re, initial_im };
         let [re, im, final_re, final_im] = binding::run(self, operands)?;
-        let [re, im] = [re, im].map(|o| Tensor::from_dispatch(o).cast(dtype));
+        let [re, im] = [re, im].map(|o| Tensor::<3>::from_dispatch(o).cast(dtype));
         let [final_re, final_im] = [final_re, final_im].map(Tensor::from_dispatch);
         Ok(ComplexScanOutput { re, im, final_re, final_im })
     }

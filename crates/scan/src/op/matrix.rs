@@ -223,9 +223,10 @@ impl Operation for Matrix {
         saved: &[FlexTensor],
         d: &[FlexTensor],
     ) -> KernelResult<Operands<Option<FlexTensor>>> {
-        let [d_o, d_state] = [slice::<E>(&d[0]), slice(&d[1])];
+        let (d_o, d_state) = (slice::<E>(&d[0]), slice(&d[1]));
         let inputs = cpu_inputs::<E>(&x, x.initial_state.as_ref());
-        let grads = kernel::backward(&self.0, &inputs, d_o, Some(d_state), saved.first().map(slice))?;
+        let states = saved.first().map(slice);
+        let grads = kernel::backward(&self.0, &inputs, d_o, Some(d_state), states)?;
         let [dg, dbeta, d_state] = [grads.dg, grads.dbeta, grads.d_initial_state].map(|d| d.map(values));
         let [da, db] = [grads.da, grads.db].map(|d| d.map(values));
         Ok(Operands {

@@ -162,7 +162,7 @@ impl<'a> Pairs<'a> {
     }
 
     /// The gradient of gates of the caller's kind.
-    fn gates(&self, gate: Gate, dg: &Buffer) -> Result<Option<Buffer>, Error> {
+    fn gates(&self, gate: Gate<&Buffer>, dg: &Buffer) -> Result<Option<Buffer>, Error> {
         if let Gate::None = gate {
             return Ok(None);
         }

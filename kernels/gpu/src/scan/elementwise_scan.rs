@@ -147,7 +147,7 @@ pub fn step(
     client: &Client,
     batch: usize,
     channels: usize,
-    gate: ScanGate,
+    gate: ScanGate<&Buffer>,
     x: &Buffer,
     state: &Buffer,
 ) -> Result<ScanOutputs, Error> {
