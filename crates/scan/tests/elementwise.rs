@@ -16,6 +16,8 @@ const GRADIENT: f64 = 5e-5;
 
 on_each_device!(
     linear_scan_and_hgrn_equal_the_oracle,
+    factors_that_grow_equal_the_oracle,
+    large_angles_equal_the_oracle,
     complex_scan_equals_the_oracle,
     rg_lru_equals_the_oracle,
     short_conv_equals_the_oracle,
@@ -47,38 +49,83 @@ fn linear_scan_and_hgrn_equal_the_oracle() {
         for (case, shape) in shapes(3).into_iter().enumerate() {
             for log in [false, true] {
                 let mut random = Random::new(case as u64 + 10);
-                let n = shape.sequences().len();
                 let dims = [shape.batch, shape.time, shape.channels];
                 let gate = match log {
                     true => random.gates(dims, Gates::Mixed, F32),
                     false => random.tensor(dims, -1.0, 1.0, F32) * random.tensor(dims, -0.5, 1.0, F32).sign(),
                 };
-                let gate = fresh(&gate);
-                let b = random.tensor(dims, -1.0, 1.0, F32);
-                let h0 = random.tensor([n, shape.channels], -1.0, 1.0, F32);
-                let mut options = scan::ScanOptions::new().with_initial_state(h0.clone()).with_path(path);
-                options.cu_seqlens = shape.cu_seqlens.clone();
-                let out = match log {
-                    true => scan::hgrn(b.clone(), gate.clone(), options),
-                    false => scan::linear_scan(gate.clone(), b.clone(), options),
-                }
-                .expect("valid arguments");
-                let (loss, d_o) = weigh(&mut random, &out.o);
-                let (loss_state, d_state) = weigh(&mut random, &out.final_state);
-                let gradients = (loss + loss_state).backward();
-
-                let (a, x, h) = (values(&gate), values(&b), values(&h0));
-                let kind = if log { elementwise::Gate::Log(&a) } else { elementwise::Gate::Linear(&a) };
-                let want = elementwise::scan_forward(&shape, kind, &x, Some(&h));
-                let adjoint = elementwise::scan_backward(&shape, kind, &x, Some(&h), &d_o, Some(&d_state));
-                let name = format!("{path:?} {shape:?} log={log}");
-                assert_close(&name, &values(&out.o), &want.h, TOLERANCE);
-                assert_close(&name, &values(&out.final_state), &want.final_state, TOLERANCE);
-                check_gradient(&name, &gate, &gradients, &adjoint.gate);
-                check_gradient(&name, &b, &gradients, &adjoint.b);
-                check_gradient(&name, &h0, &gradients, &adjoint.initial_state);
+                check_linear(&mut random, path, &shape, log, &fresh(&gate));
             }
         }
+    }
+}
+
+fn check_linear(random: &mut Random, path: scan::Path, shape: &Shape, log: bool, gate: &Tensor<3>) {
+    let n = shape.sequences().len();
+    let b = random.tensor([shape.batch, shape.time, shape.channels], -1.0, 1.0, F32);
+    let h0 = random.tensor([n, shape.channels], -1.0, 1.0, F32);
+    let mut options = scan::ScanOptions::new().with_initial_state(h0.clone()).with_path(path);
+    options.cu_seqlens = shape.cu_seqlens.clone();
+    let out = match log {
+        true => scan::hgrn(b.clone(), gate.clone(), options),
+        false => scan::linear_scan(gate.clone(), b.clone(), options),
+    }
+    .expect("valid arguments");
+    let (loss, d_o) = weigh(random, &out.o);
+    let (loss_state, d_state) = weigh(random, &out.final_state);
+    let gradients = (loss + loss_state).backward();
+
+    let (a, x, h) = (values(gate), values(&b), values(&h0));
+    let kind = if log { elementwise::Gate::Log(&a) } else { elementwise::Gate::Linear(&a) };
+    let want = elementwise::scan_forward(shape, kind, &x, Some(&h));
+    let adjoint = elementwise::scan_backward(shape, kind, &x, Some(&h), &d_o, Some(&d_state));
+    let name = format!("{path:?} {shape:?} log={log}");
+    assert_close(&name, &values(&out.o), &want.h, TOLERANCE);
+    assert_close(&name, &values(&out.final_state), &want.final_state, TOLERANCE);
+    check_gradient(&name, gate, &gradients, &adjoint.gate);
+    check_gradient(&name, &b, &gradients, &adjoint.b);
+    check_gradient(&name, &h0, &gradients, &adjoint.initial_state);
+}
+
+/// Factors of up to 2, and some of 0: products over a block of tokens, or over all, are beyond f32.
+fn factors_that_grow_equal_the_oracle() {
+    for &path in paths() {
+        for (case, mut shape) in shapes(3).into_iter().enumerate() {
+            let mut random = Random::new(case as u64 + 15);
+            if shape.time == 200 {
+                shape.time = 1300;
+            }
+            let n = shape.batch * shape.time * shape.channels;
+            let factors = [0.0, 2.0, -2.0, 1.5, 0.5, -0.7, 0.1, 1.0];
+            let gate = (0..n).map(|_| factors[random.uniform(0.0, 8.0) as usize]).collect();
+            let gate = leaf(gate, [shape.batch, shape.time, shape.channels], F32);
+            check_linear(&mut random, path, &shape, false, &gate);
+        }
+        // State and gradients are 0, small, or cancel while the product grows; then they decay.
+        for (time, grows, factor, b, h0) in [
+            (130, 130, 2.0, 0.0, 0.0),
+            (1024, 600, 1.2, 0.0, 0.0),
+            (700, 400, 1e20, 0.0, 0.0),
+            (600, 500, 2.0, -1.0, 1.0),
+        ] {
+            let part = |first: f64, then: f64| (0..time).map(|t| if t < grows { first } else { then }).collect();
+            let a = leaf::<3>(part(factor, 0.5), [1, time, 1], F32);
+            let (b_leaf, h0_leaf) = (leaf(part(b, 1.0), [1, time, 1], F32), leaf([h0].to_vec(), [1, 1], F32));
+            let options = scan::ScanOptions::new().with_initial_state(h0_leaf).with_path(path);
+            let out = scan::linear_scan(a, b_leaf, options).expect("valid arguments");
+            let want = |t: usize| if t < grows { h0 } else { 2.0 - (2.0 - h0) * 0.5f64.powi((t + 1 - grows) as i32) };
+            let want: Vec<f64> = (0..time).map(want).collect();
+            assert_close(&format!("{path:?} {factor}"), &values(&out.o), &want, TOLERANCE);
+            assert_close(&format!("{path:?} {factor}"), &values(&out.final_state), &want[time - 1..], TOLERANCE);
+        }
+        // 2^100 fits, the product over the padded blocks does not.
+        let a = leaf::<3>(vec![2.0; 100], [1, 100, 1], F32);
+        let b = leaf::<3>(vec![0.0; 100], [1, 100, 1], F32);
+        let options = scan::ScanOptions::new().with_path(path);
+        let gradients = scan::linear_scan(a.clone(), b.clone(), options).expect("valid").o.sum().backward();
+        check_gradient("a", &a, &gradients, &[0.0; 100]);
+        let sums: Vec<f64> = (1..=100).rev().map(|n| 2f64.powi(n) - 1.0).collect();
+        check_gradient("b", &b, &gradients, &sums);
     }
 }
 
@@ -86,50 +133,63 @@ fn complex_scan_equals_the_oracle() {
     for &path in paths() {
         for (case, shape) in shapes(3).into_iter().enumerate() {
             for constant in [false, true] {
-                let mut random = Random::new(case as u64 + 20);
-                let n = shape.sequences().len();
-                let dims = [shape.batch, shape.time, shape.channels];
-                let gate_dims = if constant { [1, 1, shape.channels] } else { dims };
-                let log_a = random.gates(gate_dims, Gates::Ordinary, F32);
-                let theta = random.tensor(gate_dims, -3.0, 3.0, F32);
-                let b = [0, 1].map(|_| random.tensor(dims, -1.0, 1.0, F32));
-                let h0 = [0, 1].map(|_| random.tensor([n, shape.channels], -1.0, 1.0, F32));
-                let mut options =
-                    scan::ComplexScanOptions::new().with_initial_state(h0[0].clone(), h0[1].clone()).with_path(path);
-                options.cu_seqlens = shape.cu_seqlens.clone();
-                let out = scan::complex_scan(log_a.clone(), theta.clone(), b[0].clone(), b[1].clone(), options)
-                    .expect("valid arguments");
-                let (l0, d_re) = weigh(&mut random, &out.re);
-                let (l1, d_im) = weigh(&mut random, &out.im);
-                let (l2, d_final_re) = weigh(&mut random, &out.final_re);
-                let (l3, d_final_im) = weigh(&mut random, &out.final_im);
-                let gradients = (l0 + l1 + l2 + l3).backward();
-
-                let (a, t) = (values(&log_a), values(&theta));
-                let lambda = || elementwise::Lambda { log_a: &a, theta: &t };
-                let planes = |x: [Vec<f64>; 2]| {
-                    let [re, im] = x;
-                    elementwise::Planes { re, im }
-                };
-                let x = planes([values(&b[0]), values(&b[1])]);
-                let h = planes([values(&h0[0]), values(&h0[1])]);
-                let (want, last) = elementwise::complex_forward(&shape, lambda(), &x, Some(&h));
-                let (d_h, d_last) = (planes([d_re, d_im]), planes([d_final_re, d_final_im]));
-                let adjoint = elementwise::complex_backward(&shape, lambda(), &x, Some(&h), &d_h, Some(&d_last));
-                let name = format!("{path:?} {shape:?} constant={constant}");
-                assert_close(&name, &values(&out.re), &want.re, TOLERANCE);
-                assert_close(&name, &values(&out.im), &want.im, TOLERANCE);
-                assert_close(&name, &values(&out.final_re), &last.re, TOLERANCE);
-                assert_close(&name, &values(&out.final_im), &last.im, TOLERANCE);
-                check_gradient(&name, &log_a, &gradients, &adjoint.log_a);
-                check_gradient(&name, &theta, &gradients, &adjoint.theta);
-                check_gradient(&name, &b[0], &gradients, &adjoint.b.re);
-                check_gradient(&name, &b[1], &gradients, &adjoint.b.im);
-                check_gradient(&name, &h0[0], &gradients, &adjoint.initial_state.re);
-                check_gradient(&name, &h0[1], &gradients, &adjoint.initial_state.im);
+                check_complex(case as u64 + 20, path, &shape, constant, 3.0);
             }
         }
     }
+}
+
+/// Their reduction takes more digits than they have themselves.
+fn large_angles_equal_the_oracle() {
+    let shape = Shape { batch: 1, time: 50, channels: 3, cu_seqlens: None };
+    for &path in paths() {
+        for (angle, constant) in [(9.0, false), (1e4, false), (1e7, false), (3e8, true), (3e38, false)] {
+            check_complex(angle as u64, path, &shape, constant, angle);
+        }
+    }
+}
+
+fn check_complex(seed: u64, path: scan::Path, shape: &Shape, constant: bool, angle: f64) {
+    let mut random = Random::new(seed);
+    let n = shape.sequences().len();
+    let dims = [shape.batch, shape.time, shape.channels];
+    let gate_dims = if constant { [1, 1, shape.channels] } else { dims };
+    let log_a = random.gates(gate_dims, Gates::Ordinary, F32);
+    let theta = random.tensor(gate_dims, -angle, angle, F32);
+    let b = [0, 1].map(|_| random.tensor(dims, -1.0, 1.0, F32));
+    let h0 = [0, 1].map(|_| random.tensor([n, shape.channels], -1.0, 1.0, F32));
+    let mut options = scan::ComplexScanOptions::new().with_initial_state(h0[0].clone(), h0[1].clone()).with_path(path);
+    options.cu_seqlens = shape.cu_seqlens.clone();
+    let out =
+        scan::complex_scan(log_a.clone(), theta.clone(), b[0].clone(), b[1].clone(), options).expect("valid arguments");
+    let (l0, d_re) = weigh(&mut random, &out.re);
+    let (l1, d_im) = weigh(&mut random, &out.im);
+    let (l2, d_final_re) = weigh(&mut random, &out.final_re);
+    let (l3, d_final_im) = weigh(&mut random, &out.final_im);
+    let gradients = (l0 + l1 + l2 + l3).backward();
+
+    let (a, t) = (values(&log_a), values(&theta));
+    let lambda = || elementwise::Lambda { log_a: &a, theta: &t };
+    let planes = |x: [Vec<f64>; 2]| {
+        let [re, im] = x;
+        elementwise::Planes { re, im }
+    };
+    let x = planes([values(&b[0]), values(&b[1])]);
+    let h = planes([values(&h0[0]), values(&h0[1])]);
+    let (want, last) = elementwise::complex_forward(shape, lambda(), &x, Some(&h));
+    let (d_h, d_last) = (planes([d_re, d_im]), planes([d_final_re, d_final_im]));
+    let adjoint = elementwise::complex_backward(shape, lambda(), &x, Some(&h), &d_h, Some(&d_last));
+    let name = format!("{path:?} {shape:?} constant={constant} angle={angle}");
+    assert_close(&name, &values(&out.re), &want.re, TOLERANCE);
+    assert_close(&name, &values(&out.im), &want.im, TOLERANCE);
+    assert_close(&name, &values(&out.final_re), &last.re, TOLERANCE);
+    assert_close(&name, &values(&out.final_im), &last.im, TOLERANCE);
+    check_gradient(&name, &log_a, &gradients, &adjoint.log_a);
+    check_gradient(&name, &theta, &gradients, &adjoint.theta);
+    check_gradient(&name, &b[0], &gradients, &adjoint.b.re);
+    check_gradient(&name, &b[1], &gradients, &adjoint.b.im);
+    check_gradient(&name, &h0[0], &gradients, &adjoint.initial_state.re);
+    check_gradient(&name, &h0[1], &gradients, &adjoint.initial_state.im);
 }
 
 fn rg_lru_equals_the_oracle() {

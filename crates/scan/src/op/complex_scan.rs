@@ -1,7 +1,7 @@
 //! The element-wise linear recurrence over complex numbers.
 
 use burn::Tensor;
-use burn::tensor::FloatDType;
+use burn::tensor::{FloatDType, TensorData};
 use burn_flex::FlexTensor;
 #[cfg(feature = "cube")]
 use thalweg_gpu::{self as gpu, Buffer, Client, Storage};
@@ -34,7 +34,7 @@ pub struct ComplexScanOutput {
 /// | argument | shape | range |
 /// |---|---|---|
 /// | `log_a` | `[B, T, D]`, or `[1, 1, D]` if constant in time | at most 0 |
-/// | `theta` | as `log_a`, radians | |
+/// | `theta` | as `log_a`, radians | any finite angle |
 /// | `b_re`, `b_im` | `[B, T, D]` | |
 ///
 /// Gradients treat real and imaginary parts as separate real numbers.
@@ -231,6 +231,21 @@ impl Operation for ComplexScan {
 }
 
 fn lambda(log_a: Tensor<3>, theta: Tensor<3>) -> Complex {
-    let radius = log_a.exp();
+    let (radius, theta) = (log_a.exp(), within_a_turn(theta));
     Complex { re: radius.clone() * theta.clone().cos(), im: radius * theta.sin() }
+}
+
+/// Equal angles of at most a turn: beyond, the sines of devices are inaccurate, and not even bounded. Their reduction takes
+/// more digits than tensors have, so that the host does it where it is needed.
+fn within_a_turn(theta: Tensor<3>) -> Tensor<3> {
+    let value = theta.clone().detach();
+    if value.clone().abs().lower_equal_elem(std::f64::consts::TAU).all().into_scalar::<bool>() {
+        return theta;
+    }
+    let (device, dtype) = (value.device(), value.dtype());
+    let data = value.clone().into_data();
+    let reduced: Vec<f64> = data.iter::<f64>().map(|x| x.sin().atan2(x.cos())).collect();
+    let reduced = Tensor::from_data(TensorData::new(reduced, theta.dims()), (&device, dtype));
+    // The difference is zero and carries the gradient.
+    reduced + (theta - value)
 }

@@ -2,7 +2,7 @@
 //!
 //! Blocks of 32 tokens are scanned by doubling (Hillis & Steele 1986), then the same scan runs over
 //! the blocks' totals. Only products and sums of the coefficients appear, never their logarithms or
-//! quotients, so a coefficient of exactly 0 is an ordinary input.
+//! quotients, so a coefficient of exactly 0 is an ordinary input. Where products grow, the tokens are walked one by one.
 
 use burn::Tensor;
 
@@ -10,6 +10,10 @@ use super::split;
 
 /// Tokens per block.
 const BLOCK: usize = 32;
+
+/// A product of a block's coefficients above 1 that is larger than this is not applied to a state: it overflows where the
+/// state is 0 or small, or large terms cancel.
+const MAX_GROWTH: f64 = 64.0;
 
 /// What a scan needs of its numbers, laid out `[B, T, D]`.
 pub(crate) trait Numbers: Clone {
@@ -23,6 +27,8 @@ pub(crate) trait Numbers: Clone {
     /// The parts along an axis between consecutive bounds.
     fn split_at(self, dim: usize, bounds: &[usize]) -> Vec<Self>;
     fn zeros(&self, shape: [usize; 3]) -> Self;
+    /// Whether the coefficients of a block multiply a state by more than [`MAX_GROWTH`], or are not numbers.
+    fn grow(&self) -> bool;
 
     fn tokens(&self, start: usize, length: usize) -> Self {
         self.clone().map(|x| x.narrow(1, start, length))
@@ -56,6 +62,12 @@ impl Numbers for Tensor<3> {
 
     fn zeros(&self, shape: [usize; 3]) -> Self {
         Tensor::zeros(shape, (&self.device(), self.dtype()))
+    }
+
+    /// Reads one number back: what runs on the host depends on it.
+    fn grow(&self) -> bool {
+        let growth = self.clone().detach().abs().clamp_min(1.0).log().sum_dim(1);
+        !growth.lower_equal_elem(MAX_GROWTH.ln()).all().into_scalar::<bool>()
     }
 }
 
@@ -100,6 +112,11 @@ impl Numbers for Complex {
     fn zeros(&self, shape: [usize; 3]) -> Self {
         Self { re: Numbers::zeros(&self.re, shape), im: Numbers::zeros(&self.im, shape) }
     }
+
+    /// They are `exp(log_a + i theta)` with `log_a <= 0`.
+    fn grow(&self) -> bool {
+        false
+    }
 }
 
 /// Runs the recurrence over a batch, or over packed sequences one after the other.
@@ -126,27 +143,44 @@ pub(crate) fn forward<N: Numbers>(a: N, b: N, initial: Option<N>, cu_seqlens: Op
 /// `[B, T, D]`, `initial: [B, 1, D] -> [B, T, D]`
 fn scan<N: Numbers>(a: N, b: N, initial: N) -> N {
     let [batch, time, d] = b.dims();
-    if time <= BLOCK {
-        let (a, b) = within_block(a, b);
+    let n = time.div_ceil(BLOCK);
+    let split = |x: &N| {
+        let missing = n * BLOCK - time;
+        let x = if missing > 0 && n > 1 {
+            let zeros = x.zeros([batch, missing, d]);
+            N::cat(vec![x.clone(), zeros])
+        } else {
+            x.clone()
+        };
+        x.map(|x| x.reshape([batch * n, time.min(BLOCK), d]))
+    };
+    let factors = split(&a);
+    if factors.grow() {
+        return walk(a, b, initial);
+    }
+    let (a, b) = within_block(factors, split(&b));
+    if n == 1 {
         return a.mul_add(initial, b);
     }
-    let n = time.div_ceil(BLOCK);
-    let split = |x: N| {
-        let missing = n * BLOCK - time;
-        let x = if missing > 0 {
-            let zeros = x.zeros([batch, missing, d]);
-            N::cat(vec![x, zeros])
-        } else {
-            x
-        };
-        x.map(|x| x.reshape([batch * n, BLOCK, d]))
-    };
-    let (a, b) = within_block(split(a), split(b));
     let total = |x: &N| x.tokens(BLOCK - 1, 1).map(|x| x.reshape([batch, n, d]));
     let ends = scan(total(&a), total(&b), initial.clone());
     let entering = N::cat(vec![initial, ends.tokens(0, n - 1)]);
     a.mul_add(entering.map(|x| x.reshape([batch * n, 1, d])), b)
         .map(|x| x.reshape([batch, n * BLOCK, d]).narrow(1, 0, time))
+}
+
+/// The same, token by token.
+fn walk<N: Numbers>(a: N, b: N, initial: N) -> N {
+    let each: Vec<usize> = (0..=b.dims()[1]).collect();
+    let mut state = initial;
+    let maps = a.split_at(1, &each).into_iter().zip(b.split_at(1, &each));
+    N::cat(
+        maps.map(|(a, b)| {
+            state = a.mul_add(state.clone(), b);
+            state.clone()
+        })
+        .collect(),
+    )
 }
 
 /// Composes each token's map `h -> a h + b` with all earlier ones of its block.
