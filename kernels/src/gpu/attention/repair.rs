@@ -105,20 +105,30 @@ pub(super) fn repair_outputs<I: Float, N: Size>(
     }
 }
 
-/// The weight of a pair and the gradient of its score, of a query at `q` and `d_o` and a key at `k` and `v`.
+/// Where the tensors' rows of a query and a key are.
+#[derive(CubeType, Clone, Copy)]
+struct Pair {
+    q: usize,
+    k: usize,
+    v: usize,
+    d_o: usize,
+    /// Of the query in `lse`.
+    number: usize,
+}
+
+/// The weight of a pair, and the gradient of its score.
 #[cube]
 fn weigh<I: Float, N: Size>(
-    q: (&[Vector<I, N>], usize),
-    k: (&[Vector<I, N>], usize),
-    v: (&[Vector<I, N>], usize),
-    d_o: (&[Vector<I, N>], usize),
-    lse: f32,
-    product: f32,
+    q: &[Vector<I, N>],
+    k: &[Vector<I, N>],
+    v: &[Vector<I, N>],
+    x: &Outputs<I, N>,
+    at: Pair,
     sizes: &Sizes,
 ) -> (f32, f32) {
-    let weight = (dot::<I, N>(q.0, q.1, k.0, k.1, sizes.key_dim) * sizes.scale - lse).exp();
-    let d_weight = dot::<I, N>(d_o.0, d_o.1, v.0, v.1, sizes.value_dim);
-    (weight, weight * (d_weight - product) * sizes.scale)
+    let weight = (dot::<I, N>(q, at.q, k, at.k, sizes.key_dim) * sizes.scale - x.lse[at.number]).exp();
+    let d_weight = dot::<I, N>(&x.do_, at.d_o, v, at.v, sizes.value_dim);
+    (weight, weight * (d_weight - x.products[at.number]) * sizes.scale)
 }
 
 /// `dq` of a block of queries, which is complete.
@@ -155,8 +165,8 @@ pub(super) fn repair_queries<I: Float, N: Size>(
                 let mut sum = Vector::<f32, N>::new(f32::new(0.0));
                 for j in from..query + 1 {
                     let (k_at, v_at) = (first_key + j * key_stride, first_value + j * value_stride);
-                    let d_at = outs + row * out_stride;
-                    let pair = weigh::<I, N>((q, q_at), (k, k_at), (v, v_at), (&x.do_, d_at), lse, product, sizes);
+                    let at = Pair { q: q_at, k: k_at, v: v_at, d_o: outs + row * out_stride, number };
+                    let pair = weigh::<I, N>(q, k, v, x, at, sizes);
                     sum += vector::<I, N>(k, k_at + col) * Vector::new(pair.1);
                 }
                 dq[(q_at + col) / n] = Vector::cast_from(sum);
@@ -217,8 +227,8 @@ pub(super) fn repair_keys<I: Float, N: Size>(
                     for j in from..end {
                         let number = number_of(rows.first + j, rows.head, sizes);
                         let (q_at, d_at) = (queries + j * query_stride, d_outs + j * d_out_stride);
-                        let (lse, product) = (x.lse[number], x.products[number]);
-                        let pair = weigh::<I, N>((q, q_at), (k, k_at), (v, v_at), (&x.do_, d_at), lse, product, sizes);
+                        let place = Pair { q: q_at, k: k_at, v: v_at, d_o: d_at, number };
+                        let pair = weigh::<I, N>(q, k, v, x, place, sizes);
                         if comptime!(of_values) {
                             sum += vector::<I, N>(&x.do_, d_at + col) * Vector::new(pair.0);
                         } else {
