@@ -43,9 +43,12 @@ pub fn device() -> Device {
     Device::flex()
 }
 
+pub fn site() -> Site {
+    Site::new(HIDDEN).at(1, 3).with_initializer_range(0.3)
+}
+
 pub fn mixer(config: &MixerConfig) -> Mixer {
-    let site = Site::new(HIDDEN).at(1, 3).with_initializer_range(0.3);
-    config.init(&site, &device()).expect("a valid config")
+    config.init(&site(), &device()).expect("a valid config")
 }
 
 pub fn context(config: &MixerConfig) -> Context {
