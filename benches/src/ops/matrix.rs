@@ -298,7 +298,7 @@ impl<E: Element> Workload for Native<E> {
             k: &self.k,
             v: &self.v,
             gate: gate.map(|()| &g[..]),
-            write: match write {
+            write: match *write {
                 WriteKind::Additive => Write::Additive,
                 WriteKind::DELTA => Write::Delta { beta },
                 WriteKind::LOW_RANK => Write::LowRank { a: &self.a, b: &self.b },

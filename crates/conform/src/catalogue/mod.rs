@@ -32,7 +32,7 @@ pub(crate) trait Problem {
 }
 
 /// An operation.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Operation {
     /// Its name, that of the function of `thalweg-scan` as a rule.
     pub name: &'static str,
