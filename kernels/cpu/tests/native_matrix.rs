@@ -58,14 +58,14 @@ fn check<E: Element>(sizes: &Sizes, precision: Precision, gates: Gates, seed: u6
         scale: 0.25,
         cu_seqlens: sizes.cu_seqlens.clone(),
     };
-    let mine = [Gate::None, Gate::Constant(&constant), Gate::Head(&head), Gate::Key(&key)];
+    let mine = [Gate::None, Gate::Constant(&constant[..]), Gate::Head(&head[..]), Gate::Key(&key[..])];
     let theirs = [
         oracle::Gate::None,
         oracle::Gate::Constant(&case.gate_constant),
         oracle::Gate::Head(&case.gate_head),
         oracle::Gate::Key(&case.gate_key),
     ];
-    let writes = [Write::Additive, Write::Delta { beta: &beta }, Write::LowRank { a: &a, b: &b }];
+    let writes = [Write::Additive, Write::Delta { beta: &beta[..] }, Write::LowRank { a: &a[..], b: &b[..] }];
     let their_writes = [
         oracle::Write::Additive,
         oracle::Write::Delta { beta: &case.beta },
@@ -178,13 +178,13 @@ fn infinite_decay_separates_sequences() {
     for cut in [0, 3, 64, 69] {
         let mut g = vec![-0.1; 70 * 16];
         g[cut * 16..(cut + 1) * 16].fill(f32::NEG_INFINITY);
-        for write in [Write::Additive, Write::Delta { beta: &beta }] {
+        for write in [Write::Additive, Write::Delta { beta: &beta[..] }] {
             let inputs = MatrixInputs { q: &x, k: &x, v: &x, gate: Gate::Key(&g), write, initial_state: None };
             let whole = matrix::forward(&p, &inputs, KeepStates::No).unwrap();
             let tail = MatrixProblem { time: 70 - cut, ..p.clone() };
             let rest = |x: &[f32], width: usize| x[cut * width..].to_vec();
             let (xt, gt, bt) = (rest(&x, 16), rest(&g, 16), rest(&beta, 1));
-            let write = if let Write::Delta { .. } = write { Write::Delta { beta: &bt } } else { Write::Additive };
+            let write = if let Write::Delta { .. } = write { Write::Delta { beta: &bt[..] } } else { Write::Additive };
             let inputs_tail = MatrixInputs { q: &xt, k: &xt, v: &xt, gate: Gate::Key(&gt), write, initial_state: None };
             let alone = matrix::forward(&tail, &inputs_tail, KeepStates::No).unwrap();
             let alone_o: Vec<f64> = alone.o.iter().map(|&x| x as f64).collect();
