@@ -353,8 +353,8 @@ pub(crate) mod avx2 {
                 unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(8 * half), acc) };
             }
             for (j, sum) in sums.iter_mut().enumerate() {
-                for p in whole..length {
-                    *sum = x[p].mul_add(lines[j * stride + p], *sum);
+                for (x, line) in x[whole..].iter().zip(&lines[j * stride + whole..]) {
+                    *sum = x.mul_add(*line, *sum);
                 }
             }
         }
