@@ -48,7 +48,7 @@ fn the_issue() {
     let x = [1.0f32; 4];
     let v = [1.0, 1.0, f32::INFINITY, 1.0];
     let p = MatrixProblem { scale: 1.0, ..MatrixProblem::new(1, 4, 1, 1, 1) };
-    for gate in [Gate::None, Gate::Head(&[0.0; 4]), Gate::Key(&[0.0; 4])] {
+    for gate in [Gate::None, Gate::Head(&[0.0; 4][..]), Gate::Key(&[0.0; 4][..])] {
         let inputs = MatrixInputs { q: &x, k: &x, v: &v, gate, write: Write::Additive, initial_state: None };
         let o = matrix::forward(&p, &inputs, KeepStates::No).unwrap().o;
         assert_eq!(o, [1.0, 2.0, f32::INFINITY, f32::INFINITY]);
@@ -113,14 +113,14 @@ fn matrix_case(seed: u64, spoilt: &str) {
     };
     let gates = [
         (Gate::None, oracle::Gate::None),
-        (Gate::Constant(&constant), oracle::Gate::Constant(&case.gate_constant)),
-        (Gate::Head(&head), oracle::Gate::Head(&case.gate_head)),
-        (Gate::Key(&key), oracle::Gate::Key(&case.gate_key)),
+        (Gate::Constant(&constant[..]), oracle::Gate::Constant(&case.gate_constant)),
+        (Gate::Head(&head[..]), oracle::Gate::Head(&case.gate_head)),
+        (Gate::Key(&key[..]), oracle::Gate::Key(&case.gate_key)),
     ];
     let writes = [
         (Write::Additive, oracle::Write::Additive),
-        (Write::Delta { beta: &beta }, oracle::Write::Delta { beta: &case.beta }),
-        (Write::LowRank { a: &a, b: &b }, oracle::Write::LowRank { a: &case.a, b: &case.b }),
+        (Write::Delta { beta: &beta[..] }, oracle::Write::Delta { beta: &case.beta }),
+        (Write::LowRank { a: &a[..], b: &b[..] }, oracle::Write::LowRank { a: &case.a, b: &case.b }),
     ];
     for (g, (gate, their_gate)) in gates.into_iter().enumerate() {
         for (w, (write, their_write)) in writes.into_iter().enumerate() {
