@@ -2,6 +2,7 @@
 
 use std::f64::consts::FRAC_1_PI;
 
+use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use thalweg_layers::activation::{Activation, ActivationConfig};
 use thalweg_scan::{GluActivation, Path, glu};
@@ -78,15 +79,11 @@ fn activations_have_their_limits() {
         let activation: Activation = config.init(&device);
         for (dtype, ..) in TYPES {
             // Trained numbers are of the type of the activations.
-            let activation = match &activation.alpha {
-                Some(alpha) => {
-                    let mut activation = activation.clone();
-                    let alpha = alpha.val().detach().cast(dtype);
-                    activation.alpha = Some(burn::module::Param::from_tensor(alpha));
-                    activation
-                }
-                None => activation.clone(),
-            };
+            let mut activation = activation.clone();
+            activation.alpha = activation.alpha.map(|alpha| {
+                let value = alpha.val().detach().into_data().convert_dtype(dtype);
+                Param::from_tensor(Tensor::from_data(value, (&device, dtype)))
+            });
             check(json, [low, high], |x| activation.forward(x), dtype, &device);
         }
     }

@@ -305,6 +305,10 @@ pub(super) fn backward_kernel<I: Float, N: Size>(
                     let z = taps.meet(&window, plan);
                     let (s, one) = (sigmoid::<N>(z), Vector::<f32, N>::new(f32::new(1.0)));
                     slope *= s + bounded::<N>(z, true, true) * s * (one - s);
+                    // Behind the end there is no output, and its zero would not hide a slope that is NaN.
+                    if segment.first + at - before >= segment.end {
+                        slope = Vector::new(f32::new(0.0));
+                    }
                 }
                 push::<N>(&mut slopes, slope, width);
                 if at - before < segment.tokens {

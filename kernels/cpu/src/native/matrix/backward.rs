@@ -337,13 +337,18 @@ impl<S> Work<S> {
 
         let Self { chunk: c, sums, .. } = self;
         decay.gradient_of_rows(sums, Reads::Decayed, 1.0, &c.q, &self.q_left);
-        decay.gradient_of_rows(sums, Reads::Decayed, -1.0, &c.k, &self.k_right);
+        // A token alone is on the right of no pair, and those zeros would hide nothing.
+        if rows > 1 {
+            decay.gradient_of_rows(sums, Reads::Decayed, -1.0, &c.k, &self.k_right);
+        }
         match rule {
             Rule::Additive => {}
             Rule::Delta => decay.gradient_of_rows(sums, Reads::Decayed, 1.0, &c.k, &self.k_left),
             Rule::LowRank => {
                 decay.gradient_of_rows(sums, Reads::Before, 1.0, &c.a, &self.a_left);
-                decay.gradient_of_rows(sums, Reads::Decayed, -1.0, &c.b, &self.b_right);
+                if rows > 1 {
+                    decay.gradient_of_rows(sums, Reads::Decayed, -1.0, &c.b, &self.b_right);
+                }
             }
         }
     }
