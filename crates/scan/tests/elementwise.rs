@@ -166,8 +166,6 @@ fn check_complex(seed: u64, path: scan::Path, shape: &Shape, constant: bool, ang
     let (l1, d_im) = weigh(&mut random, &out.im);
     let (l2, d_final_re) = weigh(&mut random, &out.final_re);
     let (l3, d_final_im) = weigh(&mut random, &out.final_im);
-    // Burn's fusion would make of all four one kernel, with more buffers than WebGPU binds.
-    [&l0, &l1, &l2, &l3].map(|loss| loss.clone().into_scalar::<f32>());
     let gradients = (l0 + l1 + l2 + l3).backward();
 
     let (a, t) = (values(&log_a), values(&theta));

@@ -65,7 +65,10 @@ impl Client {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("device", &self.client.properties().identity.name).field("options", &self.options).finish()
+        f.debug_struct("Client")
+            .field("device", &self.client.properties().identity.name)
+            .field("options", &self.options)
+            .finish()
     }
 }
 

@@ -7,9 +7,9 @@
 
 use cubecl::prelude::*;
 
-use crate::tile::{unit, units};
 use super::backward::Outputs;
 use super::place::{Block, Rows, Sizes, number_of};
+use crate::tile::{unit, units};
 
 /// Whether a number is neither infinite nor NaN.
 #[cube]

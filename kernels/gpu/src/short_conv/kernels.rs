@@ -10,9 +10,9 @@
 
 use cubecl::prelude::*;
 
-use crate::scan::functions::bounded;
 use super::SEGMENT;
 use crate::chunks::{Cut, Span};
+use crate::scan::functions::bounded;
 use thalweg_kernels::short_conv::Activation;
 
 /// Inputs that a unit asks for at once.

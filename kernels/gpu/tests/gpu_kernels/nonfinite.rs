@@ -2,8 +2,8 @@
 
 use crate::client;
 use half::f16;
-use thalweg_kernels::attention::AttentionProblem;
 use thalweg_gpu::{Buffer, Client, attention, short_conv};
+use thalweg_kernels::attention::AttentionProblem;
 use thalweg_kernels::short_conv::{Activation, ConvProblem};
 use thalweg_kernels::{Element, ScanProblem};
 use thalweg_reference::attention as oracle;

@@ -3,9 +3,9 @@
 use crate::client;
 use crate::scan::{Number, bits, complex, has, linear_of};
 use half::f16;
-use thalweg_kernels::ScanProblem;
 use thalweg_gpu::elementwise_scan::{self, ScanGate, ScanInputs};
 use thalweg_gpu::{Buffer, Client};
+use thalweg_kernels::ScanProblem;
 use thalweg_reference::random::Random;
 
 fn linear<E: Number>(client: &Client, p: &ScanProblem) {
