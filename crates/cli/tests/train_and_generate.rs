@@ -211,8 +211,8 @@ fn bad_input_is_one_line_and_exit_code_2() {
         (&["generate", "--checkpoint", "none", "--prompt", "x"], "checkpoint none: does not exist"),
         (&["generate", "--prompt", "x"], "--checkpoint"),
         // Numbers out of range are told as such, with or without a sign.
-        (&["train", "--text", "text.txt", "--lr", "-1"], "lr: must be above 0 and finite, got -1"),
-        (&["train", "--text", "text.txt", "--lr", "-inf"], "lr: must be above 0 and finite, got -inf"),
+        (&["train", "--text", "text.txt", "--lr", "-1"], "lr: must be above 0 and finite in f32, got -1"),
+        (&["train", "--text", "text.txt", "--lr", "-inf"], "lr: must be above 0 and finite in f32, got -inf"),
         (
             &["train", "--text", "text.txt", "--weight-decay", "-0.5"],
             "weight-decay: must be 0 or more and finite, got -0.5",

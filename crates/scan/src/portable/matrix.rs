@@ -108,7 +108,8 @@ fn equal_lengths(problem: Problem) -> Output {
             (Some((k, v)), Some(corrected))
         }
     };
-    let states = walk(additive.as_ref(), corrected.as_ref(), g.as_ref(), initial);
+    let rows = time - (chunks.n - 1) * c;
+    let states = walk(additive.as_ref(), corrected.as_ref(), g.as_ref(), initial, rows);
 
     // Stage 5: o = (q exp(c)) S + A v + A' u, all chunks at once.
     let mut o = scaled(q.clone(), g.clone().map(prefix)).matmul(states.entering);
@@ -168,12 +169,14 @@ struct States {
     last: Tensor<3>,
 }
 
-/// Stage 4: the state walks over the chunks, `S' = exp(c_C) S + sum_j (k_j exp(c_C - c_j)) v_j^T`.
+/// Stage 4: the state walks over the chunks, `S' = exp(c_C) S + sum_j (k_j exp(c_C - c_j)) v_j^T`. The last chunk
+/// has `rows` tokens.
 fn walk(
     additive: Option<&(Tensor<4>, Tensor<4>)>,
     corrected: Option<&Corrected>,
     g: Option<&Tensor<4>>,
     initial: Tensor<3>,
+    rows: usize,
 ) -> States {
     let to_end = |keys: &Tensor<4>| scaled(keys.clone(), g.cloned().map(suffix_exclusive)).transpose();
     let added = additive.map(|(k, v)| to_end(k).matmul(v.clone()));
@@ -198,7 +201,7 @@ fn walk(
 
     let (mut entering, mut u) = (Vec::with_capacity(n), Vec::with_capacity(n));
     let mut state = initial;
-    for _ in 0..n {
+    for i in 0..n {
         entering.push(state.clone());
         let mut leaving = match next(&mut whole) {
             Some(decay) => state.clone() * decay,
@@ -209,7 +212,9 @@ fn walk(
         }
         if let (Some(constant), Some(linear), Some(keys)) = (next(&mut constant), next(&mut linear), next(&mut keys)) {
             let values = constant + linear.matmul(state);
-            leaving = leaving + keys.matmul(values.clone());
+            // Not of the zeros behind the last token, which would hide no infinite gradient of the state.
+            let rows = if i + 1 == n { rows } else { keys.dims()[2] };
+            leaving = leaving + keys.narrow(2, 0, rows).matmul(values.clone().narrow(1, 0, rows));
             u.push(values);
         }
         state = leaving;
