@@ -215,9 +215,9 @@ fn bad_input_is_one_line_and_exit_code_2() {
         (&["train", "--text", "text.txt", "--lr", "-inf"], "lr: must be above 0 and finite in f32, got -inf"),
         (
             &["train", "--text", "text.txt", "--weight-decay", "-0.5"],
-            "weight-decay: must be 0 or more and finite, got -0.5",
+            "weight-decay: must be 0 or more and finite in f32, got -0.5",
         ),
-        (&["train", "--text", "text.txt", "--clip", "-1e3"], "clip: must be 0 or more and finite, got -1000"),
+        (&["train", "--text", "text.txt", "--clip", "-1e3"], "clip: must be 0 or more and finite in f32, got -1000"),
         (
             &["train", "--text", "text.txt", "--steps", "-1"],
             "'-1' for '--steps <STEPS>': expected a whole number from 0",

@@ -43,7 +43,8 @@ pub fn read_text(path: &Path) -> Result<Vec<Document>> {
 /// # Errors
 /// If neither `start` nor a folder above it is that repository.
 pub fn repository_text(start: &Path) -> Result<Vec<Document>> {
-    let is_root = |folder: &&Path| folder.join("kernels/cpu/Cargo.toml").is_file() && folder.join("crates/cli").is_dir();
+    let is_root =
+        |folder: &&Path| folder.join("kernels/cpu/Cargo.toml").is_file() && folder.join("crates/cli").is_dir();
     let root = start.ancestors().find(is_root).ok_or_else(|| {
         Error::argument(
             "text",
