@@ -11,6 +11,8 @@ use std::ops::Range;
 
 /// Lines that a task reads side by side: sums are loaded and stored once for all of them.
 const LINES: usize = 4;
+/// Pieces that a task reads by turns: memory is prefetched in so many distant streams.
+const STREAMS: usize = 4;
 /// Columns of a task at most: sums stay in a first-level cache, and lines are read by the page.
 const STRIP: usize = 2048;
 
@@ -36,22 +38,20 @@ pub(super) fn with_rows<E: Element, R>(
     run(&rows)
 }
 
-/// `C = A B + bias`, line by line of `B`. Each task takes a piece of the inner size, and some columns.
+/// `C = A B + bias`, line by line of `B`. Each task takes some pieces of the inner size, and all columns or some.
 pub(super) fn by_lines<E: Element>(size: [usize; 4], x: &[Few], b: Operand<E>, bias: Option<&[E]>) -> Vec<E> {
     let [blocks, m, n, k] = size;
     let pieces = pieces(k);
-    // Sums do not depend on where columns are cut, so the threads may say.
-    let tasks = (2 * rayon::current_num_threads()).div_ceil(blocks * pieces.len());
-    let width = n.div_ceil(tasks.max(n.div_ceil(STRIP))).next_multiple_of(2 * BLOCK);
-    let strips = n.div_ceil(width);
+    let (groups, width) = cut(blocks, pieces.len(), n);
+    let (strips, per_group) = (n.div_ceil(width), pieces.len() / groups);
     let mut parts = vec![0.0f32; blocks * strips * pieces.len() * m * width];
     let task = |buffer: &mut Tile, (t, y): (usize, &mut [f32])| {
-        let (place, inner) = (t / pieces.len(), pieces[t % pieces.len()].clone());
+        let (place, pieces) = (t / groups, &pieces[t % groups * per_group..][..per_group]);
         let (block, column) = (place / strips, place % strips * width);
         let columns = column..n.min(column + width);
-        arch().dispatch(Lines { b, x: x[block], block, inner, columns, buffer, y, width });
+        arch().dispatch(Lines { b, x: x[block], block, pieces, columns, buffer, y, width });
     };
-    run_tasks(size, parts.chunks_exact_mut(m * width).enumerate(), task);
+    run_tasks(size, parts.chunks_exact_mut(per_group * m * width).enumerate(), task);
     let mut c = vec![0.0; m * blocks * n];
     for (row, sums) in c.chunks_exact_mut(n).enumerate() {
         let (i, block) = (row / blocks, row % blocks);
@@ -68,6 +68,15 @@ pub(super) fn by_lines<E: Element>(size: [usize; 4], x: &[Few], b: Operand<E>, b
     E::from_f32_vec(c)
 }
 
+/// Groups that the pieces of the inner size are dealt to, as many in each, and columns of a task, for every thread to have
+/// one at least. Sums do not depend on either. Whole lines are read where the pieces can be dealt evenly.
+fn cut(blocks: usize, pieces: usize, n: usize) -> (usize, usize) {
+    let threads = rayon::current_num_threads().div_ceil(blocks);
+    let groups = (1..=threads).rev().find(|groups| pieces.is_multiple_of(*groups)).unwrap_or(1);
+    let strips = threads.div_ceil(groups).max(n.div_ceil(STRIP));
+    (groups, n.div_ceil(strips).next_multiple_of(2 * BLOCK))
+}
+
 /// The sum of a piece into that of those before it; the first sets it, unless there is a bias.
 fn join(first: bool, part: &[f32], sums: &mut [f32]) {
     if first {
@@ -79,12 +88,12 @@ fn join(first: bool, part: &[f32], sums: &mut [f32]) {
     );
 }
 
-/// A task's piece of the inner size and its columns of `B`, the rows of `A` that they meet, and what comes of it.
+/// A task's pieces of the inner size and its columns of `B`, the rows of `A` that they meet, and what comes of it.
 struct Lines<'a, E> {
     b: Operand<'a, E>,
     x: Few<'a>,
     block: usize,
-    inner: Range<usize>,
+    pieces: &'a [Range<usize>],
     columns: Range<usize>,
     buffer: &'a mut Tile,
     y: &'a mut [f32],
@@ -96,22 +105,30 @@ impl<E: Element> WithSimd for Lines<'_, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let Range { start, end } = self.inner;
-        let some = end - (end - start) % LINES;
-        for first in (start..some).step_by(LINES) {
-            self.multiply::<S, LINES>(simd, first);
-        }
-        for line in some..end {
-            self.multiply::<S, 1>(simd, line);
+        let pieces = self.pieces;
+        for (set, streams) in pieces.chunks(STREAMS).enumerate() {
+            let longest = streams.iter().map(Range::len).max().unwrap_or(0);
+            for from in (0..longest).step_by(LINES) {
+                for (stream, piece) in streams.iter().enumerate() {
+                    let (part, lines) = (set * STREAMS + stream, piece.start + from..piece.end);
+                    if lines.len() >= LINES {
+                        self.multiply::<S, LINES>(simd, lines.start, part);
+                    } else {
+                        lines.for_each(|line| self.multiply::<S, 1>(simd, line, part));
+                    }
+                }
+            }
         }
     }
 }
 
 impl<E: Element> Lines<'_, E> {
-    /// `N` lines with all rows.
+    /// `N` lines with all rows, added to the sums of a piece.
     #[inline(always)]
-    fn multiply<S: Simd, const N: usize>(&mut self, simd: S, first: usize) {
-        let Self { b, x, block, columns, buffer, y, width, .. } = self;
+    fn multiply<S: Simd, const N: usize>(&mut self, simd: S, first: usize, part: usize) {
+        let Self { b, x, block, pieces, columns, buffer, y, width } = self;
+        let sums = y.len() / pieces.len();
+        let y = &mut y[part * sums..(part + 1) * sums];
         let rows: [&[E]; N] = std::array::from_fn(|i| b.row(*block, first + i, columns.clone()));
         if E::as_f32_slice(rows[0]).is_none() {
             if buffer.cols() != *width {
