@@ -62,6 +62,8 @@ fn learns_as_on_the_cpu(mixers: [(&str, MixerConfig); 4]) {
     let mut first = first.with_output(run.path(), DataOrigin::default()).unwrap();
     first.step().unwrap();
     first.save().unwrap();
+    // Its lock on the folder ends with it.
+    drop(first);
     let losses = |device: &Device| -> Vec<f64> {
         let mut trainer = Trainer::resume(run.path(), &corpus, Some(&tokenizer), None, device).unwrap();
         (0..STEPS).map(|_| trainer.step().unwrap().loss).collect()
