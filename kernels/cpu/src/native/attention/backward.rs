@@ -158,7 +158,7 @@ impl<E: Element> Task<'_, E> {
             part.mask(weights, f32::NEG_INFINITY);
             part.mask(d_scores, 0.0);
             softmax(&part, lse, &mean, weights, d_scores);
-            if !(finite && keys.finite) && !part.all_seen() {
+            if !(part.all_seen() || finite && keys.finite) {
                 // A weight of 0 hides nothing that is not finite: each row meets only what it sees.
                 for row in 0..rows {
                     let seen = part.seen(row);
