@@ -411,7 +411,7 @@ mod tests {
             let config = ModelConfig { residual, norm_eps: 0.1, initializer_range: 0.1, ..hybrid() };
             let model = Model::new(&config, 1, &Device::flex()).unwrap();
             let types = [DType::F32, DType::BF16, DType::F16];
-            let cast = |mut dtype: Box<dyn FnMut() -> DType>| model.clone().map(&mut Cast(move || dtype()));
+            let cast = |dtype: Box<dyn FnMut() -> DType>| model.clone().map(&mut Cast(dtype));
             let expected = loss(&cast(Box::new(|| DType::F32)));
             for dtype in types {
                 // All in one type; embeddings in another than the rest; a change of type at every parameter.

@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let o = out.o.read::<f32>(&client)?;
 
     // The same on the CPU.
-    let write = cpu::Write::Delta { beta: &beta };
+    let write = cpu::Write::Delta { beta: &beta[..] };
     let inputs = cpu::MatrixInputs { q: &q, k: &k, v: &v, gate: cpu::Gate::Head(&g), write, initial_state: None };
     let want = cpu::forward(&problem, &inputs, KeepStates::No)?;
     let want_gradients = cpu::backward(&problem, &inputs, &v, None, None)?;

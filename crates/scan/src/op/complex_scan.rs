@@ -139,7 +139,7 @@ fn planes<T>(re: T, im: T) -> kernel::Complex<T> {
 }
 
 /// Both planes of the initial state.
-fn state<'a, T>(x: &'a Operands<T>) -> State<&'a T> {
+fn state<T>(x: &Operands<T>) -> State<&T> {
     Some(planes(x.initial_re.as_ref()?, x.initial_im.as_ref()?))
 }
 
